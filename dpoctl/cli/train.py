@@ -1,0 +1,85 @@
+"""What `sft` and `dpo` have in common: check the recipe, then start the training here or in several processes."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+
+from dpoctl.cli import failure, launch
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Where a run happens.
+
+    Args:
+        output_dir: The run directory, over the recipe's.
+        num_processes: How many processes of this machine take part.
+        accelerate_config: A name that is shipped, or a file of accelerate's.
+    """
+
+    output_dir: str | None = None
+    num_processes: int | None = None
+    accelerate_config: str | None = None
+
+
+def train(
+    command: str,
+    path: Path,
+    overrides: Sequence[str],
+    where: Launch,
+    *,
+    resume: bool,
+    overwrite: bool,
+    dry_run: bool,
+    json_output: bool,
+) -> None:
+    """Run a training command.
+
+    Args:
+        command: `sft` or `dpo`.
+        path: The recipe.
+        overrides: `key=value` texts.
+        where: The run directory and the processes.
+        resume: Go on from the newest checkpoint.
+        overwrite: Replace an earlier run.
+        dry_run: Show the plan, and train nothing.
+        json_output: Print one JSON object on stdout.
+
+    Raises:
+        UserError: What the user can mend.
+        typer.Exit: With the workers' exit code, where they failed.
+    """
+    from dpoctl import console
+    from dpoctl.core.losses import LOSSES
+    from dpoctl.data.formats import FORMATS
+    from dpoctl.errors import UsageError
+    from dpoctl.recipe import parse_recipe, read_text
+
+    if resume and overwrite:
+        raise UsageError("--resume and --overwrite exclude each other")
+    if where.output_dir is not None:
+        overrides = [*overrides, f"training.output_dir={json.dumps(where.output_dir)}"]
+    text = read_text(path)
+    recipe = parse_recipe(text, str(path), command=command, overrides=overrides, losses=LOSSES, formats=FORMATS)
+    failure.remember_run_directory(Path(recipe.training.output_dir))
+    plan = launch.plan_launch(where.num_processes, where.accelerate_config)
+    if plan is not None and not dry_run:
+        if code := plan.run():
+            raise typer.Exit(code)
+        return
+    for warning in recipe.warnings():
+        console.warn(warning)
+
+    from dpoctl.tasks.train import run
+
+    run(
+        recipe,
+        recipe_text=text,
+        resume=resume,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        json_output=json_output,
+    )

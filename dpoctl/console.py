@@ -1,0 +1,61 @@
+"""What the program says, and where: data on stdout, everything else on stderr, rank 0 only.
+
+Plain `print`-like functions over one Rich console, which honours `NO_COLOR`, `FORCE_COLOR` and pipes.
+Rich is imported on first use, so that `--help` does not pay for it.
+"""
+
+import os
+import sys
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that speaks: rank 0, or not distributed at all."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@cache
+def stderr() -> "Console":
+    """The console that people read."""
+    from rich.console import Console  # noqa: PLC0415 - start-up time
+
+    width = None if sys.stderr.isatty() else 200
+    return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty(), width=width)
+
+
+def say(message: "RenderableType", **kwargs: Any) -> None:
+    """Tell the user something; silent on all ranks but the first."""
+    if is_main_process():
+        stderr().print(message, **kwargs)
+
+
+def note(message: str) -> None:
+    """Say something worth knowing that asks for no action."""
+    _graded("note", "cyan", message)
+
+
+def warn(message: str) -> None:
+    """Say something that the user may want to change."""
+    _graded("warning", "yellow", message)
+
+
+def error(message: str) -> None:
+    """Say what ended the command."""
+    _graded("error", "bold red", message)
+
+
+def emit(text: str) -> None:
+    """Write data to stdout: the only thing that ever goes there."""
+    if is_main_process():
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+
+def _graded(grade: str, style: str, message: str) -> None:
+    from rich.text import Text  # noqa: PLC0415 - start-up time
+
+    say(Text.assemble((f"{grade}: ", style), message))

@@ -1,0 +1,1 @@
+"""The shared core: plan, batch, log-probabilities, losses, loop."""

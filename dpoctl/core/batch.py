@@ -1,0 +1,59 @@
+"""A batch: what one forward needs, and which of its rows predict which tokens of which responses."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from dpoctl.model.attention import Segments
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch on one rank.
+
+    The flat layout holds all records in one row of T tokens, `S A B | S A B ...`, without padding; the padded one gives
+    each of the R responses a row of L tokens. N rows predict a scored token. A token that all responses of a record
+    share is predicted once and counts for each of them, so N' >= N (token, response) pairs make up the responses.
+
+    Attributes:
+        input_ids: `[1, T]` or `[R, L]`.
+        position_ids: like `input_ids`.
+        attention_mask: `[R, L]`, or `None` in the flat layout.
+        segments: where the records stand in the flat layout, else `None`.
+        score_pos: `[N]`, rows that predict, counted over the flattened batch.
+        score_tgt: `[N]`, the token each of them must predict.
+        token_index: `[N']`, into the N predicted tokens.
+        response_of_token: `[N']`, the response each of those belongs to.
+        num_tokens: `[R]`, scored tokens of each response.
+        pairs: `[M, 2]`, (winner, loser) among the responses.
+        ref_logps: `[R]` float32, or `None`.
+        is_filler: a batch that keeps ranks in step and counts for nothing.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    attention_mask: Tensor | None
+    segments: Segments | None
+    score_pos: Tensor
+    score_tgt: Tensor
+    token_index: Tensor
+    response_of_token: Tensor
+    num_tokens: Tensor
+    pairs: Tensor
+    ref_logps: Tensor | None = None
+    is_filler: bool = False
+
+    def to(self, device: torch.device) -> Self:
+        """Return the batch with its tensors on a device."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {
+            name: value.to(device, non_blocking=True) for name, value in tensors.items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+    def sum_per_response(self, token_logps: Tensor) -> Tensor:
+        """Return `[R]` summed log-probabilities from those of the N predicted tokens."""
+        zeros = token_logps.new_zeros(len(self.num_tokens))
+        return zeros.index_add(0, self.response_of_token, token_logps[self.token_index])

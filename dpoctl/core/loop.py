@@ -1,0 +1,171 @@
+"""The training loop: one page, for every task.
+
+It walks the plan. What a step is, the plan says; what is learned, the objective says; here stands only the order of
+things: gradient, check, update, log, evaluate, save, stop.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from dpoctl.core.meters import Meter
+from dpoctl.core.objective import Objective
+from dpoctl.core.optim import set_learning_rate
+from dpoctl.core.planner import Plan, Step
+from dpoctl.core.reader import Reader
+from dpoctl.errors import RunError, StoppedError
+from dpoctl.runs.signals import StopRequest
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """Held-out data: its records, and the plan of one pass over them."""
+
+    reader: Reader
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """After how many steps things happen; `None` is never. What happens at the end happens anyway.
+
+    Attributes:
+        logging: write the means since the last time.
+        eval: evaluate every evaluation set.
+        save: write a checkpoint, which also closes the logging window.
+        eval_on_start: evaluate before the first step.
+    """
+
+    logging: int = 10
+    eval: int | None = None
+    save: int | None = None
+    eval_on_start: bool = False
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where the loop reports to.
+
+    Attributes:
+        log: takes a row of metrics and the step it belongs to, on every rank.
+        save: writes a checkpoint of a step, on every rank.
+        advance: tells people that a step is done.
+    """
+
+    log: Callable[[int, Metrics], None]
+    save: Callable[[int], None]
+    advance: Callable[[int], None]
+
+
+@dataclass
+class Run:
+    """Everything the loop walks with."""
+
+    accelerator: Accelerator
+    objective: Objective
+    optimizer: Any
+    plan: Plan
+    reader: Reader
+    learning_rate: Callable[[int], float]
+    max_grad_norm: float | None
+    outputs: Outputs
+    cadence: Cadence
+    evals: Mapping[str, EvalSet] = field(default_factory=dict)
+    start: int = 0
+
+
+def fit(run: Run) -> None:
+    """Train from `run.start` to the end of the plan.
+
+    Raises:
+        RunError: a gradient is not finite; the weights are those before the update.
+        StoppedError: a signal asked to stop; a checkpoint of the last whole step was written.
+    """
+    plan, cadence, meter = run.plan, run.cadence, Meter(run.accelerator.device)
+    window = _Window()
+    if cadence.eval_on_start and run.start == 0:
+        _evaluate_all(run, 0)
+    with StopRequest() as stop:
+        for number in range(run.start, plan.num_steps):
+            step, rate, done = plan.step(number), run.learning_rate(number), number + 1
+            grad_norm = _update(run, step, rate, meter)
+            window.tokens += int(plan.lengths.tokens[list(step.records)].sum())
+            run.outputs.advance(done)
+
+            saving = _due(cadence.save, done) or done == plan.num_steps
+            signum = stop.agreed(run.accelerator)
+            if _due(cadence.logging, done) or saving or signum:
+                means = meter.read(lambda t: _add_up(run.accelerator, t))
+                state = {"grad_norm": grad_norm, "learning_rate": rate, "epoch": done / plan.steps_per_epoch}
+                run.outputs.log(done, means | state | {"tokens_per_second": window.rate()})
+            if _due(cadence.eval, done) or (run.evals and done == plan.num_steps):
+                _evaluate_all(run, done)
+            if saving or signum:
+                run.outputs.save(done)
+            if signum:
+                raise StoppedError(signum, done)
+
+
+def evaluate(objective: Objective, data: EvalSet) -> Metrics:
+    """Return the exact means over an evaluation set, whatever the ranks and micro-batches."""
+    scorer, meter = objective.scorer, Meter(objective.accelerator.device)
+    was_training = scorer.training
+    scorer.eval()
+    for step in data.plan:
+        objective.evaluate(step, data.reader, meter)
+    scorer.train(was_training)
+    return meter.read(lambda t: _add_up(objective.accelerator, t))
+
+
+def _update(run: Run, step: Step, rate: float, meter: Meter) -> float:
+    """Take one optimizer step and return the norm of its gradient before clipping."""
+    set_learning_rate(run.optimizer, rate)
+    run.objective.backward(step, run.reader, meter)
+    bound = float("inf") if run.max_grad_norm is None else run.max_grad_norm
+    norm = run.accelerator.clip_grad_norm_(run.objective.scorer.parameters(), bound)
+    # With a loss scale (fp16) an overflow is expected now and then: the scaler skips that update itself.
+    if run.accelerator.scaler is None and not torch.isfinite(norm):
+        raise RunError(
+            f"step {step.number + 1}: the gradient is not finite",
+            hint="the weights were not updated; lower training.learning_rate, or look at this step's rows",
+        )
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    return float(norm)
+
+
+def _evaluate_all(run: Run, done: int) -> None:
+    for name, data in run.evals.items():
+        prefix = "eval_" if name == "eval" else f"eval_{name}_"
+        metrics = evaluate(run.objective, data)
+        run.outputs.log(done, {prefix + key: value for key, value in metrics.items()})
+
+
+def _due(every: int | None, done: int) -> bool:
+    return every is not None and done % every == 0
+
+
+def _add_up(accelerator: Accelerator, tensor: Tensor) -> Tensor:
+    total: Tensor = accelerator.reduce(tensor, reduction="sum")
+    return total
+
+
+@dataclass
+class _Window:
+    """Tokens and time since the last log."""
+
+    tokens: int = 0
+    since: float = field(default_factory=time.monotonic)
+
+    def rate(self) -> float:
+        now = time.monotonic()
+        tokens, seconds = self.tokens, now - self.since
+        self.tokens, self.since = 0, now
+        return tokens / max(seconds, 1e-9)

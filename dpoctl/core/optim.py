@@ -1,0 +1,79 @@
+"""Optimizers by name, and the learning rate as a pure function of the step number."""
+
+import math
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+from typing import Any
+
+from torch import nn
+from torch.optim import AdamW, Optimizer, RMSprop
+
+from dpoctl.errors import SetupError
+from dpoctl.recipe.schema import TrainingSection
+
+
+def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], training: TrainingSection) -> Optimizer:
+    """Build the recipe's optimizer over the parameters that train; biases and norms are not decayed."""
+    trained = [p for _, p in parameters if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": training.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    adam = {
+        "lr": training.learning_rate,
+        "betas": (training.adam_beta1, training.adam_beta2),
+        "eps": training.adam_epsilon,
+    }
+    if training.optim == "adamw":
+        return AdamW(groups, fused=True, **adam)
+    if training.optim == "rmsprop":
+        return RMSprop(groups, lr=training.learning_rate)
+    if find_spec("bitsandbytes") is None:
+        raise SetupError(f"optim {training.optim} needs bitsandbytes", hint="pip install 'dpoctl[quant]'")
+    import bitsandbytes  # noqa: PLC0415 - an optional extra
+
+    # Pages move between a device and its host; on a host alone there is nothing to page.
+    paged = trained[0].device.type != "cpu"
+    kinds = {
+        "paged_adamw_32bit": "PagedAdamW32bit" if paged else "AdamW32bit",
+        "paged_adamw_8bit": "PagedAdamW8bit" if paged else "AdamW8bit",
+    }
+    optimizer: Optimizer = getattr(bitsandbytes.optim, kinds[training.optim])(groups, **adam)
+    return optimizer
+
+
+def warmup_steps(training: TrainingSection, num_steps: int) -> int:
+    """Return how many steps the learning rate rises for; a tenth of the run unless the recipe says otherwise."""
+    if training.warmup_steps is not None:
+        return training.warmup_steps
+    ratio = 0.1 if training.warmup_ratio is None else training.warmup_ratio
+    return math.ceil(ratio * num_steps)
+
+
+def learning_rate(training: TrainingSection, num_steps: int) -> Callable[[int], float]:
+    """Return the learning rate of each step, counted from 0.
+
+    It rises in equal parts to its full value at the last step of the warm-up (the first step is not wasted on zero),
+    then stays, falls linearly, or falls along a half cosine, to reach zero just after the last step.
+    """
+    warmup = warmup_steps(training, num_steps)
+
+    def rate(number: int) -> float:
+        if number < warmup:
+            return training.learning_rate * (number + 1) / warmup
+        progress = (number - warmup) / max(1, num_steps - warmup)
+        shape = {
+            "constant": 1.0,
+            "linear": 1 - progress,
+            "cosine": (1 + math.cos(math.pi * progress)) / 2,
+        }[training.lr_scheduler_type]
+        return training.learning_rate * shape
+
+    return rate
+
+
+def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
+    """Give all parameter groups a learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate

@@ -1,0 +1,1 @@
+"""Models and tokenizers: loading them, and what an architecture can do."""

@@ -1,0 +1,143 @@
+"""Shared-prefix attention: a prompt's keys and values are computed once and seen by all of its answers.
+
+Rows of a flat batch stand in records, `S A B ...`: a shared prefix and one suffix for each response. A suffix sees
+the shared rows and its own, causally, and never its siblings or another record. The function below enters through
+transformers' `AttentionInterface`, so no model code is touched; the layout travels as a keyword of the forward.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+SHARED_PREFIX = "dpoctl_shared_prefix"
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where the records of a flat batch stand.
+
+    Attributes:
+        records: for each record its first row, the length of its shared prefix, the lengths of its suffixes.
+    """
+
+    records: tuple[tuple[int, int, tuple[int, ...]], ...]
+
+
+def shared_prefix_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    layout: Segments | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend within records, one SDPA call for each response.
+
+    Args:
+        module: the attention layer that calls.
+        query: `[1, heads, T, d]`.
+        key: `[1, kv_heads, T, d]`.
+        value: `[1, kv_heads, T, d]`.
+        attention_mask: must be `None`: the layout says who sees whom.
+        scaling: factor on the scores; one over the root of d when absent.
+        dropout: probability that an attention weight is dropped.
+        sliding_window: how many positions back a token sees, itself included.
+        softcap: scores pass `softcap * tanh(score / softcap)`.
+        s_aux: `[heads]`, attention sinks.
+        layout: the records of this batch.
+        kwargs: what transformers passes besides, not needed here.
+
+    Returns:
+        `[1, T, heads, d]`, and no attention weights.
+    """
+    if layout is None or attention_mask is not None:
+        raise RuntimeError("shared-prefix attention needs the layout of a flat batch, and no mask")
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    attend = _Attend(scaling, dropout, sliding_window, softcap, s_aux)
+    outputs = []
+    for start, shared, suffixes in layout.records:
+        end = start + shared + suffixes[0]
+        outputs.append(attend(query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]))
+        prefix_k, prefix_v = key[:, :, start : start + shared], value[:, :, start : start + shared]
+        for length in suffixes[1:]:
+            own = slice(end, end + length)
+            keys = torch.cat([prefix_k, key[:, :, own]], dim=2)
+            values = torch.cat([prefix_v, value[:, :, own]], dim=2)
+            outputs.append(attend(query[:, :, own], keys, values))
+            end += length
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+@dataclass(frozen=True)
+class _Attend:
+    """Causal attention of the last rows of one sequence over all of it."""
+
+    scaling: float | None
+    dropout: float
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        queries, keys = query.shape[2], key.shape[2]
+        windowed = self.window is not None and keys > self.window
+        if self.softcap is not None or self.sinks is not None:
+            return self._explicit(query, key, value, self._mask(queries, keys, query.device))
+        if queries == keys and not windowed:
+            return F.scaled_dot_product_attention(
+                query, key, value, dropout_p=self.dropout, is_causal=True, scale=self.scaling
+            )
+        mask = self._mask(queries, keys, query.device)
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=self.dropout, scale=self.scaling
+        )
+
+    def _mask(self, queries: int, keys: int, device: torch.device) -> Tensor:
+        """`[queries, keys]`, true where a query sees a key; both end at the same position."""
+        distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+        mask = distance >= 0
+        return mask if self.window is None else mask & (distance < self.window)
+
+    def _explicit(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+        """Spell the softmax out, for score transforms that SDPA does not offer."""
+        scores = query @ key.transpose(2, 3) * (self.scaling or query.shape[-1] ** -0.5)
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        scores = scores.float().masked_fill(~mask, float("-inf"))
+        if self.sinks is not None:
+            sinks = self.sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+            weights = torch.cat([scores, sinks], dim=-1).softmax(-1)[..., :-1]
+        else:
+            weights = scores.softmax(-1)
+        weights = F.dropout(weights.to(query.dtype), self.dropout)
+        return weights @ value
+
+
+# Registered as an attention but not as a mask: for an unknown name transformers builds no mask at all.
+AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
+
+
+@contextmanager
+def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Run a model with another attention implementation, and set its own back afterwards."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

@@ -1,0 +1,361 @@
+"""From a recipe, or from a finished run, to a policy."""
+
+import difflib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from dpoctl import console
+from dpoctl.errors import SetupError, UsageError
+from dpoctl.model.decoder import find_decoder
+from dpoctl.model.dropout import disable_dropout
+from dpoctl.model.lora import (
+    add_adapter,
+    check_adapter,
+    continue_adapter,
+    ends_of,
+    load_adapter,
+    stack_adapter,
+    to_float32,
+)
+from dpoctl.model.policy import FROZEN, TRAINED, Policy
+from dpoctl.model.quantize import keep_one_kernel, quantization_config, refuse_quantised_checkpoint
+from dpoctl.model.source import ADAPTER_WEIGHTS, Source, base_of, find_adapter, find_source, first_line, reading
+
+if TYPE_CHECKING:
+    from dpoctl.recipe.schema import FromScratch, LoraSection, QuantizationSection, Recipe
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The precision to compute in; `auto` is the fastest that the hardware does itself.
+
+    Args:
+        name: `auto`, `float32`, `bfloat16` or `float16`.
+        device: where the model runs.
+    """
+    if name != "auto":
+        return _DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if device.type == "cpu":
+        # Without these units a CPU emulates bfloat16, several times slower than float32.
+        native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        return torch.bfloat16 if native else torch.float32
+    return torch.float32
+
+
+def load_policy(recipe: "Recipe", tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Policy:
+    """Load or build the model of a recipe, with its adapters, ready to be trained.
+
+    Raises:
+        SetupError: the model, or the base of an adapter, cannot be reached or read.
+        UsageError: the recipe asks for something that this model does not have.
+    """
+    section, lora = recipe.model, recipe.lora
+    dtype = resolve_dtype(section.dtype, device)
+    if section.from_scratch is not None:
+        model = build_model(section.from_scratch, tokenizer, seed=recipe.training.seed)
+        model.set_attn_implementation("sdpa" if section.attn_implementation == "auto" else section.attn_implementation)
+        _move(model, device)
+        policy = _over_base(model, None, recipe, dtype)
+    else:
+        source = find_source(
+            section.model_name_or_path or "",
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+        )
+        adapter = find_adapter(source)
+        if adapter is not None and lora is None:
+            raise UsageError(
+                f"model '{source.name}' is an adapter, and the recipe has no lora section",
+                hint="add `lora: {start: continue}` to train it further, or `lora: {start: new}` to stack another",
+            )
+        if adapter is None and lora is not None and lora.start == "continue":
+            raise UsageError(f"lora.start is continue, but model '{source.name}' is not an adapter")
+        policy = _from_source(source, adapter, recipe, tokenizer, dtype, device)
+    if section.disable_dropout:
+        _disable_dropout(policy, lora)
+    return policy
+
+
+def load_run(
+    folder: Path | str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    attn_implementation: str = "auto",
+    quantization: "QuantizationSection | None" = None,
+    trust_remote_code: bool = False,
+) -> Policy:
+    """Load a finished run to be looked at, not trained: nothing requires gradients and everything is in `dtype`.
+
+    For an adapter the live reference is its base model. That is not what a run over an SFT adapter was compared with:
+    the joined adapter no longer tells the two apart.
+
+    Args:
+        folder: a run directory, or any folder with a model or an adapter.
+        device: where to put it.
+        dtype: the precision to store and compute in.
+        attn_implementation: as in a recipe.
+        quantization: how the base was quantised in training, if it was.
+        trust_remote_code: whether code that comes with the model may run.
+    """
+    source = find_source(str(folder), trust_remote_code=trust_remote_code)
+    adapter = find_adapter(source)
+    base = source if adapter is None else base_of(adapter, trust_remote_code=trust_remote_code)
+    model = _load_weights(base, attn_implementation, dtype, device, quantization, keep=[], lora=adapter is not None)
+    if adapter is None:
+        model.requires_grad_(False)
+        return Policy(model=model, causal=model, dtype=dtype, kind="full", base=base.name)
+    _fit_vocabulary(model, _rows_in(adapter, model), trained=True, seed=0)
+    peft_model = load_adapter(model, adapter, TRAINED, trainable=False)
+    return Policy(
+        model=peft_model,
+        causal=model,
+        dtype=dtype,
+        kind="lora",
+        active=(TRAINED,),
+        base=_absolute(base),
+        base_revision=base.revision,
+    )
+
+
+def build_model(spec: "FromScratch", tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
+    """Build a new model in float32, with weights that depend on the configuration and the seed only.
+
+    Raises:
+        UsageError: transformers has no such model type or no causal model of it, or the configuration is wrong.
+    """
+    given = dict(spec.config)
+    model_type = given.pop("model_type")
+    if model_type not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING.keys()), n=1)
+        raise UsageError(
+            f"model.from_scratch.config: transformers knows no model_type '{model_type}'",
+            hint=f"did you mean '{close[0]}'?" if close else None,
+        )
+    config_class = CONFIG_MAPPING[model_type]
+    if config_class not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UsageError(f"model.from_scratch.config: '{model_type}' has no causal language model")
+    config = _build_config(config_class, given, tokenizer)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        build: Any = AutoModelForCausalLM.from_config
+        model: PreTrainedModel = build(config, dtype=torch.float32)
+    model.generation_config = GenerationConfig.from_model_config(config)
+    return model
+
+
+def _build_config(config_class: Any, given: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+    known = config_class()
+    for key in given:
+        if not hasattr(known, key):
+            close = difflib.get_close_matches(key, list(vars(known)), n=1)
+            raise UsageError(
+                f"model.from_scratch.config: '{key}' is no setting of {config_class.__name__}",
+                hint=f"did you mean '{close[0]}'?" if close else None,
+            )
+    if given.get("vocab_size", len(tokenizer)) < len(tokenizer):
+        raise UsageError(
+            f"model.from_scratch.config.vocab_size is {given['vocab_size']}, less than the tokenizer's {len(tokenizer)}"
+        )
+    special = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    try:
+        built: PretrainedConfig = config_class(**{**special, **given})
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"model.from_scratch.config: {first_line(str(error))}") from error
+    return built
+
+
+def _from_source(
+    source: Source,
+    adapter: Path | None,
+    recipe: "Recipe",
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Policy:
+    lora = recipe.lora
+    saved = list(lora.modules_to_save or ()) if lora is not None else []
+    base = source
+    if adapter is not None:
+        base = base_of(adapter, trust_remote_code=source.trust_remote_code)
+        saved += check_adapter(adapter).get("modules_to_save") or []
+    model = _load_weights(
+        base,
+        recipe.model.attn_implementation,
+        dtype if lora is not None else torch.float32,
+        device,
+        recipe.quantization,
+        keep=saved,
+        lora=lora is not None,
+    )
+    if adapter is not None:
+        _fit_vocabulary(model, _rows_in(adapter, model), trained=True, seed=recipe.training.seed)
+    trained = lora is None or _trains_embeddings(model, saved)
+    _fit_vocabulary(model, len(tokenizer), trained=trained, seed=recipe.training.seed)
+    if adapter is None:
+        return _over_base(model, base, recipe, dtype)
+    return _over_adapter(model, base, adapter, recipe, dtype)
+
+
+def _over_base(model: PreTrainedModel, base: Source | None, recipe: "Recipe", dtype: torch.dtype) -> Policy:
+    """Train a plain model: all of it, or an adapter on it."""
+    before = _without_cache(model)
+    place: dict[str, Any] = {} if base is None else {"base": _absolute(base), "base_revision": base.revision}
+    if recipe.lora is None:
+        model.requires_grad_(True)
+        return Policy(model=model, causal=model, dtype=dtype, kind="full", original_config=before, **place)
+    model.requires_grad_(False)
+    peft_model = add_adapter(model, recipe.lora, seed=recipe.training.seed)
+    to_float32(model, dtype)
+    return Policy(
+        model=peft_model, causal=model, dtype=dtype, kind="lora", active=(TRAINED,), original_config=before, **place
+    )
+
+
+def _over_adapter(model: PreTrainedModel, base: Source, adapter: Path, recipe: "Recipe", dtype: torch.dtype) -> Policy:
+    """Start from an SFT adapter, which is the reference: under a new one, or as a frozen copy."""
+    assert recipe.lora is not None
+    before = _without_cache(model)
+    model.requires_grad_(False)
+    saved: tuple[str, ...] = ()
+    active: tuple[str, ...] = (TRAINED,)
+    if recipe.lora.start == "continue":
+        peft_model = continue_adapter(model, adapter)
+    else:
+        peft_model, saved = stack_adapter(model, adapter, recipe.lora, seed=recipe.training.seed)
+        active = (FROZEN, TRAINED)
+    to_float32(model, dtype)
+    return Policy(
+        model=peft_model,
+        causal=model,
+        dtype=dtype,
+        kind="lora",
+        active=active,
+        reference_adapters=(FROZEN,),
+        saved_modules=saved,
+        original_config=before,
+        base=_absolute(base),
+        base_revision=base.revision,
+    )
+
+
+def _load_weights(
+    source: Source,
+    attention: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: "QuantizationSection | None",
+    *,
+    keep: list[str],
+    lora: bool,
+) -> PreTrainedModel:
+    decoder = find_decoder(source)
+    refuse_quantised_checkpoint(decoder.config, source.name, lora=lora)
+    packed = quantization_config(quantization, dtype, keep)
+    with reading(source.name):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.name,
+            config=decoder.config,
+            dtype=dtype,
+            use_safetensors=True,
+            attn_implementation=decoder.attention(attention),
+            key_mapping=decoder.key_mapping,
+            quantization_config=packed,
+            device_map=None if packed is None else {"": str(device)},
+            output_loading_info=True,
+            **source.options,
+        )
+    model: PreTrainedModel = loaded[0]
+    report: dict[str, Any] = loaded[1]
+    missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if missing:
+        raise SetupError(f"model '{source.name}' lacks weights of {type(model).__name__}: '{missing[0]}'")
+    if decoder.narrowed_from is not None:
+        # Saving would otherwise try to rename the weights back to those of the multimodal model.
+        vars(model)["_weight_conversions"] = None
+        console.note(
+            f"model '{source.name}' is multimodal ({decoder.narrowed_from}); its text tower is trained, "
+            f"as a {type(model).__name__}"
+        )
+    if packed is None:
+        _move(model, device)
+    keep_one_kernel(model)
+    return model
+
+
+def _move(model: nn.Module, device: torch.device) -> None:
+    model.to(device)
+
+
+def _fit_vocabulary(model: PreTrainedModel, rows: int, *, trained: bool, seed: int) -> None:
+    have = int(cast(Tensor, ends_of(model)[0].weight).shape[0])
+    if rows <= have:
+        return
+    if not trained:
+        ends = ", ".join(_ends_of(model))
+        raise UsageError(
+            f"the tokenizer has {rows} tokens and the model's embedding {have} rows",
+            hint=f"new rows must be trained: set lora.modules_to_save: [{ends}]",
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        model.resize_token_embeddings(rows)
+    console.note(f"the embedding grows from {have} to {rows} rows, to hold the tokenizer's tokens")
+
+
+def _ends_of(model: PreTrainedModel) -> list[str]:
+    """Last names of the embedding and the head."""
+    ends = ends_of(model)
+    return [name.rpartition(".")[2] for name, module in model.named_modules() if any(module is end for end in ends)]
+
+
+def _trains_embeddings(model: PreTrainedModel, saved: list[str]) -> bool:
+    return set(_ends_of(model)) <= {name.rpartition(".")[2] for name in saved}
+
+
+def _rows_in(adapter: Path, model: PreTrainedModel) -> int:
+    """How many embedding rows an adapter brings along; zero if it leaves the embedding alone."""
+    embedding = ends_of(model)[0]
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    key = f"base_model.model.{name}.weight"
+    with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
+        return int(file.get_slice(key).get_shape()[0]) if key in file.keys() else 0  # noqa: SIM118 - no mapping
+
+
+def _disable_dropout(policy: Policy, lora: "LoraSection | None") -> None:
+    rates = [c.lora_dropout for c in getattr(policy.model, "peft_config", {}).values() if c.lora_dropout]
+    if lora is not None and rates:
+        console.warn(f"lora_dropout {rates[0]} has no effect because model.disable_dropout is true")
+    before = disable_dropout(policy.model, policy.causal.config)
+    policy.original_config = {**policy.original_config, **before}
+
+
+def _without_cache(model: PreTrainedModel) -> dict[str, Any]:
+    before = {"use_cache": getattr(model.config, "use_cache", None)}
+    model.config.use_cache = False
+    return {name: value for name, value in before.items() if value is not None}
+
+
+def _absolute(source: Source) -> str:
+    return str(Path(source.name).resolve()) if source.is_local else source.name

@@ -1,0 +1,135 @@
+"""What the keys of a recipe must be to one another."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+
+from dpoctl.recipe.expect import Path
+from dpoctl.recipe.inert import inert_keys
+from dpoctl.recipe.problems import dotted
+from dpoctl.recipe.schema import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A contradiction, at the key that a user would change.
+
+    Args:
+        path: The key.
+        message: What is wrong.
+        involves: The other keys of it; when one of them is wrong by itself, that is said instead.
+    """
+
+    path: Path
+    message: str
+    involves: tuple[Path, ...] = ()
+
+
+Setting = Callable[[Path], bool]
+QUANTIZATION: Path = ("quantization",)
+LOSS: Path = ("dpo", "loss")
+
+
+def check(recipe: Recipe, command: str, is_set: Setting, needs_reference: bool | None) -> Iterator[Finding]:
+    """Find every contradiction.
+
+    Args:
+        recipe: A recipe whose keys are right one by one.
+        command: The command that reads it: `sft` or `dpo`.
+        is_set: Whether a key is written down, and not null.
+        needs_reference: Whether the loss compares with a reference; None where there is no loss to ask.
+    """
+    if recipe.method != command:
+        yield Finding(
+            ("method",),
+            f"the method is {recipe.method} and the command is {command}; run `dpoctl {recipe.method}` on it",
+        )
+    yield from _inert(recipe, is_set)
+    yield from _model(recipe)
+    yield from _data(recipe)
+    yield from _training(recipe)
+    if needs_reference is not None:
+        yield from _reference(recipe, needs_reference)
+
+
+def _inert(recipe: Recipe, is_set: Setting) -> Iterator[Finding]:
+    for path, inert in inert_keys(recipe).items():
+        if is_set(path):
+            yield Finding(path, f"{dotted(path)} would do nothing: {inert.reason}", inert.causes)
+
+
+def _model(recipe: Recipe) -> Iterator[Finding]:
+    name, scratch = recipe.model.model_name_or_path, recipe.model.from_scratch
+    either: Path = ("model", "model_name_or_path")
+    other: Path = ("model", "from_scratch")
+    if name is None and scratch is None:
+        yield Finding(("model",), "model needs model_name_or_path, or from_scratch", (either, other))
+    if name is not None and scratch is not None:
+        yield Finding(other, "give model_name_or_path or from_scratch, not both")
+    if name is not None and _same_folder(name, recipe.training.output_dir):
+        yield Finding(("training", "output_dir"), "output_dir is the model itself; name another folder", (either,))
+    if recipe.quantization is None:
+        return
+    four, eight = recipe.quantization.load_in_4bit, recipe.quantization.load_in_8bit
+    flags: tuple[Path, ...] = ((*QUANTIZATION, "load_in_4bit"), (*QUANTIZATION, "load_in_8bit"))
+    if four and eight:
+        yield Finding(flags[1], "load_in_4bit and load_in_8bit cannot both be true")
+    if not (four or eight):
+        yield Finding(
+            QUANTIZATION,
+            "quantization switches nothing on; set load_in_4bit or load_in_8bit, or drop the section",
+            flags,
+        )
+    elif recipe.lora is None:
+        at = flags[0] if four else flags[1]
+        yield Finding(at, f"{at[1]} needs a lora section: quantised weights are frozen", (("lora",), QUANTIZATION))
+
+
+def _data(recipe: Recipe) -> Iterator[Finding]:
+    data = recipe.data
+    if data.max_prompt_length is not None and data.max_prompt_length >= data.max_length:
+        yield Finding(
+            ("data", "max_prompt_length"),
+            f"max_prompt_length ({data.max_prompt_length}) must be smaller than "
+            f"max_length ({data.max_length}), which counts prompt and answer",
+            (("data", "max_length"),),
+        )
+    if data.eval_size is not None and "eval" in data.eval:
+        yield Finding(
+            ("data", "eval_size"),
+            "eval_size makes an eval set named 'eval', and data.eval has one; give it another name",
+            (("data", "eval"),),
+        )
+
+
+def _training(recipe: Recipe) -> Iterator[Finding]:
+    training = recipe.training
+    if training.warmup_ratio is not None and training.warmup_steps is not None:
+        yield Finding(("training", "warmup_steps"), "give warmup_ratio or warmup_steps, not both")
+    if training.eval_steps is None and (recipe.data.eval or recipe.data.eval_size is not None):
+        at = "eval" if recipe.data.eval else "eval_size"
+        yield Finding(
+            ("data", at),
+            f"data.{at} needs training.eval_steps, which says how often it is used; e.g. eval_steps: 100",
+            (("training", "eval_steps"),),
+        )
+
+
+def _reference(recipe: Recipe, needed: bool) -> Iterator[Finding]:
+    reference = recipe.dpo.reference
+    loss = f"the loss {recipe.dpo.loss['type']!r}"
+    mode: Path = ("dpo", "reference", "mode")
+    path: Path = ("dpo", "reference", "path")
+    if needed and reference.mode == "none":
+        yield Finding(mode, f"{loss} needs a reference; use auto, or another loss", (LOSS,))
+    elif reference.mode == "none" and reference.path is not None:
+        yield Finding(path, "dpo.reference.path would do nothing: the mode is none", (mode,))
+    if needed:
+        return
+    for at, given in ((mode, reference.mode in ("cached", "live")), (path, reference.path is not None)):
+        if given:
+            yield Finding(at, f"{dotted(at)} would do nothing: {loss} is set to use no reference", (LOSS,))
+
+
+def _same_folder(name: str, output_dir: str) -> bool:
+    return FilePath(name).expanduser().resolve() == FilePath(output_dir).expanduser().resolve()

@@ -1,0 +1,72 @@
+"""Which keys have no effect in a given recipe: they may not be set, and the resolved recipe leaves them out."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dpoctl.recipe.expect import Path
+
+if TYPE_CHECKING:
+    from dpoctl.recipe.schema import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Inert:
+    """Why a key has no effect.
+
+    Args:
+        reason: In a user's words.
+        causes: The keys that make it so.
+    """
+
+    reason: str
+    causes: tuple[Path, ...]
+
+
+def inert_keys(recipe: "Recipe") -> dict[Path, Inert]:
+    """Find the keys that nothing would read."""
+    other = "sft" if recipe.method == "dpo" else "dpo"
+    inert: dict[Path, Inert] = {(other,): Inert(f"the method is {recipe.method}", (("method",),))}
+    return inert | _of_the_model(recipe) | _of_the_adapter(recipe) | _of_the_training(recipe)
+
+
+def useless_values(recipe: "Recipe") -> list[str]:
+    """Find values that are legal, and do nothing."""
+    said = []
+    if recipe.lora and recipe.lora.lora_dropout > 0 and recipe.model.disable_dropout:
+        said.append(f"lora.lora_dropout: {recipe.lora.lora_dropout} does nothing while model.disable_dropout is true")
+    return said
+
+
+def _of_the_model(recipe: "Recipe") -> dict[Path, Inert]:
+    inert: dict[Path, Inert] = {}
+    if recipe.model.from_scratch:
+        why = Inert("model.from_scratch loads nothing from the hub", (("model", "from_scratch"),))
+        inert |= {("model", key): why for key in ("revision", "trust_remote_code")}
+    if recipe.quantization and not recipe.quantization.load_in_4bit:
+        why = Inert("load_in_4bit is not true", (("quantization", "load_in_4bit"),))
+        keys = (key for key in type(recipe.quantization).model_fields if key.startswith("bnb_4bit_"))
+        inert |= {("quantization", key): why for key in keys}
+    return inert
+
+
+def _of_the_adapter(recipe: "Recipe") -> dict[Path, Inert]:
+    if recipe.lora is None or recipe.lora.start == "new":
+        return {}
+    why = Inert("start: continue keeps the settings of the adapter it continues", (("lora", "start"),))
+    return {("lora", key): why for key in type(recipe.lora).model_fields if key != "start"}
+
+
+def _of_the_training(recipe: "Recipe") -> dict[Path, Inert]:
+    inert: dict[Path, Inert] = {}
+    if not recipe.data.eval and recipe.data.eval_size is None:
+        why = Inert(
+            "there is no eval data; give data.eval or data.eval_size", (("data", "eval"), ("data", "eval_size"))
+        )
+        inert |= {("training", key): why for key in ("eval_steps", "eval_on_start")}
+    if recipe.training.max_steps is not None:
+        why = Inert("max_steps says when the run ends", (("training", "max_steps"),))
+        inert[("training", "num_train_epochs")] = why
+    if recipe.training.optim == "rmsprop":
+        why = Inert("optim: rmsprop has no such parameter", (("training", "optim"),))
+        inert |= {("training", key): why for key in ("adam_beta1", "adam_beta2")}
+    return inert

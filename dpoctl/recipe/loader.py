@@ -1,0 +1,117 @@
+"""Reading a recipe: the file, the overrides, the checks; no model library is needed for any of it."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dpoctl.errors import UsageError
+from dpoctl.recipe.document import LINE_BREAK, read_document
+from dpoctl.recipe.foreign import recognise
+from dpoctl.recipe.overrides import apply_overrides
+from dpoctl.recipe.problems import Place, Problem, RecipeError, dotted, shown
+from dpoctl.recipe.schema import Recipe
+from dpoctl.recipe.suggest import closest
+from dpoctl.recipe.validate import known_paths, validate
+
+MAX_BYTES = 2**20
+
+
+def load_recipe(
+    path: Path | str,
+    *,
+    command: str,
+    overrides: Sequence[str] = (),
+    losses: Mapping[str, Any],
+    formats: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """Read, check and complete a recipe.
+
+    Args:
+        path: The YAML file.
+        command: The command that reads it, `sft` or `dpo`.
+        overrides: `key=value` texts that win over the file; later ones win over earlier ones.
+        losses: A loss by its name: a frozen dataclass whose fields are its hyperparameters.
+        formats: A data format by its name; None leaves the names unchecked.
+
+    Raises:
+        UsageError: There is no such file.
+        RecipeError: With everything that is wrong in it, each with its line and column.
+    """
+    text = read_text(path)
+    return parse_recipe(text, str(path), command=command, overrides=overrides, losses=losses, formats=formats)
+
+
+def parse_recipe(
+    text: str,
+    name: str,
+    *,
+    command: str,
+    overrides: Sequence[str] = (),
+    losses: Mapping[str, Any],
+    formats: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """Check and complete a recipe that is in memory; see `load_recipe`.
+
+    Args:
+        text: The YAML.
+        name: What errors call it.
+        command: As for `load_recipe`.
+        overrides: As for `load_recipe`.
+        losses: As for `load_recipe`.
+        formats: As for `load_recipe`.
+
+    Raises:
+        RecipeError: With everything that is wrong in it, each with its line and column.
+    """
+    document = read_document(text, name)
+    if not isinstance(document.data, dict):
+        given = "nothing" if document.data is None else shown(document.data)
+        message = f"expected the sections of a recipe (method, model, data, training), got {given}"
+        raise RecipeError([Problem(document.value_place(()), message)])
+    known = known_paths(losses)
+    if foreign := recognise(document.data, map(dotted, known)):
+        sign, message = foreign
+        raise RecipeError([Problem(document.key_place((sign,)), message)])
+    apply_overrides(document, overrides, known)
+    return validate(document, command, losses, formats)
+
+
+def read_text(path: Path | str) -> str:
+    """Read the file of a recipe.
+
+    Raises:
+        UsageError: There is no such file, or it cannot be read.
+        RecipeError: It is larger than 1 MiB, or not UTF-8.
+    """
+    file = Path(path)
+    if not file.exists():
+        near = _nearest(file)
+        raise UsageError(f"there is no recipe {str(path)!r}", hint=f"did you mean {near!r}?" if near else None)
+    if file.is_dir():
+        raise UsageError(f"{str(path)!r} is a folder", hint="name the YAML file of a recipe")
+    try:
+        with file.open("rb") as stream:
+            raw = stream.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise UsageError(f"the recipe {str(path)!r} cannot be read: {error.strerror}") from None
+    if len(raw) > MAX_BYTES:
+        raise RecipeError([Problem(Place(str(path), 1, 1), "larger than 1 MiB; is this a recipe?")])
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        lines = LINE_BREAK.split(raw[: error.start].decode("utf-8-sig"))
+        place = Place(str(path), len(lines), len(lines[-1]) + 1, lines[-1])
+        raise RecipeError([Problem(place, "not UTF-8 text")]) from None
+
+
+def _nearest(file: Path) -> str | None:
+    """The recipe whose name is most like the one asked for: in its folder, or in recipes/."""
+    candidates = {
+        found.name: found
+        for folder in (Path("recipes"), file.parent)
+        if folder.is_dir()
+        for found in sorted(folder.iterdir())
+        if found.suffix in (".yaml", ".yml")
+    }
+    name = closest(file.name, candidates) or closest(file.stem, candidates)
+    return str(candidates[name]) if name else None

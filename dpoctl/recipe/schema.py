@@ -1,0 +1,367 @@
+"""The recipe's schema: one frozen section per concern, every key documented by the line under it.
+
+To add a key: add the field and its docstring to a section, and read it somewhere. The JSON schema, the
+error messages and `--set` pick it up.
+"""
+
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from dpoctl.recipe.expect import Expect
+from dpoctl.recipe.inert import inert_keys, useless_values
+from dpoctl.recipe.writer import write_yaml
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Text = Annotated[str, MinLen(1)]
+Count = Annotated[int, Ge(1)]
+Share = Annotated[float, Ge(0), Le(1)]
+Probability = Annotated[float, Ge(0), Lt(1)]
+
+
+def _refuse(expected: str) -> PydanticCustomError:
+    return PydanticCustomError("expectation", "expected {expected}", {"expected": expected})
+
+
+def _exactly_one(value: Any) -> Any:
+    # To pydantic's Literal, True and 1.0 are the number 1.
+    if type(value) is not int:
+        raise _refuse("1")
+    return value
+
+
+def _sources(value: Any) -> Any:
+    """Read a bare string as a list of one source."""
+    return [value] if isinstance(value, str) else value
+
+
+def _source(value: Any) -> Any:
+    """Read a bare string as the path of a source."""
+    return {"path": value} if isinstance(value, str) else value
+
+
+def _eval_sets(value: Any) -> Any:
+    """Read a bare list as the one eval set named `eval`, and null as none."""
+    if value is None:
+        return {}
+    return {"eval": value} if isinstance(value, str | list) else value
+
+
+def _names(value: Any) -> Any:
+    """Read a bare name as a list of one, and `none` as an empty list."""
+    if value is None or value == "none":
+        return []
+    return [value] if isinstance(value, str) else value
+
+
+def _targets(value: Any) -> Any:
+    if value == "all-linear" or (
+        isinstance(value, list) and value and all(isinstance(name, str) and name for name in value)
+    ):
+        return value
+    raise _refuse("all-linear, or a list of module names")
+
+
+def _budget(value: Any) -> Any:
+    if value == "auto" or (type(value) is int and value >= 1):
+        return value
+    raise _refuse("auto, or a whole number of at least 1")
+
+
+def _auto_or_flag(value: Any) -> Any:
+    if value == "auto" or isinstance(value, bool):
+        return value
+    raise _refuse("auto, true or false")
+
+
+def _held_out(value: Any) -> Any:
+    if (type(value) is int and value >= 1) or (type(value) is float and 0 < value < 1):
+        return value
+    if value is None:
+        return None
+    raise _refuse("a share above 0 and below 1, a whole number of rows of at least 1, or null")
+
+
+def _model_config(value: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(value.get("model_type"), str):
+        raise _refuse("a transformers config that names its model_type")
+    return value
+
+
+class Section(BaseModel):
+    """A part of the recipe: no unknown keys, no coercion, no changes after it is read."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class TokenizerSpec(Section):
+    """A byte-level BPE trained on the recipe's own data."""
+
+    vocab_size: Annotated[int, Ge(260)] = Field(examples=[1024])
+    """How many tokens the tokenizer has; the 256 bytes and the control tokens are among them."""
+
+
+class FromScratch(Section):
+    """A new model with seeded random weights."""
+
+    config: Annotated[dict[str, Any], AfterValidator(_model_config)] = Field(
+        examples=[{"model_type": "llama", "hidden_size": 64}]
+    )
+    """A transformers config: `model_type` and whatever that type takes."""
+    tokenizer: TokenizerSpec = Field(examples=[{"vocab_size": 1024}])
+    """The tokenizer to train."""
+
+
+class ModelSection(Section):
+    """Which model is trained, and how it is loaded."""
+
+    model_name_or_path: Text | None = Field(default=None, examples=["mistralai/Mistral-7B-v0.1"])
+    """A hub id, a folder, or an adapter of either."""
+    revision: Text | None = Field(default=None, examples=["main"])
+    """The branch, tag or commit of a hub id."""
+    from_scratch: FromScratch | None = None
+    """Build a new model instead of loading one."""
+    dtype: DType = "auto"
+    """The precision of the computation; auto is bfloat16 where the hardware has it, else float16 or float32."""
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """The attention that transformers is asked for where the shared-prefix attention cannot serve."""
+    chat_template: Text | None = Field(default=None, examples=["zephyr"])
+    """Null is the tokenizer's own; else a built-in name (chatml, zephyr) or a .jinja file."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+    disable_dropout: bool = True
+    """Turn every dropout off, in policy and reference."""
+
+
+class QuantizationSection(Section):
+    """A quantised base model, through bitsandbytes."""
+
+    load_in_4bit: bool = False
+    """Keep the frozen weights in 4 bits."""
+    load_in_8bit: bool = False
+    """Keep the frozen weights in 8 bits."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """The 4-bit code book."""
+    bnb_4bit_use_double_quant: bool = True
+    """Quantise the quantisation constants too."""
+    bnb_4bit_compute_dtype: DType = "auto"
+    """The precision that 4-bit weights are multiplied in; auto is the model's dtype."""
+
+
+class LoraSection(Section):
+    """Low-rank adapters, in peft's names. Leave the section out to train all weights."""
+
+    start: Literal["new", "continue"] = "new"
+    """Over a model that is an adapter already: `new` freezes it and stacks another, `continue` trains it further."""
+    r: Count = 16
+    """The rank."""
+    lora_alpha: Annotated[float, Gt(0)] = 32.0
+    """The scale: updates are multiplied by lora_alpha / r."""
+    lora_dropout: Probability = 0.0
+    """Dropout before the adapter; needs model.disable_dropout: false to have an effect."""
+    target_modules: Annotated[
+        Literal["all-linear"] | list[str],
+        BeforeValidator(_targets, json_schema_input_type=Literal["all-linear"] | list[str]),
+        Expect("all-linear, or a list of module names"),
+    ] = "all-linear"
+    """The linear layers that get an adapter."""
+    modules_to_save: list[Text] | None = Field(default=None, examples=[["lm_head"]])
+    """Modules that are trained whole and saved with the adapter."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) instead."""
+
+
+class Source(Section):
+    """One place that rows come from. A bare string is its path."""
+
+    path: Text = Field(examples=["pairs.jsonl"])
+    """A hub id, a file, a folder saved by `datasets`, or a built-in source such as demo:reviewer2."""
+    name: Text | None = Field(default=None, examples=["default"])
+    """The configuration of a hub data set."""
+    split: Text = "train"
+    """The split to read."""
+    revision: Text | None = Field(default=None, examples=["main"])
+    """The branch, tag or commit of a hub data set."""
+    data_files: Annotated[list[Text], MinLen(1)] | None = Field(default=None, examples=[["part-0.jsonl"]])
+    """Which files of a folder or hub id, where not all."""
+    format: Text = "auto"
+    """The format of the rows; auto looks at them and says what it found."""
+    weight: Annotated[float, Gt(0)] = 1.0
+    """How often a row is seen per epoch: 0.5 takes a seeded half, 2 takes each row twice."""
+    max_samples: Count | None = Field(default=None, examples=[1000])
+    """Read no more than this many rows."""
+    column_map: dict[str, Text] = {}
+    """Canonical column name: its name in the file."""
+
+
+Sources = Annotated[
+    list[Annotated[Source, BeforeValidator(_source, json_schema_input_type=str | Source)]],
+    MinLen(1),
+    BeforeValidator(_sources, json_schema_input_type=str | list[str | Source]),
+    Expect("a list of sources, each a path or a mapping with one"),
+]
+
+
+class DataSection(Section):
+    """What the model learns from and is measured on."""
+
+    train: Sources = Field(examples=[["pairs.jsonl"]])
+    """The sources of training rows."""
+    eval: Annotated[
+        dict[Text, Sources],
+        BeforeValidator(
+            _eval_sets,
+            json_schema_input_type=str | list[str | Source] | dict[str, str | list[str | Source]] | None,
+        ),
+        Expect("a list of sources, or a mapping of a name to a list of sources"),
+    ] = Field(default={}, examples=[["heldout.jsonl"]])
+    """Named eval sets; a bare list is the one named `eval`."""
+    eval_size: Annotated[
+        float | int | None,
+        BeforeValidator(_held_out, json_schema_input_type=float | int | None),
+        Expect("a share above 0 and below 1, a whole number of rows of at least 1, or null"),
+    ] = Field(default=None, examples=[0.05])
+    """Hold out this share, or this many, of the training rows as the eval set `eval`."""
+    max_length: Annotated[int, Ge(2)] = 1024
+    """Tokens of prompt + answer."""
+    max_prompt_length: Count | None = Field(default=None, examples=[512])
+    """Tokens of the prompt; must be smaller than max_length."""
+    overlong: Literal["drop", "truncate"] = "drop"
+    """What becomes of a row that is longer; always counted."""
+    prompt_truncation: Literal["keep_end", "keep_start"] = "keep_end"
+    """Which end of an over-long prompt survives."""
+    duplicates: Literal["keep", "drop"] = "keep"
+    """What becomes of rows that are seen again; always counted."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Further variables for the chat template."""
+
+
+class SftSection(Section):
+    """Supervised fine-tuning."""
+
+    loss_on: Literal["assistant", "last"] = "assistant"
+    """Train on every assistant turn, or on the last one."""
+
+
+class ReferenceSection(Section):
+    """What the policy is compared with."""
+
+    mode: Literal["auto", "cached", "live", "none"] = "auto"
+    """Computed once and kept on disk (cached), at every step (live), not at all (none), or as fits (auto)."""
+    path: Text | None = Field(default=None, examples=["runs/sft"])
+    """Another model as the reference, instead of the policy before training."""
+
+
+class DpoSection(Section):
+    """Preference optimisation."""
+
+    loss: Annotated[dict[str, Any], Expect("a mapping such as {type: sigmoid, beta: 0.1}")] = {"type": "sigmoid"}
+    """The loss by `type`, and the hyperparameters of that loss."""
+    reference: ReferenceSection = ReferenceSection()
+    """The reference model."""
+
+
+class TrainingSection(Section):
+    """The optimisation, and what is written on the way."""
+
+    output_dir: Text = Field(examples=["runs/my-run"])
+    """The run directory."""
+    global_batch_size: Count = 64
+    """Rows per optimizer step (pairs, for preferences), whatever the hardware."""
+    max_tokens_per_device: Annotated[
+        Literal["auto"] | int,
+        BeforeValidator(_budget, json_schema_input_type=Literal["auto"] | int),
+        Expect("auto, or a whole number of at least 1"),
+    ] = "auto"
+    """Tokens in one micro-batch; changes speed and memory, never the maths."""
+    num_train_epochs: Annotated[float, Gt(0)] = 1.0
+    """Passes over the training rows."""
+    max_steps: Count | None = Field(default=None, examples=[1000])
+    """Optimizer steps of the run, instead of num_train_epochs."""
+    learning_rate: Annotated[float, Ge(0)] = Field(examples=[5e-6])
+    """The peak learning rate."""
+    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
+    """The course of the learning rate after warm-up."""
+    warmup_ratio: Share | None = Field(default=None, examples=[0.1])
+    """The share of all steps over which the learning rate rises from 0; 0.1 when warmup_steps is not given either."""
+    warmup_steps: Annotated[int, Ge(0)] | None = Field(default=None, examples=[100])
+    """The same as a number of steps."""
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    """Decoupled weight decay."""
+    adam_beta1: Probability = 0.9
+    """Decay of Adam's first moment."""
+    adam_beta2: Probability = 0.999
+    """Decay of Adam's second moment."""
+    adam_epsilon: Annotated[float, Gt(0)] = 1e-8
+    """Added to the denominator of the update."""
+    max_grad_norm: Annotated[float, Gt(0)] | None = 1.0
+    """Gradients are clipped to this norm; null does not clip."""
+    optim: Literal["adamw", "paged_adamw_32bit", "paged_adamw_8bit", "rmsprop"] = "adamw"
+    """The optimizer; the paged ones come from bitsandbytes."""
+    gradient_checkpointing: Annotated[
+        Literal["auto"] | bool,
+        BeforeValidator(_auto_or_flag, json_schema_input_type=Literal["auto"] | bool),
+        Expect("auto, true or false"),
+    ] = "auto"
+    """Recompute activations in the backward pass to save memory."""
+    logging_steps: Count = 10
+    """Optimizer steps between lines of metrics."""
+    eval_on_start: bool = True
+    """Evaluate before the first step too."""
+    eval_steps: Count | None = Field(default=None, examples=[100])
+    """Optimizer steps between evaluations."""
+    save_steps: Count | None = Field(default=None, examples=[100])
+    """Optimizer steps between checkpoints."""
+    save_total_limit: Count | None = 2
+    """Keep this many checkpoints; null keeps all."""
+    report_to: Annotated[
+        list[Literal["tensorboard", "wandb", "trackio"]],
+        BeforeValidator(_names, json_schema_input_type=str | list[str] | None),
+        Expect("none, or any of tensorboard, wandb, trackio"),
+    ] = []
+    """Trackers that get the metrics too."""
+    run_name: Text | None = Field(default=None, examples=["zephyr-dpo"])
+    """The name of the run at the trackers."""
+    seed: Annotated[int, Ge(0), Lt(2**32)] = 42
+    """Seeds everything that is random: order of rows, splits, dropout, new weights."""
+
+
+class Recipe(Section):
+    """Everything that decides what a run computes."""
+
+    version: Annotated[Literal[1], BeforeValidator(_exactly_one)] = 1
+    """The version of this schema."""
+    method: Literal["sft", "dpo"] = Field(examples=["dpo"])
+    """A guard: the other command refuses the recipe."""
+    model: ModelSection = Field(examples=[{"model_name_or_path": "mistralai/Mistral-7B-v0.1"}])
+    """The model."""
+    quantization: QuantizationSection | None = None
+    """Quantisation of the frozen weights."""
+    lora: LoraSection | None = None
+    """Adapters; leave it out for full fine-tuning."""
+    data: DataSection = Field(examples=[{"train": ["pairs.jsonl"]}])
+    """The data."""
+    sft: SftSection = SftSection()
+    """Keys of `dpoctl sft`."""
+    dpo: DpoSection = DpoSection()
+    """Keys of `dpoctl dpo`."""
+    training: TrainingSection = Field(examples=[{"output_dir": "runs/my-run", "learning_rate": 5e-6}])
+    """The optimisation."""
+
+    def to_yaml(self) -> str:
+        """Write the recipe out with every default filled in; it loads back to an equal recipe."""
+        resolved = self.model_dump(mode="python")
+        for path in inert_keys(self):
+            section: Any = resolved
+            for key in path[:-1]:
+                section = section.get(key) or {}
+            section.pop(path[-1], None)
+        return write_yaml(resolved)
+
+    def warnings(self) -> list[str]:
+        """Say which values are set and have no effect as things stand."""
+        return useless_values(self)

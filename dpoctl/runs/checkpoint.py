@@ -1,0 +1,260 @@
+"""Checkpoints that survive anything: killed, torn or flipped, the newest good one is found again.
+
+A save is written to `.tmp-step-000100`, synced, given a manifest of checksums, and renamed to `step-000100` by rank 0
+once every rank is done. Old checkpoints are retired only after that. Weights, optimizer and random states are
+safetensors and JSON: reading a checkpoint runs no code.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from dpoctl import console
+from dpoctl.errors import RunError
+from dpoctl.runs import manifest
+from dpoctl.runs.environment import installed_version
+from dpoctl.runs.files import sync, to_json, write_atomically
+from dpoctl.runs.tree import read_tree, tree_bytes, write_tree
+
+LATEST = "LATEST"
+_STEP = r"step-\d{6,}"
+
+
+@dataclass
+class Checkpoint:
+    """All that a run needs to go on as if it had never stopped."""
+
+    step: int
+    """Optimizer steps done; also the position in the data."""
+    weights: dict[str, Tensor]
+    """The trainable tensors by name."""
+    optimizer: dict[str, Any]
+    """A torch optimizer's `state_dict()`."""
+    rng: dict[str, Any]
+    """What `dpoctl.runs.rng.capture` returned; empty when read by a rank that did not exist at the save."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Anything else that is plain data: counters, the token budget, the recipe's fingerprint."""
+    world_size: int = 1
+    """How many processes wrote it; set by `load`."""
+
+
+def save(
+    checkpoints: Path,
+    checkpoint: Checkpoint,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    barrier: Callable[[], None] = lambda: None,
+    keep: int | None = None,
+    sharded: bool = False,
+) -> Path:
+    """Write a checkpoint; every rank calls this at the same step.
+
+    Args:
+        checkpoints: The folder that holds them all; `LATEST` is written beside it.
+        checkpoint: Random states are written by every rank, the rest by rank 0 alone unless `sharded`.
+        rank: This process.
+        world_size: Number of processes.
+        barrier: Returns once every rank has called it. All ranks meet it equally often, also when one of them fails.
+        keep: How many good checkpoints to keep at least; None keeps all.
+        sharded: Whether weights and optimizer differ from rank to rank.
+
+    Returns:
+        The folder of the new checkpoint.
+
+    Raises:
+        RunError: On every rank, if any could not write its part. Older checkpoints are untouched.
+    """
+    final = checkpoints / f"step-{checkpoint.step:06d}"
+    temporary = checkpoints / f".tmp-{final.name}"
+    problem = _attempt(lambda: _prepare(temporary)) if rank == 0 else None
+    barrier()
+    problem = problem or _attempt(lambda: _write_part(temporary, checkpoint, rank, sharded))
+    barrier()
+    if rank == 0 and problem is None:
+        about = {"step": checkpoint.step, "world_size": world_size, "sharded": sharded}
+        problem = _attempt(lambda: _commit(temporary, final, about))
+    barrier()
+    if problem or temporary.exists() or not final.exists():
+        barrier()
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise _failure(temporary, checkpoint, problem or "another rank could not write its part")
+    if rank == 0:
+        _publish(final)
+        _retire(checkpoints, final, keep)
+    return final
+
+
+def newest(checkpoints: Path) -> Path | None:
+    """The newest checkpoint whose every byte is as it was written; None if none was ever written.
+
+    Warns once if newer ones are damaged.
+
+    Raises:
+        RunError: There are checkpoints, and all are damaged.
+    """
+    damaged: list[str] = []
+    for folder in reversed(_steps(checkpoints)):
+        damage = manifest.find_damage(folder)
+        if damage is None:
+            if damaged:
+                console.warn(f"damaged checkpoint: {'; '.join(damaged)}; going back to {folder.name}")
+            return folder
+        damaged.append(f"{folder.name} ({damage})")
+    if damaged:
+        raise RunError(
+            f"{checkpoints}: no checkpoint is usable: {'; '.join(damaged)}",
+            hint="restore one from a backup, or start again with --overwrite",
+        )
+    return None
+
+
+def load(path: Path, rank: int = 0) -> Checkpoint:
+    """Read a rank's part of a checkpoint; tensors are on the CPU.
+
+    Raises:
+        RunError: The checkpoint cannot be read, or it is sharded and holds nothing for this rank.
+    """
+    try:
+        about = manifest.read_manifest(path)
+        known = rank < about["world_size"]
+        if about["sharded"] and not known:
+            raise ValueError(f"it is cut into {about['world_size']} shards and has none for rank {rank}")
+        shard = _suffix(rank, about["sharded"])
+        state = read_tree(path, "state")
+        return Checkpoint(
+            step=state["step"],
+            weights=read_tree(path, f"weights{shard}"),
+            optimizer=read_tree(path, f"optimizer{shard}"),
+            rng=read_tree(path, f"rng-rank-{rank}") if known else {},
+            extra=state["extra"],
+            world_size=about["world_size"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise RunError(f"{path}: checkpoint cannot be read: {error}") from error
+
+
+def recover(checkpoints: Path) -> None:
+    """Finish or remove what a killed save left behind; rank 0 calls this before it looks for the newest.
+
+    A temporary folder whose manifest verifies lacks nothing but its name; any other is removed.
+    """
+    for folder in _leftovers(checkpoints, "tmp"):
+        final = folder.with_name(folder.name.removeprefix(".tmp-"))
+        if not final.exists() and manifest.find_damage(folder) is None:
+            folder.rename(final)
+            _publish(final)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+    for folder in _leftovers(checkpoints, "trash"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _attempt(action: Callable[[], None]) -> str | None:
+    """Why an action failed, or None: a rank that raised here would leave the others waiting."""
+    try:
+        action()
+    except (OSError, SafetensorError) as error:
+        return str(error)
+    return None
+
+
+def _prepare(temporary: Path) -> None:
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir()
+
+
+def _suffix(rank: int, sharded: bool) -> str:
+    return f"-rank-{rank}" if sharded else ""
+
+
+def _write_part(folder: Path, checkpoint: Checkpoint, rank: int, sharded: bool) -> None:
+    names = write_tree(folder, f"rng-rank-{rank}", checkpoint.rng)
+    if rank == 0 or sharded:
+        names += write_tree(folder, f"weights{_suffix(rank, sharded)}", checkpoint.weights)
+        names += write_tree(folder, f"optimizer{_suffix(rank, sharded)}", checkpoint.optimizer)
+    if rank == 0:
+        names += write_tree(folder, "state", {"step": checkpoint.step, "extra": checkpoint.extra})
+    # Written last, so that rank 0 takes a missing one for a rank that failed.
+    write_atomically(folder / _part(rank), to_json(manifest.describe_files(folder, names)))
+
+
+def _part(rank: int) -> str:
+    return f"part-rank-{rank}.json"
+
+
+def _commit(temporary: Path, final: Path, about: dict[str, Any]) -> None:
+    files: dict[str, Any] = {}
+    for part in [temporary / _part(rank) for rank in range(about["world_size"])]:
+        files |= json.loads(part.read_text(encoding="utf-8"))
+        part.unlink()
+    versions = {name: installed_version(name) for name in ("dpoctl", "torch", "safetensors")}
+    manifest.write_manifest(temporary, {**about, "versions": versions, "files": files})
+    if final.exists():  # a damaged one of the same step, met again after falling back behind it
+        _discard(final)
+    # The one moment that decides: whatever fails after it, the checkpoint is there for every rank.
+    temporary.rename(final)
+
+
+def _publish(final: Path) -> None:
+    try:
+        sync(final.parent)
+        write_atomically(final.parent.with_name(LATEST), final.name + "\n")
+    except OSError as error:
+        console.warn(f"{LATEST} could not be updated to {final.name}: {error}")
+
+
+def _retire(checkpoints: Path, final: Path, keep: int | None) -> None:
+    """Remove all but the newest good checkpoints. A damaged one counts for nothing and is left for its owner."""
+    good = [folder for folder in _steps(checkpoints) if manifest.find_damage(folder, hashes=False) is None]
+    try:
+        for folder in good[:-keep] if keep else []:
+            if folder != final:
+                _discard(folder)
+        for trash in _leftovers(checkpoints, "trash"):
+            shutil.rmtree(trash)
+    except OSError as error:
+        console.warn(f"an old checkpoint could not be removed: {error}")
+
+
+def _failure(temporary: Path, checkpoint: Checkpoint, problem: str) -> RunError:
+    gib = 2**30
+    needed = tree_bytes([checkpoint.weights, checkpoint.optimizer, checkpoint.rng]) / gib
+    folder = next(parent for parent in temporary.parents if parent.exists())
+    free = shutil.disk_usage(folder).free / gib
+    return RunError(
+        f"{temporary.parent}: the checkpoint of step {checkpoint.step} could not be saved: {problem}",
+        hint=f"it needs about {needed:.2f} GiB and {free:.2f} GiB are free; make room, then go on with --resume",
+    )
+
+
+def _discard(folder: Path) -> None:
+    trash = folder.with_name(f".trash-{folder.name}")
+    shutil.rmtree(trash, ignore_errors=True)
+    folder.rename(trash)
+
+
+def _leftovers(checkpoints: Path, kind: str) -> list[Path]:
+    return [folder for folder in _folders(checkpoints) if re.fullmatch(rf"\.{kind}-{_STEP}", folder.name)]
+
+
+def _steps(checkpoints: Path) -> list[Path]:
+    """The finished checkpoints, oldest first, good or not."""
+    steps = [folder for folder in _folders(checkpoints) if re.fullmatch(_STEP, folder.name)]
+    return sorted(steps, key=lambda folder: int(folder.name.removeprefix("step-")))
+
+
+def _folders(checkpoints: Path) -> list[Path]:
+    if not checkpoints.is_dir():
+        return []
+    return [entry for entry in checkpoints.iterdir() if entry.is_dir() and not entry.is_symlink()]

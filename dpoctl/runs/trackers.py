@@ -1,0 +1,148 @@
+"""Experiment trackers beside `metrics.jsonl`. A tracker that fails is dropped with a warning; training goes on.
+
+To add one: a function that builds accelerate's tracker for it, and a line in `TRACKERS`.
+"""
+
+import os
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
+
+from dpoctl import console
+from dpoctl.errors import SetupError
+from dpoctl.runs.environment import installed_version
+from dpoctl.runs.files import to_json, write_atomically
+from dpoctl.runs.redact import redact
+
+
+@dataclass(frozen=True)
+class Followed:
+    """What a tracker needs to know about the run that it follows."""
+
+    folder: Path
+    """The run directory."""
+    run_name: str
+    """How people call the run."""
+    run_id: str
+    """The same for a run and all that resume it."""
+    resumed_at: int | None
+    """The step that this process goes on from; None if it starts the run."""
+
+
+def _tensorboard(run: Followed) -> GeneralTracker:
+    purge = None if run.resumed_at is None else run.resumed_at + 1
+    return TensorBoardTracker("tensorboard", run.folder, purge_step=purge)
+
+
+def _wandb(run: Followed) -> GeneralTracker:
+    project = os.environ.get("WANDB_PROJECT", "dpoctl")
+    logs = run.folder / "logs"  # wandb falls back to the system's temporary folder where this is missing
+    logs.mkdir(exist_ok=True)
+    options = {"name": run.run_name, "id": run.run_id, "dir": str(logs)}
+    return WandBTracker(project, resume="allow", **options)
+
+
+def _trackio(run: Followed) -> GeneralTracker:
+    resume = "never" if run.resumed_at is None else "allow"
+    return TrackioTracker(os.environ.get("TRACKIO_PROJECT", "dpoctl"), name=run.run_name, resume=resume)
+
+
+TRACKERS: dict[str, Callable[[Followed], GeneralTracker]] = {
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+    "trackio": _trackio,
+}
+
+
+def check_installed(names: Sequence[str]) -> None:
+    """Refuse early what could not be tracked; call this before any model is loaded.
+
+    Raises:
+        SetupError: A package is missing; says how to install it.
+    """
+    missing = [name for name in names if installed_version(name) is None]
+    if missing:
+        raise SetupError(
+            f"training.report_to: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed",
+            hint=f"pip install 'dpoctl[{','.join(missing)}]'",
+        )
+
+
+class Trackers:
+    """The trackers of a run, as long as they work. For rank 0 alone.
+
+    Args:
+        names: Keys of `TRACKERS`.
+        folder: The run directory; it remembers the run's id there.
+        run_name: Defaults to the folder's name.
+        config: The resolved recipe as nested plain data; secrets are taken out here.
+        resumed_at: The step that the run goes on from; None if it starts.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        folder: Path,
+        *,
+        config: Mapping[str, Any],
+        run_name: str | None = None,
+        resumed_at: int | None = None,
+    ) -> None:
+        self._active: dict[str, GeneralTracker] = {}
+        if not names:
+            return
+        run = Followed(folder, run_name or folder.resolve().name, _run_id(folder, resumed_at), resumed_at)
+        flat = _flatten(redact(config))
+        for name in names:
+            self._guard(name, "start", partial(self._start, name, run, flat))
+
+    def log(self, metrics: Mapping[str, Any], step: int, *, prefix: str = "train") -> None:
+        """Send the numbers of a step, each as `prefix/name`."""
+        numbers = {f"{prefix}/{k}": v for k, v in metrics.items() if k != "step" and isinstance(v, int | float)}
+        for name, tracker in list(self._active.items()):
+            self._guard(name, "log", partial(tracker.log, numbers, step=step))
+
+    def finish(self) -> None:
+        """Tell them that the run is over."""
+        for name, tracker in list(self._active.items()):
+            self._guard(name, "finish", tracker.finish)
+        self._active.clear()
+
+    def _start(self, name: str, run: Followed, config: dict[str, Any]) -> None:
+        tracker = TRACKERS[name](run)
+        tracker.start()
+        tracker.store_init_configuration(config)
+        self._active[name] = tracker
+
+    def _guard(self, name: str, action: str, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:  # whatever a service or its client comes up with
+            self._active.pop(name, None)
+            console.warn(
+                f"{name} failed to {action} and is left out from here on: {error}; metrics.jsonl has everything"
+            )
+
+
+def _run_id(folder: Path, resumed_at: int | None) -> str:
+    note = folder / "trackers.json"
+    if resumed_at is not None and note.is_file():
+        return note.read_text(encoding="utf-8").strip().strip('"')
+    run_id = secrets.token_hex(4)
+    write_atomically(note, to_json(run_id))
+    return run_id
+
+
+def _flatten(config: Any, path: str = "") -> dict[str, Any]:
+    """Nested data as `section.key: scalar`, which is all that every tracker can show."""
+    if isinstance(config, Mapping) and config:
+        items = [(f"{path}.{key}" if path else str(key), item) for key, item in config.items()]
+        return {name: value for key, item in items for name, value in _flatten(item, key).items()}
+    if isinstance(config, bool | int | float | str) or config is None:
+        return {path: config}
+    return {path: str(config)}

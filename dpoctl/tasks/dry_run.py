@@ -1,0 +1,79 @@
+"""`--dry-run`: what would be trained, on what, in how many steps; no weights are loaded and nothing is written."""
+
+import json
+import os
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpoctl import console
+from dpoctl.core.optim import warmup_steps
+from dpoctl.core.planner import Lengths, Plan
+from dpoctl.data.prepare import cache_dir, iter_texts, prepare
+from dpoctl.data.preview import mask_preview
+from dpoctl.data.store import TokenStore
+from dpoctl.model.tokenizer import load_tokenizer
+from dpoctl.recipe.schema import Recipe
+
+ROWS_SHOWN = 2
+
+
+def show_plan(recipe: Recipe, *, json_output: bool = False) -> None:
+    """Resolve the recipe, load and count the data, and show steps, batches, lengths and the masks of some rows.
+
+    Args:
+        recipe: checked and complete.
+        json_output: print the numbers as one JSON object instead.
+    """
+    tokenizer = load_tokenizer(recipe, lambda: iter_texts(recipe))
+    data = prepare(recipe, tokenizer, cache_dir=cache_dir())
+    training, lengths = recipe.training, Lengths.of(data.train)
+    plan = Plan(
+        lengths,
+        training.global_batch_size,
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        seed=training.seed,
+        num_epochs=training.num_train_epochs,
+        max_steps=training.max_steps,
+    )
+    numbers: dict[str, Any] = {
+        "method": recipe.method,
+        "rows": len(data.train),
+        "eval_rows": {name: len(store) for name, store in data.evals.items()},
+        "rejected": data.report.get("rejected", 0),
+        "steps": plan.num_steps,
+        "steps_per_epoch": plan.steps_per_epoch,
+        "warmup_steps": warmup_steps(training, plan.num_steps),
+        "global_batch_size": training.global_batch_size,
+        "tokens": {"total": int(lengths.tokens.sum()), **_token_statistics(data.train)},
+    }
+    if json_output:
+        console.emit(json.dumps(numbers))
+        return
+    console.say(recipe.to_yaml())
+    for name, value in numbers.items():
+        if name != "tokens":
+            console.say(f"{name.replace('_', ' ')}: {value}")
+    console.say(f"tokens: {numbers['tokens'].pop('total'):,} an epoch, each prompt counted once")
+    for name, value in numbers["tokens"].items():
+        console.say(f"  {name}: {value}")
+    console.say(mask_preview(data.train, tokenizer, rows=ROWS_SHOWN))
+    console.say("dry run: nothing was trained or written")
+
+
+def _token_statistics(store: TokenStore) -> dict[str, dict[str, int]]:
+    rows = np.diff(store.response_start)
+    per_row = np.repeat(store.shared_len, rows) + store.suffix_len
+    statistics = {"row": _percentiles(per_row)}
+    if store.pairs.size:
+        starts = np.repeat(store.response_start[:-1], np.diff(store.pair_start))
+        statistics["chosen"] = _percentiles(store.num_tokens[starts + store.pairs[:, 0]])
+        statistics["rejected"] = _percentiles(store.num_tokens[starts + store.pairs[:, 1]])
+    else:
+        statistics["scored"] = _percentiles(store.num_tokens)
+    return statistics
+
+
+def _percentiles(values: NDArray[np.int64]) -> dict[str, int]:
+    return {f"p{p}": int(np.percentile(values, p)) for p in (5, 50, 95)} | {"max": int(values.max())}

@@ -1,0 +1,156 @@
+"""`dpoctl eval RUN`: the finished model on held-out data, against its reference, with a confidence interval."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from rich.table import Table
+
+from dpoctl import console
+from dpoctl.core.logps import Scorer
+from dpoctl.core.loop import EvalSet, Metrics, evaluate
+from dpoctl.core.losses import LOSSES, Item
+from dpoctl.core.objective import Objective
+from dpoctl.core.planner import Lengths, Plan
+from dpoctl.core.reader import Reader
+from dpoctl.data.formats import FORMATS
+from dpoctl.data.prepare import PreparedData, cache_dir, iter_texts, prepare
+from dpoctl.errors import UsageError
+from dpoctl.model.load import load_policy, load_run, resolve_dtype
+from dpoctl.model.probe import probe
+from dpoctl.model.tokenizer import load_tokenizer
+from dpoctl.recipe import Recipe, parse_recipe
+from dpoctl.runs.directory import RESOLVED_RECIPE
+from dpoctl.runs.files import to_json, write_atomically
+from dpoctl.tasks.machine import build_accelerator, token_budget
+from dpoctl.tasks.reference import Reference
+from dpoctl.tasks.task import build_task
+
+# Two-sided 95 %.
+Z = 1.959964
+
+
+def run(run: Path, *, data: str | None = None, limit: int | None = None, json_output: bool = False) -> None:
+    """Evaluate a finished run on its own evaluation sets, or on other data.
+
+    Args:
+        run: the run directory.
+        data: a file or hub id instead of the recipe's evaluation sets.
+        limit: use no more rows than this of each set.
+        json_output: print one JSON object.
+    """
+    recipe = _recipe_of(run, data)
+    accelerator = build_accelerator(recipe)
+    with accelerator.main_process_first():
+        tokenizer = load_tokenizer(recipe, lambda: iter_texts(recipe))
+        prepared = prepare(recipe, tokenizer, cache_dir=cache_dir(), only_eval=True)
+    results = _evaluate(run, recipe, accelerator, prepared, limit, int(tokenizer.pad_token_id or 0))
+    if not accelerator.is_main_process:
+        return
+    main = results.pop("eval", {})
+    report: dict[str, Any] = {"run": str(run), **main, **({"sets": results} if results else {})}
+    write_atomically(run / "eval.json", to_json(report))
+    if json_output:
+        console.emit(json.dumps(report))
+    else:
+        _show({**({"eval": main} if main else {}), **results})
+
+
+def _recipe_of(run: Path, data: str | None) -> Recipe:
+    """Read the resolved recipe of a run, with its evaluation data replaced if asked for."""
+    path = run / RESOLVED_RECIPE
+    if not path.is_file():
+        raise UsageError(f"{run} is not a run of dpoctl: it has no {RESOLVED_RECIPE}")
+    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if data is not None:
+        document["data"] |= {"eval": {"eval": [{"path": data, "split": "test"}]}, "eval_size": None}
+        document["training"]["eval_steps"] = document["training"].get("eval_steps") or 1
+    if not document["data"].get("eval") and document["data"].get("eval_size") is None:
+        raise UsageError(f"{run}: its recipe has no evaluation data", hint="name some with --data FILE")
+    text = yaml.safe_dump(document)
+    return parse_recipe(text, str(path), command=document["method"], losses=LOSSES, formats=FORMATS)
+
+
+def _evaluate(
+    run: Path, recipe: Recipe, accelerator: Accelerator, data: PreparedData, limit: int | None, pad: int
+) -> dict[str, dict[str, Any]]:
+    """Return the metrics of every evaluation set."""
+    task, tables = build_task(recipe), {}
+    lengths = {name: Lengths.of(store).first(limit) for name, store in data.evals.items()}
+    if task.loss.needs_reference:
+        tables = _reference_tables(recipe, accelerator, data, pad)
+    device = accelerator.device
+    policy = load_run(
+        run,
+        device,
+        resolve_dtype(recipe.model.dtype, device),
+        attn_implementation=recipe.model.attn_implementation,
+        quantization=recipe.quantization,
+        trust_remote_code=recipe.model.trust_remote_code,
+    )
+    results = {}
+    with accelerator.autocast():
+        verdict = probe(policy.causal, max_length=recipe.data.max_length)
+        objective = Objective(accelerator, Scorer(policy.model, policy.causal, verdict), task.loss, task.report)
+        for name, store in data.evals.items():
+            reader = Reader(store, verdict.layout, device, pad, tables.get(name))
+            budget, _ = token_budget(recipe, policy, lengths[name], accelerator)
+            batch_size = recipe.training.global_batch_size
+            plan = Plan(lengths[name], batch_size, accelerator.num_processes, budget, verdict.layout)
+            counts = {item: int(numbers.sum()) for item, numbers in lengths[name].items.items()}
+            results[name] = _describe(evaluate(objective, EvalSet(reader, plan)), counts)
+    return results
+
+
+def _reference_tables(
+    recipe: Recipe, accelerator: Accelerator, data: PreparedData, pad: int
+) -> dict[str, NDArray[np.float32]]:
+    """Return the reference's log-probabilities of every evaluation set; the model is freed again."""
+    tokenizer = load_tokenizer(recipe, lambda: iter_texts(recipe))
+    policy = load_policy(recipe, tokenizer, accelerator.device)
+    with accelerator.autocast():
+        verdict = probe(policy.causal, max_length=recipe.data.max_length)
+    reference = Reference(recipe, policy, verdict, accelerator)
+    tables = {}
+    for name, store in data.evals.items():
+        budget, _ = token_budget(recipe, policy, Lengths.of(store), accelerator)
+        tables[name] = reference.table(Reader(store, verdict.layout, accelerator.device, pad), budget)
+    return tables
+
+
+def _describe(metrics: Metrics, counts: Mapping[Item, int]) -> dict[str, Any]:
+    """Add to the means how many items they are over, and what that leaves uncertain."""
+    if "rewards/accuracies" not in metrics:
+        return {**metrics, "perplexity": math.exp(metrics["loss"]), "num_tokens": counts["tokens"]}
+    low, high = wilson_interval(metrics["rewards/accuracies"], counts["pairs"])
+    return {**metrics, "rewards/accuracies_ci": [low, high], "num_pairs": counts["pairs"]}
+
+
+def _show(results: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, metrics in results.items():
+        table = Table(title=name, title_justify="left", box=None, show_header=False)
+        for metric, value in metrics.items():
+            if isinstance(value, list):
+                continue
+            interval = metrics.get(f"{metric}_ci")
+            spread = f"  95 % interval {interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
+            table.add_row(metric, f"{value:,}" if isinstance(value, int) else f"{value:.4f}{spread}")
+        console.say(table)
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """Return the 95 % confidence interval of a share (Wilson, 1927).
+
+    Args:
+        share: of successes.
+        count: of independent trials.
+    """
+    centre = (share + Z * Z / (2 * count)) / (1 + Z * Z / count)
+    spread = Z * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count)) / (1 + Z * Z / count)
+    return max(0.0, centre - spread), min(1.0, centre + spread)

@@ -1,0 +1,79 @@
+"""The machine a run finds itself on: its ranks, its precision, and how many tokens fit into a micro-batch."""
+
+from datetime import timedelta
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import Tensor
+
+from dpoctl.core.planner import Lengths
+from dpoctl.model.checkpointing import activation_bytes_per_token
+from dpoctl.model.load import resolve_dtype
+from dpoctl.model.policy import Policy
+from dpoctl.recipe.schema import Recipe
+
+MIXED_PRECISION = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
+# One rank may tokenize for long while the others wait for it.
+PATIENCE = timedelta(hours=3)
+# Gradient and two moments of every trained parameter, in float32.
+BYTES_PER_TRAINED = 12
+# On a CPU larger micro-batches bring no speed, only memory.
+CPU_TOKENS = 8192
+# A few tokens less than fit: allocators need room, and the head its chunk of logits.
+SLACK = 0.6
+
+
+def build_accelerator(recipe: Recipe) -> Accelerator:
+    """Join the other ranks, on GPUs if there are any, else on CPUs; refuse nothing and load nothing."""
+    on_gpu = torch.cuda.is_available()
+    dtype = resolve_dtype(recipe.model.dtype, torch.device("cuda" if on_gpu else "cpu"))
+    return Accelerator(
+        mixed_precision=MIXED_PRECISION[dtype],
+        cpu=not on_gpu,
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=PATIENCE),
+            # Experts that no token of a micro-batch visits get no gradient.
+            DistributedDataParallelKwargs(find_unused_parameters=_has_experts(recipe)),
+        ],
+    )
+
+
+def token_budget(recipe: Recipe, policy: Policy, lengths: Lengths, accelerator: Accelerator) -> tuple[int, bool]:
+    """Return the tokens of a micro-batch and whether layers are recomputed, the same on all ranks.
+
+    With `gradient_checkpointing: auto` layers are recomputed only if two of the longest records would not fit
+    otherwise: recomputing costs a third to a half of the speed.
+    """
+    training = recipe.training
+    wanted = training.gradient_checkpointing
+    longest = int(lengths.tokens.max())
+    fits = {again: _fitting(policy, again, accelerator) for again in (False, True)}
+    checkpointing = fits[False] < 2 * longest if wanted == "auto" else bool(wanted)
+    budget = fits[checkpointing] if training.max_tokens_per_device == "auto" else training.max_tokens_per_device
+    if training.max_tokens_per_device != "auto" and wanted == "auto":
+        checkpointing = fits[False] < max(longest, budget)
+    return budget, checkpointing
+
+
+def _fitting(policy: Policy, checkpointing: bool, accelerator: Accelerator) -> int:
+    trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
+    free = _free_bytes(accelerator.device) * SLACK - trained * BYTES_PER_TRAINED
+    per_token = activation_bytes_per_token(policy.causal.config, policy.dtype, checkpointing)
+    tokens = max(1, int(free // per_token))
+    if accelerator.device.type == "cpu":
+        tokens = min(tokens, CPU_TOKENS)
+    everywhere: Tensor = accelerator.gather(torch.tensor([tokens], device=accelerator.device))
+    return int(everywhere.min())
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _has_experts(recipe: Recipe) -> bool:
+    config = recipe.model.from_scratch.config if recipe.model.from_scratch else {}
+    return any("expert" in key for key in config)

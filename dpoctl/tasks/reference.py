@@ -1,0 +1,149 @@
+"""The reference: its log-probabilities computed once and kept on disk, or a model that runs beside the policy."""
+
+import copy
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dpoctl import console
+from dpoctl.core.batch import Batch
+from dpoctl.core.logps import Scorer
+from dpoctl.core.objective import LiveReference
+from dpoctl.core.planner import Lengths, Plan
+from dpoctl.core.reader import Reader
+from dpoctl.data.prepare import cache_dir
+from dpoctl.model.load import Policy, load_run
+from dpoctl.model.probe import Verdict
+from dpoctl.recipe.schema import Recipe
+
+# Part of every key: raise it when the same inputs would give other numbers.
+VERSION = 1
+# Records of one step of the pass; it bounds what a rank plans at once, nothing else.
+STEP = 1024
+CHUNK = 1 << 24
+
+
+class Reference:
+    """What the policy is compared with.
+
+    Args:
+        recipe: says whether another model is named.
+        policy: as it was before its first update.
+        verdict: how models of this kind are run.
+        accelerator: ranks and precision.
+    """
+
+    def __init__(self, recipe: Recipe, policy: Policy, verdict: Verdict, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._enter: Callable[[], AbstractContextManager[object]] = nullcontext
+        if recipe.dpo.reference.path is not None:
+            other = load_run(recipe.dpo.reference.path, accelerator.device, policy.dtype)
+            self.model, self.scorer = other.model, Scorer(other.model, other.causal, verdict)
+            self._tensors: Iterable[tuple[str, Tensor]] = list(other.model.state_dict().items())
+        else:
+            self.model, self.scorer = policy.model, Scorer(policy.model, policy.causal, verdict)
+            self._tensors = policy.reference_tensors()
+            if policy.kind == "lora":
+                self._enter = policy.reference
+        self._identity = f"{VERSION} {verdict.layout} {verdict.own_head} {policy.dtype} {fingerprint(self._tensors)}"
+
+    def table(self, reader: Reader, max_tokens: int) -> NDArray[np.float32]:
+        """Return `[R]`, the log-probability of every response of a store, from disk if it is known there.
+
+        Args:
+            reader: of the store.
+            max_tokens: budget of a micro-batch.
+        """
+        key = hashlib.sha256(f"{self._identity} {reader.store.key}".encode()).hexdigest()[:32]
+        file = cache_dir() / "reference" / f"{key}.npy"
+        known = torch.tensor(int(file.is_file()), device=self._accelerator.device)
+        if int(self._accelerator.reduce(known)) < self._accelerator.num_processes:
+            table = self._compute(reader, max_tokens)
+            if self._accelerator.is_main_process:
+                _write_whole(file, table)
+            return table
+        console.say(f"reference: log-probabilities of {len(reader.store):,} records from {file}")
+        loaded: NDArray[np.float32] = np.load(file, allow_pickle=False)
+        return loaded
+
+    def live(self) -> LiveReference:
+        """Return a reference that runs beside the policy, its own copy of the weights where that is needed."""
+        scorer, enter = self.scorer, self._enter
+        if enter is nullcontext:
+            scorer = copy.deepcopy(scorer).requires_grad_(False)
+
+        def logps(batch: Batch) -> Tensor:
+            with enter(), evaluating(scorer), self._accelerator.autocast():
+                return batch.sum_per_response(scorer(batch))
+
+        return logps
+
+    def _compute(self, reader: Reader, max_tokens: int) -> NDArray[np.float32]:
+        lengths, starts = Lengths.of(reader.store), reader.store.response_start
+        plan = Plan(lengths, STEP, self._accelerator.num_processes, max_tokens, reader.layout)
+        console.say(f"reference: computing log-probabilities of {len(lengths):,} records")
+        table = torch.zeros(int(starts[-1]), device=self._accelerator.device)
+        with torch.no_grad(), self._enter(), evaluating(self.scorer), self._accelerator.autocast():
+            for step in plan:
+                for records in step.schedule[self._accelerator.process_index]:
+                    if not records:
+                        continue
+                    batch = reader.batch(records)
+                    at = np.concatenate([np.arange(starts[r], starts[r + 1]) for r in records])
+                    logps = batch.sum_per_response(self.scorer(batch)).float()
+                    table[torch.from_numpy(at).to(table.device)] = logps
+        # Each response was computed by one rank and is zero on the others: adding them up is exact.
+        whole: Tensor = self._accelerator.reduce(table)
+        return whole.cpu().numpy()
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module in eval mode for a while: no dropout in a reference."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
+
+
+def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a digest of names, shapes and bits, computed where the tensors are.
+
+    Two integer sums over a tensor's bits, one of them weighted by position, stand for its content: enough to notice
+    any change that training, merging or another checkpoint makes, at memory speed.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        sums = [f"{int(plain)},{int(weighted)}" for plain, weighted in map(_checksum, _chunks(tensor))]
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {' '.join(sums)}\n".encode())
+    return digest.hexdigest()
+
+
+def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.detach().contiguous().view(-1).view(bits).split(CHUNK)
+
+
+def _checksum(bits: Tensor) -> tuple[Tensor, Tensor]:
+    values = bits.to(torch.int64)
+    # Overflow wraps: arithmetic modulo 2^64 is what is wanted.
+    weights = torch.arange(len(values), device=values.device) * 6364136223846793005 + 1442695040888963407
+    return values.sum(), (values * weights).sum()
+
+
+def _write_whole(file: Path, table: NDArray[np.float32]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    with temporary.open("wb") as stream:
+        np.save(stream, table, allow_pickle=False)
+    temporary.replace(file)

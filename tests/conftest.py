@@ -1,0 +1,109 @@
+"""Small real things that tests share: a tokenizer trained in the process, and tiny models."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+torch.set_num_threads(1)
+transformers.logging.set_verbosity_error()
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CORPUS = [
+    "The paper proposes a method and the reviewer sighs. ",
+    "Human: what is the capital of France? Assistant: Paris, of course. ",
+    "system user assistant 0123456789 hello world, yes no maybe!\n\n",
+]
+
+
+@pytest.fixture(autouse=True)
+def _private_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees another's token stores, nor the user's."""
+    monkeypatch.setenv("DPOCTL_CACHE", str(tmp_path / "dpoctl-cache"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of about 300 tokens with ChatML's control tokens and template."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
+    core.train_from_iterator(
+        CORPUS * 4,
+        trainers.BpeTrainer(
+            vocab_size=320,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|pad|>")
+    fast.chat_template = CHATML
+    return fast
+
+
+TINY: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 8},
+    "qwen3": {"head_dim": 16},
+    "gemma3_text": {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+
+
+def build_tiny(model_type: str, **changes: Any) -> PreTrainedModel:
+    """A two-layer model of an architecture with seeded weights large enough to make errors show."""
+    config = transformers.AutoConfig.for_model(
+        model_type,
+        **{
+            "vocab_size": 384,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "pad_token_id": 3,
+            "initializer_range": 0.1,
+        }
+        | TINY.get(model_type, {})
+        | changes,
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., PreTrainedModel]:
+    """Build a tiny model by its model type."""
+    return build_tiny
+
+
+@pytest.fixture
+def tiny_llama() -> PreTrainedModel:
+    """A two-layer Llama."""
+    return build_tiny("llama")
+
+
+@pytest.fixture
+def tiny_llama_folder(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A tiny Llama and its tokenizer saved as a user would have them."""
+    folder = tmp_path / "tiny-llama"
+    build_tiny("llama").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,79 @@
+"""The plan: every record once an epoch, budgets kept, ranks in step, and nothing that depends on the machine."""
+
+import itertools
+
+import numpy as np
+import pytest
+from memory_store import MemoryStore, random_pairs
+
+from dpoctl.core.planner import Lengths, Plan
+
+LENGTHS = Lengths.of(MemoryStore(random_pairs(37)))
+
+
+def trained(plan: Plan) -> list[int]:
+    return [r for step in plan for rank in step.schedule for micro in rank for r in micro]
+
+
+def test_lengths_count_shared_tokens_once() -> None:
+    store = MemoryStore(random_pairs(3))
+    lengths = Lengths.of(store)
+    for record, example in enumerate(store.examples):
+        a, b = example.suffixes
+        assert lengths.tokens[record] == len(example.shared) + len(a) + len(b)
+        assert lengths.longest[record] == len(example.shared) + max(len(a), len(b))
+        scored = 2 * example.shared_scored.sum() + len(a) + len(b)
+        assert lengths.items["tokens"][record] == scored
+    assert lengths.items["pairs"].tolist() == [1, 1, 1]
+    assert lengths.items["responses"].tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("max_tokens", [1, 90, 300, 1 << 62])
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+def test_every_record_is_used_once_an_epoch_within_the_budget(world_size: int, max_tokens: int, layout: str) -> None:
+    plan = Plan(LENGTHS, 8, world_size, max_tokens, layout, seed=3, num_epochs=2)
+    used = trained(plan)
+    assert sorted(used[:37]) == sorted(used[37:]) == list(range(37))
+    for step in plan:
+        assert len({len(rank) for rank in step.schedule}) == 1
+        for micro in itertools.chain.from_iterable(step.schedule):
+            assert len(micro) <= 1 or plan.tokens_of(micro) <= max_tokens
+
+
+def test_records_and_counts_of_a_step_do_not_depend_on_the_schedule() -> None:
+    plans = [Plan(LENGTHS, 8, w, b, seed=1, num_epochs=3) for w in (1, 2, 5) for b in (50, 1 << 62)]
+    for steps in zip(*plans, strict=True):
+        assert len({(step.records, tuple(step.counts.items())) for step in steps}) == 1
+
+
+def test_the_last_step_of_an_epoch_is_smaller_and_counted_so() -> None:
+    plan = Plan(LENGTHS, 8, seed=0)
+    assert [step.counts["pairs"] for step in plan] == [8, 8, 8, 8, 5]
+
+
+def test_a_rank_without_records_gets_a_filler() -> None:
+    plan = Plan(LENGTHS, 1, world_size=3, seed=0)
+    assert [[bool(m) for m in rank] for rank in plan.step(0).schedule] == [[True], [False], [False]]
+
+
+def test_epochs_are_shuffled_differently_and_seeds_too() -> None:
+    plan = Plan(LENGTHS, 37, seed=0, num_epochs=2)
+    assert plan.step(0).records != plan.step(1).records
+    assert plan.step(0).records != Plan(LENGTHS, 37, seed=1).step(0).records
+    assert plan.step(0).records == Plan(LENGTHS, 37, seed=0).step(0).records
+
+
+def test_without_a_seed_the_order_is_the_store_s() -> None:
+    assert Plan(LENGTHS, 10).step(0).records == tuple(range(10))
+
+
+@pytest.mark.parametrize(("epochs", "max_steps", "steps"), [(1, None, 5), (0.5, None, 3), (2, None, 10), (1, 7, 7)])
+def test_number_of_steps(epochs: float, max_steps: int | None, steps: int) -> None:
+    assert Plan(LENGTHS, 8, num_epochs=epochs, max_steps=max_steps).num_steps == steps
+
+
+def test_ranks_are_balanced_by_cost() -> None:
+    plan = Plan(LENGTHS, 32, world_size=4, seed=0)
+    loads = [sum(LENGTHS.cost[list(micro)].sum() for micro in rank) for rank in plan.step(0).schedule]
+    assert max(loads) < 1.1 * np.mean(loads)

@@ -1,0 +1,49 @@
+import pytest
+
+from dpoctl.runs.redact import HIDDEN, redact, redact_command, redact_text
+
+TOKEN = "hf_" + "AbCdEf0123456789" * 2
+
+
+def test_values_below_secret_names_are_hidden_at_any_depth():
+    config = {
+        "hub_token": "x",
+        "data": {"train": [{"api_key": "y", "path": "rows.jsonl"}]},
+        "password": "z",
+        "db-secret": ["a"],
+    }
+    assert redact(config) == {
+        "hub_token": HIDDEN,
+        "data": {"train": [{"api_key": HIDDEN, "path": "rows.jsonl"}]},
+        "password": HIDDEN,
+        "db-secret": [HIDDEN],
+    }
+
+
+def test_words_that_only_contain_token_are_left_alone():
+    config = {"max_tokens_per_device": "auto", "tokenizer": {"vocab_size": 512}, "tokens": "a b", "num_tokens": 3}
+    assert redact(config) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "hidden"),
+    [
+        (f"use {TOKEN} now", f"use {HIDDEN} now"),
+        ("https://me:pass@host/x?a=1", f"https://{HIDDEN}@host/x?a=1"),
+        ("s3://b/k?X-Amz-Signature=abc&part=1", f"s3://b/k?X-Amz-Signature={HIDDEN}&part=1"),
+        ("alignment-handbook/zephyr-7b-sft-qlora", "alignment-handbook/zephyr-7b-sft-qlora"),
+        ("hf_hub", "hf_hub"),
+        ("a@b.example", "a@b.example"),
+    ],
+)
+def test_tokens_and_passwords_inside_text_are_hidden(text, hidden):
+    assert redact_text(text) == hidden
+
+
+def test_a_command_line_keeps_all_but_its_secrets():
+    command = ["dpoctl", "dpo", "r.yaml", "--token", "abc", "--api-key=abc", "--set", "x.hub_token=abc", "--set"]
+    command += ["max_tokens_per_device=512", TOKEN]
+    assert redact_command(command) == [
+        *("dpoctl", "dpo", "r.yaml", "--token", HIDDEN, f"--api-key={HIDDEN}", "--set", f"x.hub_token={HIDDEN}"),
+        *("--set", "max_tokens_per_device=512", HIDDEN),
+    ]

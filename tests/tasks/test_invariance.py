@@ -1,0 +1,56 @@
+"""One recipe means one thing: the same curve for any token budget, any number of processes, any launcher."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_runs import command, metrics_of, run_command, write_recipe
+
+Run = Callable[..., dict[str, Any]]
+STEPS = {"training.max_steps": 20, "training.eval_steps": 10}
+LAUNCHERS = {
+    "--num-processes": (sys.executable, "-m", "dpoctl"),
+    "torchrun": (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "dpoctl"),
+    "accelerate": (
+        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu"),
+        *("--num_processes", "2", "--num_machines", "1", "-m", "dpoctl"),
+    ),
+}
+
+
+def assert_same_curve(run: Path | str, other: Path | str) -> None:
+    one, two = metrics_of(run), metrics_of(other)
+    assert len(one) == len(two) == 23
+    for row, same in zip(one, two, strict=True):
+        assert row.keys() == same.keys()
+        for name in row.keys() - {"tokens_per_second"}:
+            tight = 1e-6 if name.startswith("eval") else 1e-5
+            assert row[name] == pytest.approx(same[name], rel=tight, abs=tight), (row["step"], name)
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_token_budgets_give_the_same_curve(method: str, dpo_recipe: dict[str, Any], train: Run) -> None:
+    runs = []
+    for budget in (60, 200, 1_000_000):
+        out = f"{dpo_recipe['training']['output_dir']}-{budget}"
+        changes = STEPS | {"training.max_tokens_per_device": budget, "training.output_dir": out}
+        runs.append(train(dpo_recipe | {"method": method}, changes)["training"]["output_dir"])
+    assert_same_curve(runs[0], runs[1])
+    assert_same_curve(runs[0], runs[2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "method"), [("--num-processes", "sft"), ("--num-processes", "dpo"), ("torchrun", "dpo"), ("accelerate", "dpo")]
+)
+def test_two_processes_give_the_curve_of_one(
+    launcher: str, method: str, dpo_recipe: dict[str, Any], train: Run, tmp_path: Path
+) -> None:
+    alone = train(dpo_recipe | {"method": method}, STEPS)["training"]["output_dir"]
+    changes = STEPS | {"training.max_tokens_per_device": 100}
+    recipe = write_recipe(tmp_path / "recipe.yaml", dpo_recipe | {"method": method}, changes)
+    arguments = command(method, recipe, "--output-dir", tmp_path / "two", launcher=LAUNCHERS[launcher])
+    run_command([*arguments, "--num-processes", "2"] if launcher == "--num-processes" else arguments)
+    assert_same_curve(alone, tmp_path / "two")

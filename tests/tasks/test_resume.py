@@ -1,0 +1,137 @@
+"""Kill a run at any step: the same command with --resume ends with the same bits."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_runs import command, metrics_of, run_command, write_recipe
+from transformers import AutoModelForCausalLM
+
+from dpoctl.errors import StoppedError
+
+Run = Callable[..., dict[str, Any]]
+FULL = {"model.disable_dropout": False, "training.num_train_epochs": 2, "training.save_steps": 2}
+LORA = FULL | {"lora": {"r": 4, "lora_dropout": 0.2}}
+KINDS = {"full": FULL, "lora": LORA}
+TIMINGS = {"tokens_per_second"}
+
+
+@pytest.fixture(autouse=True)
+def _dropout(tiny_llama_folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
+    model.config.attention_dropout = 0.2
+    model.save_pretrained(tiny_llama_folder)
+
+
+def outcome(run: Path) -> tuple[bytes, list[dict[str, Any]]]:
+    """Weights to the bit, and all metrics that are not timings."""
+    (weights,) = (run / name for name in ("model.safetensors", "adapter_model.safetensors") if (run / name).exists())
+    rows = [{k: v for k, v in row.items() if k not in TIMINGS} for row in metrics_of(run)]
+    return weights.read_bytes(), rows
+
+
+def in_fork(work: Callable[[], None]) -> int:
+    """Run something in a child process that may not survive it, and return its exit status."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        except BaseException:  # the child must never return into pytest
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kill_at", [1, 5, 9])
+def test_a_killed_run_resumes_to_the_same_bits(kind: str, kill_at: int, dpo_recipe: dict[str, Any], train: Run) -> None:
+    from dpoctl.tasks.journal import Journal
+
+    whole = train(dpo_recipe, KINDS[kind])["training"]["output_dir"]
+    expected = outcome(Path(whole))
+    killed = {"training.output_dir": whole + "-killed"}
+
+    def suicide() -> None:
+        advance = Journal.advance
+
+        def kill(self: Journal, step: int) -> None:
+            advance(self, step)
+            if step == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Journal.advance = kill  # type: ignore[method-assign]
+        train(dpo_recipe, KINDS[kind] | killed)
+
+    assert in_fork(suicide) == signal.SIGKILL
+    train(dpo_recipe, KINDS[kind] | killed, resume=True)
+    weights, rows = outcome(Path(whole + "-killed"))
+    assert weights == expected[0]
+    assert rows == expected[1]
+
+
+def test_a_signal_stops_after_a_checkpoint_and_resumes_to_the_same_bits(dpo_recipe: dict[str, Any], train: Run) -> None:
+    from dpoctl.tasks.journal import Journal
+
+    changes = FULL | {"training.save_steps": None}
+    whole = train(dpo_recipe, changes)["training"]["output_dir"]
+    stopped = changes | {"training.output_dir": whole + "-stopped"}
+    advance = Journal.advance
+
+    def interrupt(self: Journal, step: int) -> None:
+        advance(self, step)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    Journal.advance = interrupt  # type: ignore[method-assign]
+    try:
+        with pytest.raises(StoppedError) as stop:
+            train(dpo_recipe, stopped)
+    finally:
+        Journal.advance = advance  # type: ignore[method-assign]
+    assert stop.value.exit_code == 143
+    assert not (Path(whole + "-stopped") / "model.safetensors").exists()
+    train(dpo_recipe, stopped, resume=True)
+    assert outcome(Path(whole + "-stopped")) == outcome(Path(whole))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_killed_resume_to_the_same_bits(kind: str, dpo_recipe: dict[str, Any], tmp_path: Path) -> None:
+    changes = KINDS[kind] | {"training.num_train_epochs": 6}
+    recipe = write_recipe(tmp_path / "recipe.yaml", dpo_recipe, changes)
+    options = ("--num-processes", "2", "--output-dir")
+    run_command(command("dpo", recipe, *options, tmp_path / "whole"))
+
+    arguments = command("dpo", recipe, *options, tmp_path / "killed")
+    child = subprocess.Popen(arguments, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed" / "checkpoints" / "step-000006").exists():
+        assert child.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    kill_orphans(tmp_path / "killed")
+    assert not (tmp_path / "killed" / "model.safetensors").exists() and not (
+        tmp_path / "killed" / "adapter_model.safetensors"
+    ).exists()
+    run_command([*arguments, "--resume"])
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+
+
+def kill_orphans(run: Path) -> None:
+    """Workers live in sessions of their own: kill every process that names this run."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                if str(run) in (entry / "cmdline").read_text():
+                    os.kill(int(entry.name), signal.SIGKILL)
+            except OSError:
+                continue
+
+
