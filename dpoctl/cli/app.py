@@ -66,12 +66,10 @@ def main() -> NoReturn:
     except typer.Abort:
         code = 1
     except Exception as error:
-        code = failure.report(
-            error,
-            as_json="--json" in sys.argv,
-            debug="--debug" in sys.argv or os.environ.get("DPOCTL_DEBUG") == "1",
-        )
-    _close_streams()
+        debug = "--debug" in sys.argv or os.environ.get("DPOCTL_DEBUG") == "1"
+        code = failure.report(error, as_json="--json" in sys.argv, debug=debug)
+    finally:
+        _close_streams()
     sys.exit(code)
 
 

@@ -1,6 +1,5 @@
 """`dpoctl convert-data`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,7 +13,7 @@ Output = Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="Whe
 Format = Annotated[str, typer.Option("--format", metavar="NAME", help="The format of the rows.")]
 Split = Annotated[str, typer.Option(metavar="NAME", help="The split of a data set.")]
 Rejects = Annotated[
-    Path | None,
+    str | None,
     typer.Option(metavar="FILE", help="Write the rows that cannot be used here, with reasons.", show_default=False),
 ]
 ColumnMap = Annotated[
@@ -53,8 +52,6 @@ def convert_data(
         if not (column and equals and name):
             raise UsageError(f"--column-map: expected COLUMN=NAME, got {pair!r}")
         columns[column] = name
-    if json_output and output == "-":
-        raise UsageError("--json and the rows cannot both go to stdout", hint="give -o FILE")
     run(
         source,
         output=output,

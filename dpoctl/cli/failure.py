@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +51,10 @@ def report(error: Exception, *, as_json: bool, debug: bool) -> int:
         as_json: Print an object on stdout too.
         debug: Show the traceback.
     """
-    log = None if isinstance(error, UsageError) or _is_command_line(error) else _write_log(error)
-    failure = _describe(error, log)
-    if debug and not _is_command_line(error):
-        failure = Failure(
-            failure.code,
-            "".join(traceback.format_exception(error)) + failure.text,
-            failure.details,
-            failure.rank,
-            failure.foreseen,
-        )
+    keep_log = not (isinstance(error, UsageError | StoppedError) or _is_command_line(error))
+    failure = _describe(error, _write_log(error) if keep_log else None)
+    if debug:
+        failure = replace(failure, text="".join(traceback.format_exception(error)) + failure.text)
     if folder := os.environ.get(REPORTS):
         with contextlib.suppress(OSError):
             Path(folder, f"rank-{failure.rank}.json").write_text(json.dumps(asdict(failure)), encoding="utf-8")
@@ -93,10 +87,9 @@ def _describe(error: Exception, log: Path | None) -> Failure:
         text = f"error: {message}\n{_where_help_is(error)}"
         return Failure(2, text, {"code": 2, "message": message}, rank)
     if isinstance(error, UserError):
-        code = 128 + error.signum if isinstance(error, StoppedError) else error.exit_code
-        details = {"code": code, "message": error.message, "hint": error.hint} | _places(error)
+        details = {"code": error.exit_code, "message": error.message, "hint": error.hint} | _places(error)
         text = str(error) if "problems" in details else f"error: {error}"
-        return Failure(code, text, details, rank)
+        return Failure(error.exit_code, text, details, rank)
     message = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
     where = f"traceback in {log}" if log else "pass --debug for the traceback"
     details = {"code": UNEXPECTED, "message": message, "hint": where}

@@ -76,6 +76,8 @@ def plan_launch(
                 f"--num-processes {num_processes}, but a launcher started {world}", hint="drop --num-processes"
             )
         return None
+    if PARENT in environment:
+        return None
     if size := next((environment[key] for key in MPI_SIZES if environment.get(key, "1") != "1"), None):
         raise UsageError(
             f"mpirun started {size} processes, which would train alone each",

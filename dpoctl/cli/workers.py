@@ -20,7 +20,7 @@ from dpoctl.cli.launch import PARENT
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 POLL_SECONDS = 0.05
 # How long the other ranks may take to end by themselves after one has failed, and then after SIGTERM.
-GRACE_SECONDS = 5.0
+GRACE_SECONDS = 3.0
 
 
 @dataclass
@@ -126,12 +126,9 @@ def conclude(ended: Sequence[tuple[int, int]], reports: Path, *, as_json: bool) 
     bad = [(rank, code) for rank, code in ended if code != 0]
     if not bad:
         return 0
-    said = {rank: failure for rank, _ in bad if (failure := _read_report(reports, rank)) is not None}
-    foreseen = [failure for failure in said.values() if failure.foreseen]
-    if foreseen or said:
-        chosen = (foreseen or list(said.values()))[0]
-        show(chosen, as_json=as_json)
-        return chosen.code
+    if said := sorted(_read_reports(reports), key=lambda failure: not failure.foreseen):
+        show(said[0], as_json=as_json)
+        return said[0].code
     rank, code = bad[0]
     if code > 0:
         return code
@@ -159,11 +156,12 @@ def _forwarding(job: Job) -> Iterator[None]:
             signal.signal(signum, handler)
 
 
-def _read_report(reports: Path, rank: int) -> Failure | None:
-    try:
-        return Failure(**json.loads((reports / f"rank-{rank}.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
+def _read_reports(folder: Path) -> Iterator[Failure]:
+    """What failing ranks have said, the first to fail first."""
+    for file in sorted(folder.glob("rank-*.json"), key=lambda file: file.stat().st_mtime_ns):
+        # A rank that was killed while it wrote has said nothing.
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            yield Failure(**json.loads(file.read_text(encoding="utf-8")))
 
 
 def _free_port() -> int:

@@ -18,7 +18,7 @@ from dpoctl.data.sources import STDIN, fingerprint, location
 from dpoctl.data.store import StoreWriter, TokenStore, find_store
 from dpoctl.data.template import Renderer
 from dpoctl.data.tokenize import Encoder, Limits
-from dpoctl.errors import DataError, UsageError
+from dpoctl.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +37,7 @@ class PreparedData:
 
     evals: dict[str, TokenStore]
     report: dict[str, Any]
-    """`{"train": account, "evals": {name: account}}`; an account says what became of every row."""
+    """`{"rows", "used", "rejected"}` of all sets together, and `{"train": account, "evals": {name: account}}`."""
     rejects: Path
     """JSON lines of `{file, line, reason, detail}`, one a row that is not used."""
     train_store: TokenStore | None = None
@@ -117,11 +117,6 @@ def _train(recipe: "Recipe") -> Selection:
 def _evals(recipe: "Recipe") -> dict[str, Selection]:
     evals = {name: _selection(recipe, sources) for name, sources in recipe.data.eval.items()}
     if recipe.data.eval_size is not None:
-        if HELD_OUT_NAME in evals:
-            raise UsageError(
-                f"data.eval_size makes an eval set named {HELD_OUT_NAME!r}, and data.eval has one already",
-                hint="give the one in data.eval another name",
-            )
         evals[HELD_OUT_NAME] = replace(_train(recipe), side="eval")
     return evals
 
@@ -158,7 +153,9 @@ class _StoreFactory:
     def report(self, train: TokenStore | None, evals: dict[str, TokenStore]) -> dict[str, Any]:
         """Put the accounts of all sets together, and say what the user should know."""
         accounts = {id(store): _account(store, paths) for store, paths in self._stores}
-        report: dict[str, Any] = {"train": None, "evals": {}}
+        totals = {name: sum(account[name] for account in accounts.values()) for name in ("rows", "used")}
+        rejected = sum(sum(account["rejected"].values()) for account in accounts.values())
+        report: dict[str, Any] = {**totals, "rejected": rejected, "train": None, "evals": {}}
         if train is not None:
             report["train"] = accounts[id(train)]
             announce("train", accounts[id(train)])

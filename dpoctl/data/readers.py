@@ -86,21 +86,27 @@ def _peek(file: BinaryIO, count: int) -> bytes:
     return content
 
 
-def _read_lines(file: BinaryIO, name: str) -> Iterator[Line]:
-    # A binary file is split at \n only; U+2028 and its like may stand inside JSON strings.
+def _text_lines(file: BinaryIO, name: str) -> Iterator[str]:
+    # A binary file is split at \n only; U+2028 and its like may stand inside a row.
     for number, line in enumerate(file, start=1):
         content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-        if not content.strip():
-            continue
         try:
-            text = content.decode()
+            yield content.decode()
         except UnicodeDecodeError as error:
             raise DataError(
                 f"{name}:{number}:{error.start + 1}: not UTF-8 text", hint="save the file as UTF-8"
             ) from error
+
+
+def _read_lines(file: BinaryIO, name: str) -> Iterator[Line]:
+    for number, text in enumerate(_text_lines(file, name), start=1):
+        start = _skip_blanks(text, 0)
+        if start == len(text):
+            continue
         try:
-            value, end = _decode(text, len(text) - len(text.lstrip()))
-            if text[end:].strip():
+            value, end = _decode(text, start)
+            end = _skip_blanks(text, end)
+            if end < len(text):
                 raise json.JSONDecodeError("more than one value on the line", text, end)
         except json.JSONDecodeError as error:
             _bad_json(name, number, error.colno, error.msg)
@@ -222,7 +228,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 def _read_csv(file: BinaryIO, name: str, delimiter: str) -> Iterator[Line]:
     csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(_text_lines(file, name), delimiter=delimiter, strict=True)
     try:
         header = next(reader, [])
         line = reader.line_num + 1

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
@@ -19,7 +20,7 @@ from transformers import (
 
 from dpoctl import console
 from dpoctl.errors import SetupError, UsageError
-from dpoctl.model.decoder import find_decoder
+from dpoctl.model.decoder import Decoder, find_decoder
 from dpoctl.model.dropout import disable_dropout
 from dpoctl.model.lora import (
     add_adapter,
@@ -32,7 +33,7 @@ from dpoctl.model.lora import (
 )
 from dpoctl.model.policy import FROZEN, TRAINED, Policy
 from dpoctl.model.quantize import keep_one_kernel, quantization_config, refuse_quantised_checkpoint
-from dpoctl.model.source import ADAPTER_WEIGHTS, Source, base_of, find_adapter, find_source, first_line, reading
+from dpoctl.model.source import ADAPTER_WEIGHTS, Source, base_of, find_adapter, find_source, reading, reason
 
 if TYPE_CHECKING:
     from dpoctl.recipe.schema import FromScratch, LoraSection, QuantizationSection, Recipe
@@ -68,8 +69,11 @@ def load_policy(recipe: "Recipe", tokenizer: PreTrainedTokenizerBase, device: to
     section, lora = recipe.model, recipe.lora
     dtype = resolve_dtype(section.dtype, device)
     if section.from_scratch is not None:
-        model = build_model(section.from_scratch, tokenizer, seed=recipe.training.seed)
-        model.set_attn_implementation("sdpa" if section.attn_implementation == "auto" else section.attn_implementation)
+        if recipe.quantization is not None:
+            raise UsageError("quantization: a model that is built from scratch cannot be quantised")
+        model = build_model(
+            section.from_scratch, tokenizer, seed=recipe.training.seed, attention=section.attn_implementation
+        )
         _move(model, device)
         policy = _over_base(model, None, recipe, dtype)
     else:
@@ -101,7 +105,7 @@ def load_run(
     quantization: "QuantizationSection | None" = None,
     trust_remote_code: bool = False,
 ) -> Policy:
-    """Load a finished run to be looked at, not trained: nothing requires gradients and everything is in `dtype`.
+    """Load a finished run to be looked at, not trained: nothing requires gradients.
 
     For an adapter the live reference is its base model. That is not what a run over an SFT adapter was compared with:
     the joined adapter no longer tells the two apart.
@@ -134,7 +138,9 @@ def load_run(
     )
 
 
-def build_model(spec: "FromScratch", tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreTrainedModel:
+def build_model(
+    spec: "FromScratch", tokenizer: PreTrainedTokenizerBase, *, seed: int, attention: str = "auto"
+) -> PreTrainedModel:
     """Build a new model in float32, with weights that depend on the configuration and the seed only.
 
     Raises:
@@ -152,12 +158,14 @@ def build_model(spec: "FromScratch", tokenizer: PreTrainedTokenizerBase, *, seed
     if config_class not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UsageError(f"model.from_scratch.config: '{model_type}' has no causal language model")
     config = _build_config(config_class, given, tokenizer)
-    with torch.random.fork_rng(devices=[]):
+    build: Any = AutoModelForCausalLM.from_config
+    with torch.random.fork_rng(devices=[]), reading(f"{model_type} from scratch"):
         torch.default_generator.manual_seed(seed)
-        build: Any = AutoModelForCausalLM.from_config
-        model: PreTrainedModel = build(config, dtype=torch.float32)
+        model: PreTrainedModel = build(
+            config, dtype=torch.float32, attn_implementation=Decoder(config).attention(attention)
+        )
     model.generation_config = GenerationConfig.from_model_config(config)
-    return model
+    return model.eval()
 
 
 def _build_config(config_class: Any, given: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
@@ -181,8 +189,8 @@ def _build_config(config_class: Any, given: dict[str, Any], tokenizer: PreTraine
     }
     try:
         built: PretrainedConfig = config_class(**{**special, **given})
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"model.from_scratch.config: {first_line(str(error))}") from error
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise UsageError(f"model.from_scratch.config: {reason(error)}") from error
     return built
 
 
@@ -284,6 +292,8 @@ def _load_weights(
             quantization_config=packed,
             device_map=None if packed is None else {"": str(device)},
             output_loading_info=True,
+            # transformers looks for an adapter once more, and would wait for the hub if it were not told.
+            adapter_kwargs={"local_files_only": source.options["local_files_only"]},
             **source.options,
         )
     model: PreTrainedModel = loaded[0]

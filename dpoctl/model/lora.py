@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from dpoctl import console
 from dpoctl.errors import UsageError
 from dpoctl.model.policy import FROZEN, TRAINED
-from dpoctl.model.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, first_line, read_json
+from dpoctl.model.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json, reading, reason
 
 if TYPE_CHECKING:
     from dpoctl.recipe.schema import LoraSection
@@ -66,7 +66,8 @@ def check_adapter(folder: Path) -> dict[str, Any]:
     config = read_json(folder / ADAPTER_CONFIG)
     if config.get("peft_type") != "LORA":
         raise UsageError(f"adapter '{folder}' is {config.get('peft_type')}, not LORA", hint="merge it into its base")
-    defaults = {name: getattr(LoraConfig(), name) for name in (f.name for f in dataclasses.fields(LoraConfig))}
+    plain = LoraConfig()
+    defaults = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
     odd = sorted(
         name
         for name, value in config.items()
@@ -148,12 +149,13 @@ def load_adapter(model: PreTrainedModel, folder: Path, name: str, *, trainable: 
         UsageError: the adapter belongs to another model, or brings weights of the base that differ from the base's.
     """
     check_adapter(folder)
-    before = {key: tensor.detach().clone() for key, tensor in _base_weights_in(folder, model).items()}
+    with reading(str(folder)):
+        saved = load_file(folder / ADAPTER_WEIGHTS)
+    before = {key: tensor.detach().clone() for key, tensor in _base_weights_among(saved, model).items()}
     with _peft_speaks_our_way(f"adapter '{folder}' does not fit its base model"):
         peft_model = PeftModel.from_pretrained(
             model, folder, adapter_name=name, is_trainable=trainable, torch_device=str(model.device)
         )
-    saved = load_file(folder / ADAPTER_WEIGHTS)
     placed = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
     lost = sorted(placed.keys() - saved.keys()) or sorted(saved.keys() - placed.keys() - before.keys())
     if lost:
@@ -283,14 +285,11 @@ def _absorb_saved_modules(model: PreTrainedModel, adapter: str) -> tuple[str, ..
     return tuple(wrappers)
 
 
-def _base_weights_in(folder: Path, model: PreTrainedModel) -> dict[str, Tensor]:
+def _base_weights_among(saved: Iterable[str], model: PreTrainedModel) -> dict[str, Tensor]:
     """Weights of the base that an adapter file carries besides its own, as peft does for resized embeddings."""
     own = dict(model.named_parameters())
-    carried = {
-        key: key.removeprefix("base_model.model.").replace(".base_layer", "")
-        for key in load_file(folder / ADAPTER_WEIGHTS)
-    }
-    return {key: own[name] for key, name in carried.items() if name in own}
+    names = {key: key.removeprefix("base_model.model.").replace(".base_layer", "") for key in saved}
+    return {key: own[name] for key, name in names.items() if name in own}
 
 
 def _whole(number: float) -> Any:
@@ -322,7 +321,7 @@ def _peft_speaks_our_way(prefix: str = "lora") -> Iterator[None]:
         try:
             yield
         except (ValueError, TypeError, RuntimeError) as error:
-            raise UsageError(f"{prefix}: {first_line(str(error))}") from error
+            raise UsageError(f"{prefix}: {reason(error)}") from error
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from huggingface_hub import constants
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PretrainedConfig
 from transformers.utils.hub import cached_file
@@ -134,7 +135,7 @@ def reading(name: str) -> Iterator[None]:
     """Turn what transformers raises while it reads a model into one line that names the model."""
     try:
         yield
-    except (OSError, ValueError, SafetensorError, ImportError) as error:
+    except (OSError, ValueError, SafetensorError, ImportError, StrictDataclassError) as error:
         text = str(error)
         if "trust_remote_code" in text:
             raise UsageError(
@@ -149,7 +150,7 @@ def reading(name: str) -> Iterator[None]:
                 f"model '{name}' is no folder here, and no connection to {constants.ENDPOINT} to fetch it",
                 hint="give a local folder, or connect",
             ) from error
-        raise SetupError(f"model '{name}' cannot be loaded: {first_line(text)}") from error
+        raise SetupError(f"model '{name}' cannot be loaded: {reason(error)}") from error
 
 
 @cache
@@ -177,13 +178,14 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise SetupError(f"'{path}' cannot be read: {first_line(str(error))}") from error
+        raise SetupError(f"'{path}' cannot be read: {reason(error)}") from error
     if not isinstance(found, dict):
         raise SetupError(f"'{path}' is not a JSON object")
     return found
 
 
-def first_line(text: str) -> str:
-    """The first line that says something, without its full stop."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else "no reason given"
+def reason(error: BaseException) -> str:
+    """The first line that says what was wrong, without its full stop."""
+    told = error.__cause__ if isinstance(error, StrictDataclassError) and error.__cause__ else error
+    lines = [line.strip() for line in str(told).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(told).__name__

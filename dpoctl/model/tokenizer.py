@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 # Templates whose turns end with a token of their own; in all others the tokenizer's end-of-sequence token ends them.
 _END_OF_TURN = {"chatml": "<|im_end|>"}
+_CONTROL_TOKENS = {
+    "chatml": ["<|im_start|>", "<|im_end|>"],
+    "zephyr": ["<|system|>", "<|user|>", "<|assistant|>"],
+}
 _CONTROL_TOKEN = re.compile(r"<\|[A-Za-z0-9_]+\|>")
 _END_OF_TEXT, _PAD = "<|endoftext|>", "<|pad|>"
 _SPARE_TOKEN = re.compile(
@@ -77,7 +81,7 @@ def train_tokenizer(spec: "FromScratch", texts: Iterator[str], *, template: str)
         UsageError: the vocabulary is too small for the bytes and the special tokens.
     """
     source = template_text(template)
-    special = [_END_OF_TEXT, *_control_tokens(source), _PAD]
+    special = [_END_OF_TEXT, *_control_tokens(template), _PAD]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     smallest = len(alphabet) + len(special)
     size = spec.tokenizer.vocab_size
@@ -98,13 +102,15 @@ def train_tokenizer(spec: "FromScratch", texts: Iterator[str], *, template: str)
 
 
 def _control_tokens(template: str) -> list[str]:
-    return list(dict.fromkeys(_CONTROL_TOKEN.findall(template)))
+    if template in _CONTROL_TOKENS:
+        return _CONTROL_TOKENS[template]
+    return list(dict.fromkeys(_CONTROL_TOKEN.findall(template_text(template))))
 
 
 def _adopt_control_tokens(tokenizer: PreTrainedTokenizerBase, template: str, lora: "LoraSection | None") -> None:
     """See to it that a template's control tokens are single tokens, and that its end-of-turn ends a sequence."""
     vocabulary = tokenizer.get_vocab()
-    missing = [token for token in _control_tokens(template_text(template)) if token not in vocabulary]
+    missing = [token for token in _control_tokens(template) if token not in vocabulary]
     end_of_turn = _END_OF_TURN.get(template)
     if missing and end_of_turn is None:
         console.note(f"chat template '{template}': {', '.join(missing)} are several tokens each in this tokenizer")

@@ -28,7 +28,7 @@ from dpoctl.model.tokenizer import load_tokenizer
 from dpoctl.recipe import Recipe, parse_recipe
 from dpoctl.runs.directory import RESOLVED_RECIPE
 from dpoctl.runs.files import to_json, write_atomically
-from dpoctl.tasks.machine import build_accelerator, token_budget
+from dpoctl.tasks.machine import build_accelerator, quiet_libraries, token_budget
 from dpoctl.tasks.reference import Reference
 from dpoctl.tasks.task import build_task
 
@@ -45,6 +45,7 @@ def run(run: Path, *, data: str | None = None, limit: int | None = None, json_ou
         limit: use no more rows than this of each set.
         json_output: print one JSON object.
     """
+    quiet_libraries()
     recipe = _recipe_of(run, data)
     accelerator = build_accelerator(recipe)
     with accelerator.main_process_first():

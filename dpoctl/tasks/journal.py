@@ -52,6 +52,8 @@ class Journal:
 
     def __enter__(self) -> Self:
         resumed = self._resumed
+        if self._accelerator.is_main_process:
+            self._metrics.truncate_after(resumed.step if resumed else -1)
         if resumed is not None:
             self._restore(resumed)
         if self._accelerator.is_main_process:
@@ -110,8 +112,6 @@ class Journal:
         self._optimizer.load_state_dict(resumed.optimizer)
         if self._accelerator.scaler is not None and "scaler" in resumed.extra:
             self._accelerator.scaler.load_state_dict(resumed.extra["scaler"])
-        if self._accelerator.is_main_process:
-            self._metrics.truncate_after(resumed.step)
         if resumed.rng:
             rng.restore(resumed.rng)
         else:

@@ -4,6 +4,7 @@ from datetime import timedelta
 
 import psutil
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
@@ -25,8 +26,14 @@ CPU_TOKENS = 8192
 SLACK = 0.6
 
 
+def quiet_libraries() -> None:
+    """Keep the libraries' own bars and remarks out of what this program says."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
 def build_accelerator(recipe: Recipe) -> Accelerator:
-    """Join the other ranks, on GPUs if there are any, else on CPUs; refuse nothing and load nothing."""
+    """Join the other ranks, on GPUs if there are any, else on CPUs."""
     on_gpu = torch.cuda.is_available()
     dtype = resolve_dtype(recipe.model.dtype, torch.device("cuda" if on_gpu else "cpu"))
     return Accelerator(

@@ -32,7 +32,7 @@ from dpoctl.runs.environment import describe_environment
 from dpoctl.runs.trackers import check_installed
 from dpoctl.tasks.dry_run import show_plan
 from dpoctl.tasks.journal import Journal
-from dpoctl.tasks.machine import build_accelerator, token_budget
+from dpoctl.tasks.machine import build_accelerator, quiet_libraries, token_budget
 from dpoctl.tasks.reference import Reference
 from dpoctl.tasks.self_check import check_first_step
 from dpoctl.tasks.task import Task, build_task
@@ -59,6 +59,7 @@ def run(
         dry_run: show what would be done, and train nothing.
         json_output: print one JSON object at the end.
     """
+    quiet_libraries()
     if dry_run:
         show_plan(recipe, json_output=json_output)
         return

@@ -1,0 +1,60 @@
+"""Recomputing layers changes memory and nothing else."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from model_samples import IDS
+from transformers import AutoConfig
+
+from dpoctl.model.checkpointing import activation_bytes_per_token, set_gradient_checkpointing
+from dpoctl.model.policy import Policy
+
+
+def gradients(policy: Policy) -> dict[str, torch.Tensor]:
+    policy.model.train()
+    policy.model.zero_grad()
+    policy.causal(input_ids=IDS, labels=IDS).loss.backward()
+    return {name: p.grad.clone() for name, p in policy.causal.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("lora", [None, {"r": 4}])
+def test_gradients_are_the_same_and_layers_run_twice(
+    save_base: Any, make_recipe: Any, load: Callable[..., Policy], model_type: str, lora: dict[str, Any] | None
+) -> None:
+    save_base(model_type)
+    policy = load(make_recipe(**({} if lora is None else {"lora": lora})))
+    calls: list[str] = []
+    norm = next(
+        m for name, m in policy.causal.named_modules() if name.endswith(("layers.0.input_layernorm", "h.0.ln_1"))
+    )
+    norm.register_forward_hook(lambda *_: calls.append("norm"))
+    usual = gradients(policy)
+    assert len(calls) == 1
+    set_gradient_checkpointing(policy, True)
+    recomputed = gradients(policy)
+    assert len(calls) == 3
+    assert usual.keys() == recomputed.keys()
+    assert all(torch.equal(usual[name], recomputed[name]) for name in usual)
+    set_gradient_checkpointing(policy, False)
+    gradients(policy)
+    assert len(calls) == 4
+
+
+def test_the_estimate_for_llama_3_8b_is_the_measured_one() -> None:
+    config = AutoConfig.for_model("llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
+    assert activation_bytes_per_token(config, torch.bfloat16, checkpointing=False) / 2**20 == pytest.approx(
+        7.5, rel=0.02
+    )
+    assert activation_bytes_per_token(config, torch.bfloat16, checkpointing=True) / 2**20 == pytest.approx(
+        0.48, rel=0.05
+    )
+
+
+def test_the_estimate_knows_the_names_that_architectures_use() -> None:
+    gpt2 = AutoConfig.for_model("gpt2", n_embd=64, n_layer=3)
+    assert activation_bytes_per_token(gpt2, torch.float32, checkpointing=False) == 3 * (
+        4 * (4 * 256 + 8 * 64) + 16 * 64
+    )

@@ -1,0 +1,239 @@
+"""Recipes that are refused: each with the place, what was expected or meant, and nothing else."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dpoctl.cli.app import main
+from dpoctl.core.losses import LOSSES
+from dpoctl.recipe import RecipeError, parse_recipe
+
+GOOD = """\
+method: dpo
+model:
+  model_name_or_path: some/model
+data:
+  train: [pairs.jsonl]
+training:
+  output_dir: runs/x
+  learning_rate: 5e-7
+"""
+
+
+def with_lines(*lines: str, at: str = "training:") -> str:
+    """The good recipe with lines put under a section."""
+    return GOOD.replace(f"{at}\n", f"{at}\n" + "".join(f"  {line}\n" for line in lines))
+
+
+BILLION = "a: &a [x, x]\n" + "".join(f"b{i}: &b{i} [*a, *a]\n" for i in range(9)) + GOOD
+DEEP = GOOD + "lora: " + "[" * 5000 + "\n"
+
+# name: (recipe, line:column, a piece of the message)
+WRONG = {
+    "misspelt key": (with_lines("warmup_ration: 0.1"), "7:3", "did you mean 'warmup_ratio'"),
+    "misspelt section": (GOOD + "lroa: {r: 8}\n", "9:1", "did you mean 'lora'"),
+    "key of another section": (with_lines("beta: 0.1"), "7:3", "did you mean 'dpo.loss.beta'"),
+    "key of nobody": (with_lines("zzzz: 1"), "7:3", "training takes output_dir"),
+    "misspelt key of a source": (
+        GOOD.replace("[pairs.jsonl]", "[{path: x, splt: a}]"),
+        "5:21",
+        "did you mean 'split'",
+    ),
+    "text for a number": (GOOD.replace("5e-7", "fast"), "8:18", "expected a number of at least 0, got 'fast'"),
+    "quoted number": (GOOD.replace("5e-7", "'5e-7'"), "8:18", "remove the quotes"),
+    "fraction for a whole number": (with_lines("save_steps: 1.5"), "7:15", "a whole number of at least 1"),
+    "flag for a number": (with_lines("seed: true"), "7:9", "a whole number"),
+    "yes for true": (with_lines("eval_on_start: yes"), "7:18", "expected true or false, got 'yes'"),
+    "null for a number": (with_lines("logging_steps:"), "7:17", "leave the key out"),
+    "out of range": (with_lines("warmup_ratio: 1.5"), "7:17", "at most 1"),
+    "zero batch": (with_lines("global_batch_size: 0"), "7:22", "at least 1, got 0"),
+    "budget of nothing": (with_lines("max_tokens_per_device: 0"), "7:26", "auto, or a whole number"),
+    "unknown choice": (with_lines("optim: adamw_torch"), "7:10", "did you mean 'adamw'"),
+    "unknown loss": (GOOD + "dpo: {loss: {type: sigmod}}\n", "9:20", "did you mean 'sigmoid'"),
+    "loss as a word": (GOOD + "dpo: {loss: ipo}\n", "9:13", "{type: sigmoid, beta: 0.1}"),
+    "hyperparameter out of range": (GOOD + "dpo: {loss: {beta: 0}}\n", "9:20", "above 0"),
+    "hyperparameter of another loss": (
+        GOOD + "dpo: {loss: {type: ipo, label_smoothing: 0.1}}\n",
+        "9:25",
+        "sigmoid has",
+    ),
+    "duplicate key": (with_lines("seed: 1", "seed: 2"), "8:3", "first set on line 7"),
+    "missing key": (GOOD.replace("  learning_rate: 5e-7\n", ""), "6:1", "learning_rate: 5.0e-06"),
+    "missing section": (GOOD.replace("data:\n  train: [pairs.jsonl]\n", ""), "1:1", "data: {train:"),
+    "no model": (GOOD.replace("  model_name_or_path: some/model\n", "  dtype: auto\n"), "2:1", "from_scratch"),
+    "empty source list": (GOOD.replace("[pairs.jsonl]", "[]"), "5:10", "got an empty list"),
+    "section as a number": (GOOD + "lora: 8\n", "9:7", "a mapping with keys such as"),
+    "not a number": (with_lines("weight_decay: .nan"), "7:17", "not a finite number"),
+    "infinite": (with_lines("max_grad_norm: 1e999"), "7:18", "not a finite number"),
+    "wrong method": (GOOD.replace("method: dpo", "method: sft"), "1:1", "run `dpoctl sft`"),
+    "unknown method": (GOOD.replace("method: dpo", "method: ppo"), "1:9", "did you mean 'dpo'"),
+    "unknown format": (
+        GOOD.replace("[pairs.jsonl]", "[{path: x, format: hhh}]"),
+        "5:28",
+        "did you mean 'hh'",
+    ),
+    "tab": (GOOD.replace("  output_dir", "\toutput_dir"), "7:1", "a tab cannot indent"),
+    "open bracket": (GOOD + "lora: {r: 8\n", "9:7", "never closed"),
+    "open quote": (GOOD + 'lora: "x\n', "9:7", "never closed"),
+    "two colons": (GOOD.replace("some/model", "a: b"), "3:24", "belongs to no key"),
+    "forbidden character": (GOOD.replace("some/model", "@x"), "3:23", "cannot start with '@'"),
+    "bad indentation": (GOOD + " lora: {}\n", "9:2", "indentation"),
+    "control character": (GOOD.replace("some", "so\x07me"), "3:25", "does not allow"),
+    "alias bomb": (BILLION, "1:4", "anchors (&a) are not read"),
+    "alias": (GOOD + "lora: *base\n", "9:7", "aliases (*base)"),
+    "merge key": (GOOD.replace("  output_dir", "  <<: {seed: 1}\n  output_dir"), "7:3", "merge keys"),
+    "python tag": (GOOD.replace("some/model", "!!python/name:os.system x"), "3:23", "tags ("),
+    "second document": (GOOD + "---\nmethod: dpo\n", "9:1", "one document"),
+    "bottomless nesting": (DEEP, "9:26", "more than 20 levels"),
+    "a list": ("- 1\n", "1:1", "got a list"),
+    "empty file": ("# nothing\n", "1:1", "got nothing"),
+    "key that is a list": (GOOD + "? [a]\n: 1\n", "9:3", "a plain text"),
+    "endless number": (with_lines(f"seed: {'9' * 5000}"), "7:9", "too many digits"),
+    "TRL file": (
+        "model_name_or_path: gpt2\ndataset_name: x\nlearning_rate: 1e-6\nbeta: 0.1\n",
+        "1:1",
+        "a TRL config",
+    ),
+    "axolotl file": (
+        "base_model: gpt2\nrl: dpo\nsequence_len: 512\nmicro_batch_size: 2\nlora_r: 8\n",
+        "1:1",
+        "lora_r -> lora.r",
+    ),
+    "LLaMA-Factory file": (
+        "### model\nmodel_name_or_path: x\nstage: dpo\nfinetuning_type: lora\ncutoff_len: 512\n",
+        "3:1",
+        "cutoff_len -> data.max_length",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_recipe_is_refused_with_its_place_and_a_way_out(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, place, said = WRONG[name]
+    monkeypatch.chdir(tmp_path)
+    Path("bad.yaml").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["dpoctl", "dpo", "bad.yaml"])
+    started = time.monotonic()
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert time.monotonic() - started < 1
+    assert ended.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    errors = [line for line in err.splitlines() if ": error: " in line]
+    assert any(line.startswith(f"bad.yaml:{place}: error: ") and said in line for line in errors), err
+    assert "Traceback" not in err
+    assert all(re.match(r"bad\.yaml:\d+:\d+: error: ", line) for line in errors)
+
+
+def test_the_good_recipe_is_good() -> None:
+    assert parse_recipe(GOOD, "good.yaml", command="dpo", losses=LOSSES).training.learning_rate == 5e-7
+
+
+def test_a_refusal_from_the_shell_takes_less_than_a_second_and_no_torch(tmp_path: Path) -> None:
+    recipe = tmp_path / "bad.yaml"
+    recipe.write_text(with_lines("warmup_ration: 0.1"), encoding="utf-8")
+    hook = "import sys, atexit; atexit.register(lambda: print('TORCH', 'torch' in sys.modules))"
+    (tmp_path / "sitecustomize.py").write_text(hook, encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    command = [sys.executable, "-m", "dpoctl", "dpo", str(recipe)]
+    best, done = 9.0, None
+    for _ in range(3):
+        started = time.monotonic()
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        best = min(best, time.monotonic() - started)
+    assert done is not None
+    assert done.returncode == 2
+    assert done.stdout == "TORCH False\n"
+    assert f"{recipe}:7:3: error: unknown key 'warmup_ration', did you mean 'warmup_ratio'?" in done.stderr
+    assert best < 1
+
+
+def test_all_errors_are_said_at_once_and_in_the_order_of_the_file() -> None:
+    text = with_lines("sed: 1", "optim: sgd", "warmup_ratio: 2", "eval_steps: 3")
+    with pytest.raises(RecipeError) as refused:
+        parse_recipe(text, "r", command="dpo", losses=LOSSES, overrides=["lora.r=x", "nonsense"])
+    assert [str(problem.place) for problem in refused.value.problems] == [
+        "r:7:3",
+        "r:8:10",
+        "r:9:17",
+        "r:10:3",
+        "--set #1",
+        "--set #2",
+    ]
+
+
+def test_the_source_line_is_shown_with_a_caret() -> None:
+    with pytest.raises(RecipeError) as refused:
+        parse_recipe(GOOD.replace("5e-7", "fast"), "r", command="dpo", losses=LOSSES)
+    assert str(refused.value).splitlines()[1:] == ["    8 |   learning_rate: fast", f"      | {' ' * 17}^"]
+
+
+def test_a_misspelt_section_is_not_also_missing() -> None:
+    with pytest.raises(RecipeError) as refused:
+        parse_recipe(GOOD.replace("training:", "trainning:"), "r", command="dpo", losses=LOSSES)
+    assert [problem.message for problem in refused.value.problems] == [
+        "unknown key 'trainning', did you mean 'training'?"
+    ]
+
+
+def test_a_misspelt_section_causes_no_follow_up_error() -> None:
+    text = GOOD + "quantization: {load_in_4bit: true}\nlroa: {r: 8}\n"
+    with pytest.raises(RecipeError) as refused:
+        parse_recipe(text, "r", command="dpo", losses=LOSSES)
+    assert len(refused.value.problems) == 1
+
+
+def test_thousands_of_errors_are_cut_short() -> None:
+    text = GOOD + "".join(f"key{i}: 1\n" for i in range(2000))
+    with pytest.raises(RecipeError) as refused:
+        parse_recipe(text, "r", command="dpo", losses=LOSSES)
+    assert str(refused.value).endswith("and 1950 more")
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        (b"method: \xff\n", "r.yaml:1:9: error: not UTF-8"),
+        (b"x" * (2**20 + 1), "r.yaml:1:1: error: larger than 1 MiB"),
+    ],
+)
+def test_a_file_that_cannot_be_a_recipe_is_refused(
+    raw: bytes, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_bytes(raw)
+    monkeypatch.setattr(sys, "argv", ["dpoctl", "dpo", "r.yaml"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("recipes/mistral.yml", "did you mean 'recipes/mistral7b.yaml'?"),
+        ("mistral7b", "did you mean 'recipes/mistral7b.yaml'?"),
+        ("recipes", "is a folder"),
+        ("qqqqqqqq.yaml", "there is no recipe"),
+    ],
+)
+def test_a_missing_file_names_the_nearest(
+    asked: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("recipes").mkdir()
+    Path("recipes/mistral7b.yaml").write_text(GOOD, encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["dpoctl", "dpo", asked])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
