@@ -10,7 +10,8 @@ from typing import Any
 
 import yaml
 
-WORDS = "paper reviewer method hello world paris france capital of course sighs proposes maybe yes no".split()
+WORDS = ["paper", "reviewer", "method", "hello", "world", "france", "capital", "of", "sighs", "maybe", "yes", "no"]
+
 
 def sentence(rng: random.Random, longest: int) -> str:
     return " ".join(rng.choice(WORDS) for _ in range(rng.randint(1, longest)))

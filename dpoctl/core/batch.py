@@ -1,7 +1,7 @@
 """A batch: what one forward needs, and which of its rows predict which tokens of which responses."""
 
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -47,9 +47,9 @@ class Batch:
 
     def to(self, device: torch.device) -> Self:
         """Return the batch with its tensors on a device."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {
-            name: value.to(device, non_blocking=True) for name, value in tensors.items() if isinstance(value, Tensor)
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) for name, value in values.items() if isinstance(value, Tensor)
         }
         return replace(self, **moved)
 

@@ -1,13 +1,14 @@
 """Exact means: sums and counts are added up everywhere, and divided once."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-class Total(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Total:
     """A sum and the number of items in it."""
 
     sum: Tensor | float

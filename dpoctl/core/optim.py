@@ -20,7 +20,7 @@ def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], training: Tr
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    adam = {
+    adam: dict[str, Any] = {
         "lr": training.learning_rate,
         "betas": (training.adam_beta1, training.adam_beta2),
         "eps": training.adam_epsilon,

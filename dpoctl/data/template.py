@@ -138,29 +138,21 @@ class Renderer:
         end, _ = self._end(alone, min(start, len(alone)), messages[index], [])
         if full.startswith(alone[:end]):
             return start, end
-        for content in _contents(messages[index]):
-            found = full.find(content, start)
-            if found >= 0 and EMPTY_OR_STUB.fullmatch(full, start, found):
-                notes.append("history_rewritten")
-                stop = self._stop.match(full, found + len(content))
-                return start, stop.end() if stop else found + len(content)
+        if (written := _content_end(full, start, messages[index])) is not None:
+            notes.append("history_rewritten")
+            stop = self._stop.match(full, written)
+            return start, stop.end() if stop else written
         raise _divergence("an assistant turn is written differently once others follow", alone[:end], full)
 
     def _end(self, text: str, start: int, message: Message, notes: list[str]) -> tuple[int, bool]:
         """Find the end of the turn that closes `text`, and whether a stop token is there."""
-        floor = start
-        for content in _contents(message):
-            found = text.rfind(content, start)
-            if found >= 0:
-                floor = found + len(content)
-                break
-        else:
-            if message["content"].strip():
-                notes.append("content_rewritten")
-        closing = self._closing.search(text, floor)
+        written = _content_end(text, start, message)
+        if written is None and not any(content in text[start:] for content in _contents(message)):
+            notes.append("content_rewritten")
+        closing = self._closing.search(text, written or start)
         if closing:
             return closing.end(), True
-        return max(floor, len(text.rstrip())) if floor == start else floor, False
+        return written or max(start, len(text.rstrip())), False
 
     def _answer_start(self, prompt: list[Message], context: str, full: str, notes: list[str]) -> int:
         """Find where the answer begins in the rendered conversation."""
@@ -224,6 +216,15 @@ def _with_fixed_date(template: Any) -> str | None:
         return template
     dates = {form: TODAY.strftime(form) for form in sorted(formats)}
     return f"{{%- macro strftime_now(form) -%}}{{{{ {dates!r}[form] }}}}{{%- endmacro -%}}{template}"
+
+
+def _content_end(text: str, start: int, message: Message) -> int | None:
+    """Find where a turn's content ends, if it begins at `start` or after an empty thinking stub."""
+    for content in _contents(message):
+        found = text.find(content, start)
+        if found >= 0 and EMPTY_OR_STUB.fullmatch(text, start, found):
+            return found + len(content)
+    return None
 
 
 def _contents(message: Message) -> Iterator[str]:

@@ -105,6 +105,6 @@ class _FrozenHead(torch.autograd.Function):
         return out.detach()
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return upstream[:, None].to(gradient.dtype) * gradient, None, None

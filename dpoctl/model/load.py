@@ -69,8 +69,8 @@ def load_policy(recipe: "Recipe", tokenizer: PreTrainedTokenizerBase, device: to
     section, lora = recipe.model, recipe.lora
     dtype = resolve_dtype(section.dtype, device)
     if section.from_scratch is not None:
-        if recipe.quantization is not None:
-            raise UsageError("quantization: a model that is built from scratch cannot be quantised")
+        if lora is not None or recipe.quantization is not None:
+            raise UsageError("a model that is built from scratch is trained whole: leave out lora and quantization")
         model = build_model(
             section.from_scratch, tokenizer, seed=recipe.training.seed, attention=section.attn_implementation
         )
@@ -165,7 +165,8 @@ def build_model(
             config, dtype=torch.float32, attn_implementation=Decoder(config).attention(attention)
         )
     model.generation_config = GenerationConfig.from_model_config(config)
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def _build_config(config_class: Any, given: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
@@ -328,8 +329,9 @@ def _fit_vocabulary(model: PreTrainedModel, rows: int, *, trained: bool, seed: i
             f"the tokenizer has {rows} tokens and the model's embedding {have} rows",
             hint=f"new rows must be trained: set lora.modules_to_save: [{ends}]",
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    # New rows are drawn on the model's own device, and must be the same on every rank.
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
         model.resize_token_embeddings(rows)
     console.note(f"the embedding grows from {have} to {rows} rows, to hold the tokenizer's tokens")
 

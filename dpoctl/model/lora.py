@@ -122,7 +122,7 @@ def stack_adapter(
         tuner: Any = peft_model.base_model
         tuner.set_adapter([FROZEN, TRAINED])
         tuner.set_requires_grad(FROZEN, False)
-    if any(adapter.target_parameters for adapter in peft_model.peft_config.values()):
+    if any(adapter.target_parameters for adapter in tuner.peft_config.values()):
         raise UsageError(
             f"adapter '{folder}' and the new one cannot be joined: experts are adapted",
             hint="set lora.start: continue, or train over a merged model",
@@ -231,11 +231,11 @@ def _say_unmatched(peft_model: PeftModel, lora: "LoraSection") -> None:
     if isinstance(lora.target_modules, str):
         return
     tuner: Any = peft_model.base_model
-    left = peft_model.peft_config[TRAINED].target_modules
+    left = tuner.peft_config[TRAINED].target_modules
     adapted = tuner.targeted_module_names
     missing = [t for t in lora.target_modules if t in left and not any(_ends_with(name, t) for name in adapted)]
     if missing:
-        hint = _modules_hint(peft_model.get_base_model())
+        hint = _modules_hint(tuner.model)
         console.warn(f"lora.target_modules: {', '.join(missing)} match nothing in this model; {hint}")
 
 

@@ -122,8 +122,6 @@ def _reference(recipe: Recipe, needed: bool) -> Iterator[Finding]:
     path: Path = ("dpo", "reference", "path")
     if needed and reference.mode == "none":
         yield Finding(mode, f"{loss} needs a reference; use auto, or another loss", (LOSS,))
-    elif reference.mode == "none" and reference.path is not None:
-        yield Finding(path, "dpo.reference.path would do nothing: the mode is none", (mode,))
     if needed:
         return
     for at, given in ((mode, reference.mode in ("cached", "live")), (path, reference.path is not None)):

@@ -40,11 +40,14 @@ def _resolve(name: str, place: Place, known: list[Path]) -> Path:
     path: Path = tuple(int(part) if part.isdecimal() else part for part in name.split("."))
     if any(candidate[0] == path[0] for candidate in known):
         return path
-    matches = [candidate for candidate in known if candidate[-len(path) :] == path]
-    if len(matches) > 1:
-        several = ", ".join(dotted(match) for match in matches)
-        raise RecipeError([Problem(place, f"{name!r} could be any of {several}; write one in full")])
-    return matches[0] if matches else path
+    for end in range(len(path), 0, -1):
+        matches = [candidate for candidate in known if candidate[-end:] == path[:end]]
+        if len(matches) > 1:
+            several = ", ".join(dotted(match) for match in matches)
+            raise RecipeError([Problem(place, f"{name!r} could be any of {several}; write one in full")])
+        if matches:
+            return (*matches[0], *path[end:])
+    return path
 
 
 def _put(document: Document, path: Path, value: Any, place: Place) -> Path:

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from dpoctl import console
 from dpoctl.core.batch import Batch
@@ -20,7 +22,8 @@ from dpoctl.core.objective import LiveReference
 from dpoctl.core.planner import Lengths, Plan
 from dpoctl.core.reader import Reader
 from dpoctl.data.prepare import cache_dir
-from dpoctl.model.load import Policy, load_run
+from dpoctl.model.load import load_run
+from dpoctl.model.policy import Policy
 from dpoctl.model.probe import Verdict
 from dpoctl.recipe.schema import Recipe
 
@@ -29,6 +32,7 @@ VERSION = 1
 # Records of one step of the pass; it bounds what a rank plans at once, nothing else.
 STEP = 1024
 CHUNK = 1 << 24
+PROVENANCE = {"_name_or_path", "transformers_version", "architectures", "use_cache"}
 
 
 class Reference:
@@ -53,7 +57,8 @@ class Reference:
             self._tensors = policy.reference_tensors()
             if policy.kind == "lora":
                 self._enter = policy.reference
-        self._identity = f"{VERSION} {verdict.layout} {verdict.own_head} {policy.dtype} {fingerprint(self._tensors)}"
+        weights, config = fingerprint(self._tensors), describe_config(self.scorer.causal.config)
+        self._identity = f"{VERSION} {verdict.layout} {verdict.own_head} {policy.dtype} {weights} {config}"
 
     def table(self, reader: Reader, max_tokens: int) -> NDArray[np.float32]:
         """Return `[R]`, the log-probability of every response of a store, from disk if it is known there.
@@ -116,6 +121,12 @@ def evaluating(module: nn.Module) -> Iterator[None]:
         module.train(was_training)
 
 
+def describe_config(config: PretrainedConfig) -> str:
+    """Return what of a model's config can change its numbers: everything but where it came from."""
+    values = config.to_dict()
+    return json.dumps({name: values[name] for name in sorted(values) if name not in PROVENANCE}, default=str)
+
+
 def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Return a digest of names, shapes and bits, computed where the tensors are.
 
@@ -131,7 +142,8 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return tensor.detach().contiguous().view(-1).view(bits).split(CHUNK)
+    chunks: tuple[Tensor, ...] = tensor.detach().contiguous().view(-1).view(bits).split(CHUNK)
+    return chunks
 
 
 def _checksum(bits: Tensor) -> tuple[Tensor, Tensor]:

@@ -121,7 +121,9 @@ def test_an_adapter_on_the_head_is_not_ignored(targets: str | list[str], tiny_ll
     assert all(p.grad is not None and p.grad.norm() > 0 for p in peft_model.parameters() if p.requires_grad)
 
 
-def test_frozen_head_s_stored_gradient_is_autograd_s(tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frozen_head_s_stored_gradient_is_autograd_s(
+    tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from dpoctl.model import head
 
     monkeypatch.setattr(head, "CHUNK_ELEMENTS", 384 * 5)  # several chunks

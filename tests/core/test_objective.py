@@ -49,7 +49,12 @@ def report(scores: Scores, values: Tensor) -> Mapping[str, Total]:
 
 
 def gradient(
-    model: PreTrainedModel, store: MemoryStore, loss: Loss, max_tokens: int, layout: Layout = "shared", batch_size: int = 9
+    model: PreTrainedModel,
+    store: MemoryStore,
+    loss: Loss,
+    max_tokens: int,
+    layout: Layout = "shared",
+    batch_size: int = 9,
 ) -> tuple[Tensor, dict[str, float]]:
     """Gradient and metrics of the first step."""
     import numpy as np
@@ -175,5 +180,7 @@ def test_evaluation_is_exact_for_any_budget(tiny_llama: PreTrainedModel) -> None
         accelerator(), Scorer(tiny_llama, tiny_llama, Verdict("shared", True, "")), Sigmoid(reference_free=True), report
     )
     reader, lengths = Reader(store, "shared", torch.device("cpu")), Lengths.of(store)  # type: ignore[arg-type]
-    means = [evaluate(objective, EvalSet(reader, Plan(lengths, size, 1, b)))["loss"] for size in (2, 7) for b in BUDGETS]
+    means = [
+        evaluate(objective, EvalSet(reader, Plan(lengths, size, 1, b)))["loss"] for size in (2, 7) for b in BUDGETS
+    ]
     assert means == pytest.approx([means[0]] * len(means), rel=1e-6)

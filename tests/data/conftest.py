@@ -49,12 +49,3 @@ def make_recipe() -> Callable[..., Recipe]:
         )
 
     return make
-
-
-def pair(number: int, *, words: int = 3) -> dict[str, Any]:
-    """A plain-text pair that no other number gives."""
-    return {
-        "prompt": f"question {number}?",
-        "chosen": f" yes {number}" + " yes" * words,
-        "rejected": f" no {number}" + " no" * words,
-    }

@@ -16,7 +16,7 @@ def assistant(text):
 
 
 def transcript(*turns):
-    return "".join(f"\n\n{'HA'[i % 2] == 'H' and 'Human' or 'Assistant'}:{turn}" for i, turn in enumerate(turns))
+    return "".join(f"\n\n{('HA'[i % 2] == 'H' and 'Human') or 'Assistant'}:{turn}" for i, turn in enumerate(turns))
 
 
 SAMPLES = {
@@ -97,7 +97,9 @@ def test_hh_is_rejected_where_one_side_is_the_start_of_the_other():
 
 
 def test_hh_is_rejected_when_a_human_has_the_last_word():
-    assert reason("hh", {"chosen": transcript(" q", " a", " b"), "rejected": transcript(" q", " c")}) == "no_final_answer"
+    assert (
+        reason("hh", {"chosen": transcript(" q", " a", " b"), "rejected": transcript(" q", " c")}) == "no_final_answer"
+    )
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def test_a_row_with_a_flaw_is_rejected_and_the_next_is_read(tmp_path, line, reas
 
 
 def test_large_whole_numbers_are_read(tmp_path):
-    assert read(tmp_path, '{"a": %d}' % 10**30) == [(1, {"a": 10**30})]
+    assert read(tmp_path, f'{{"a": {10**30}}}') == [(1, {"a": 10**30})]
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "rows.csv"])
@@ -153,7 +153,7 @@ def test_csv_in_another_encoding_is_refused(tmp_path):
 def test_parquet_rows_are_numbered(tmp_path):
     table = pyarrow.table({"prompt": ["a", "b"], "messages": [[{"role": "user", "content": None}], []]})
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
-    assert list(read_file(tmp_path / "rows.parquet"))[0] == (
+    assert next(read_file(tmp_path / "rows.parquet")) == (
         1,
         {"prompt": "a", "messages": [{"role": "user", "content": None}]},
     )

@@ -211,6 +211,15 @@ def test_a_wrong_configuration_is_one_line(make_recipe: Any, config: dict[str, A
     assert message.replace("270", str(len(tokenizer))) in str(caught.value)
 
 
+@pytest.mark.parametrize("sections", [{"lora": {"r": 4}}, {"quantization": {"load_in_4bit": True}, "lora": {}}])
+def test_a_model_from_scratch_is_trained_whole(make_recipe: Any, tokenizer: Any, sections: dict[str, Any]) -> None:
+    recipe = scratch(make_recipe).model_copy(
+        update={name: getattr(make_recipe(**sections), name) for name in ("lora", "quantization")}
+    )
+    with pytest.raises(UsageError, match="from scratch is trained whole"):
+        load_policy(recipe, tokenizer, CPU)
+
+
 def test_new_tokens_need_rows_that_are_trained(
     tmp_path: Path, save_base: Any, tokenizer: Any, make_recipe: Any
 ) -> None:

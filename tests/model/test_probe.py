@@ -33,7 +33,9 @@ def test_attention_only_models_share_prompts(architecture: str, changes: dict[st
 
 
 def mamba() -> PreTrainedModel:
-    config = AutoConfig.for_model("mamba2", vocab_size=384, hidden_size=64, num_hidden_layers=2, head_dim=16, num_heads=8)
+    config = AutoConfig.for_model(
+        "mamba2", vocab_size=384, hidden_size=64, num_hidden_layers=2, head_dim=16, num_heads=8
+    )
     return AutoModelForCausalLM.from_config(config)
 
 
@@ -57,7 +59,9 @@ def test_an_attention_that_lets_answers_see_each_other_is_found_out(
     tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def leaking(module, query, key, value, mask=None, *, layout=None, **kwargs):  # type: ignore[no-untyped-def]
-        merged = attention_module.Segments(tuple((start, shared, (sum(rest),)) for start, shared, rest in layout.records))
+        merged = attention_module.Segments(
+            tuple((start, shared, (sum(rest),)) for start, shared, rest in layout.records)
+        )
         return attention_module.shared_prefix_attention(module, query, key, value, mask, layout=merged, **kwargs)
 
     from transformers import AttentionInterface

@@ -74,7 +74,7 @@ WRONG = {
     "unknown method": (GOOD.replace("method: dpo", "method: ppo"), "1:9", "did you mean 'dpo'"),
     "unknown format": (
         GOOD.replace("[pairs.jsonl]", "[{path: x, format: hhh}]"),
-        "5:28",
+        "5:29",
         "did you mean 'hh'",
     ),
     "tab": (GOOD.replace("  output_dir", "\toutput_dir"), "7:1", "a tab cannot indent"),
@@ -89,7 +89,7 @@ WRONG = {
     "merge key": (GOOD.replace("  output_dir", "  <<: {seed: 1}\n  output_dir"), "7:3", "merge keys"),
     "python tag": (GOOD.replace("some/model", "!!python/name:os.system x"), "3:23", "tags ("),
     "second document": (GOOD + "---\nmethod: dpo\n", "9:1", "one document"),
-    "bottomless nesting": (DEEP, "9:26", "more than 20 levels"),
+    "bottomless nesting": (DEEP, "9:27", "more than 20 levels"),
     "a list": ("- 1\n", "1:1", "got a list"),
     "empty file": ("# nothing\n", "1:1", "got nothing"),
     "key that is a list": (GOOD + "? [a]\n: 1\n", "9:3", "a plain text"),

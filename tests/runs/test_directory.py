@@ -1,4 +1,5 @@
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -155,6 +156,21 @@ def test_the_same_process_may_not_open_it_twice_either(tmp_path):
         pytest.raises(UsageError, match=f"process {os.getpid()} on"),
     ):
         RunDirectory.open(tmp_path / "run", resume=True)
+
+
+def test_a_lock_that_its_last_holder_unlinks_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    flock, calls = fcntl.flock, []
+
+    def late(file, operation):
+        if not calls:
+            (tmp_path / ".lock").unlink()
+        calls.append(operation)
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with RunDirectory.open(tmp_path):
+        assert len(calls) == 2
+        assert str(os.getpid()) in (tmp_path / ".lock").read_text()
 
 
 def test_leftovers_of_a_killed_process_are_gone_at_the_next_start(tmp_path):

@@ -43,7 +43,8 @@ def test_token_budgets_give_the_same_curve(method: str, dpo_recipe: dict[str, An
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("launcher", "method"), [("--num-processes", "sft"), ("--num-processes", "dpo"), ("torchrun", "dpo"), ("accelerate", "dpo")]
+    ("launcher", "method"),
+    [("--num-processes", "sft"), ("--num-processes", "dpo"), ("torchrun", "dpo"), ("accelerate", "dpo")],
 )
 def test_two_processes_give_the_curve_of_one(
     launcher: str, method: str, dpo_recipe: dict[str, Any], train: Run, tmp_path: Path

@@ -1,0 +1,144 @@
+"""Keys that contradict one another, said at the line of the key to change."""
+
+import pytest
+
+from dpoctl.core.losses import LOSSES
+from dpoctl.recipe import RecipeError, parse_recipe
+
+GOOD = """\
+method: dpo
+model: {model_name_or_path: some/model}
+lora: {}
+data:
+  train: [pairs.jsonl]
+  eval: [heldout.jsonl]
+training:
+  output_dir: runs/x
+  learning_rate: 5e-7
+  eval_steps: 10
+"""
+DPO = "dpo: {{loss: {}, reference: {}}}\n"
+NO_EVAL = GOOD.replace("  eval: [heldout.jsonl]\n", "").replace("  eval_steps: 10\n", "")
+
+# name: (recipe, line, a piece of the message)
+CONTRADICTIONS = {
+    "prompt as long as everything": (
+        GOOD.replace("  train", "  max_length: 64\n  max_prompt_length: 64\n  train"),
+        6,
+        "max_prompt_length (64) must be smaller than max_length (64)",
+    ),
+    "quantised without adapters": (
+        GOOD.replace("lora: {}", "quantization: {load_in_4bit: true}"),
+        3,
+        "load_in_4bit needs a lora section",
+    ),
+    "8 bit without adapters": (
+        GOOD.replace("lora: {}", "quantization: {load_in_8bit: true}"),
+        3,
+        "load_in_8bit needs a lora section",
+    ),
+    "4 and 8 bit": (
+        GOOD + "quantization: {load_in_4bit: true, load_in_8bit: true}\n",
+        11,
+        "cannot both be true",
+    ),
+    "quantisation of nothing": (GOOD + "quantization: {}\n", 11, "switches nothing on"),
+    "4-bit key in 8 bit": (
+        GOOD + "quantization:\n  load_in_8bit: true\n  bnb_4bit_quant_type: nf4\n",
+        13,
+        "load_in_4bit is not true",
+    ),
+    "eval data never used": (GOOD.replace("  eval_steps: 10\n", ""), 6, "needs training.eval_steps"),
+    "held-out share never used": (
+        NO_EVAL.replace("  train", "  eval_size: 0.1\n  train"),
+        5,
+        "data.eval_size needs training.eval_steps",
+    ),
+    "cadence without eval data": (NO_EVAL + "  eval_steps: 10\n", 9, "there is no eval data"),
+    "first evaluation without eval data": (NO_EVAL + "  eval_on_start: true\n", 9, "there is no eval data"),
+    "two eval sets of one name": (GOOD.replace("  train", "  eval_size: 9\n  train"), 5, "give it another name"),
+    "two warm-ups": (GOOD + "  warmup_ratio: 0.1\n  warmup_steps: 5\n", 12, "not both"),
+    "two lengths of the run": (GOOD + "  max_steps: 5\n  num_train_epochs: 1\n", 12, "max_steps says when"),
+    "rank of a continued adapter": (GOOD.replace("{}", "{start: continue, r: 8}"), 3, "lora.r would do nothing"),
+    "targets of a continued adapter": (
+        GOOD.replace("{}", "{start: continue, target_modules: all-linear}"),
+        3,
+        "lora.target_modules would do nothing",
+    ),
+    "no reference where one is needed": (
+        GOOD + DPO.format("{type: ipo}", "{mode: none}"),
+        11,
+        "the loss 'ipo' needs a reference",
+    ),
+    "reference where none is used": (
+        GOOD + DPO.format("{reference_free: true}", "{mode: cached}"),
+        11,
+        "dpo.reference.mode would do nothing",
+    ),
+    "another reference where none is used": (
+        GOOD + DPO.format("{reference_free: true}", "{path: other}"),
+        11,
+        "dpo.reference.path would do nothing",
+    ),
+    "section of the other method": (GOOD + "sft: {loss_on: last}\n", 11, "the method is dpo"),
+    "run directory over the model": (
+        GOOD.replace("some/model", "./runs/x"),
+        8,
+        "output_dir is the model itself",
+    ),
+    "no model": (GOOD.replace("{model_name_or_path: some/model}", "{}"), 2, "or from_scratch"),
+    "two models": (
+        GOOD.replace("some/model", "m, from_scratch: {config: {model_type: llama}, tokenizer: {vocab_size: 300}}"),
+        2,
+        "not both",
+    ),
+    "revision of a new model": (
+        GOOD.replace(
+            "model_name_or_path: some/model",
+            "revision: main, from_scratch: {config: {model_type: llama}, tokenizer: {vocab_size: 300}}",
+        ),
+        2,
+        "loads nothing from the hub",
+    ),
+    "betas of rmsprop": (GOOD + "  optim: rmsprop\n  adam_beta1: 0.9\n", 12, "no such parameter"),
+    "config without a type": (
+        GOOD.replace("model_name_or_path: some/model", "from_scratch: {config: {}, tokenizer: {vocab_size: 300}}"),
+        2,
+        "names its model_type",
+    ),
+}
+
+
+def test_without_contradictions_there_is_nothing_to_say() -> None:
+    for text in (GOOD, NO_EVAL):
+        assert parse_recipe(text, "r", command="dpo", losses=LOSSES).warnings() == []
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_a_contradiction_is_refused_at_its_key(name: str) -> None:
+    text, line, said = CONTRADICTIONS[name]
+    with pytest.raises(RecipeError) as refused:
+        parse_recipe(text, "r", command="dpo", losses=LOSSES)
+    assert any(problem.place.line == line and said in problem.message for problem in refused.value.problems), str(
+        refused.value
+    )
+
+
+@pytest.mark.parametrize(("method", "command"), [("sft", "dpo"), ("dpo", "sft")])
+def test_a_recipe_is_refused_by_the_other_command(method: str, command: str) -> None:
+    with pytest.raises(RecipeError, match=f"run `dpoctl {method}`"):
+        parse_recipe(GOOD.replace("dpo", method), "r", command=command, losses=LOSSES)
+
+
+def test_a_reference_free_loss_goes_without_saying_more() -> None:
+    for mode in ("auto", "none"):
+        text = GOOD + DPO.format("{reference_free: true}", f"{{mode: {mode}}}")
+        assert parse_recipe(text, "r", command="dpo", losses=LOSSES).dpo.reference.mode == mode
+
+
+def test_lora_dropout_that_does_nothing_is_a_warning() -> None:
+    text = GOOD.replace("{}", "{lora_dropout: 0.05}")
+    (warning,) = parse_recipe(text, "r", command="dpo", losses=LOSSES).warnings()
+    assert "lora.lora_dropout: 0.05 does nothing" in warning
+    awake = text.replace("some/model", "some/model, disable_dropout: false")
+    assert parse_recipe(awake, "r", command="dpo", losses=LOSSES).warnings() == []
