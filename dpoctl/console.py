@@ -24,7 +24,10 @@ def stderr() -> "Console":
     from rich.console import Console  # noqa: PLC0415 - start-up time
 
     width = None if sys.stderr.isatty() else 200
-    return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty(), width=width)
+    # What is said holds recipes and rows: brackets and colons in them are no markup.
+    return Console(
+        stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=not sys.stderr.isatty(), width=width
+    )
 
 
 def say(message: "RenderableType", **kwargs: Any) -> None:

@@ -131,8 +131,9 @@ def _write_log(error: Exception) -> Path | None:
     if _run_directory is None or not (_run_directory / "recipe.yaml").is_file():
         return None
     rank = int(os.environ.get("RANK", "0"))
-    log = _run_directory / ("error.log" if rank == 0 else f"error.rank-{rank}.log")
+    log = _run_directory / ("error.log" if rank == 0 else f"logs/rank-{rank}.error.log")
     try:
+        log.parent.mkdir(exist_ok=True)
         log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     except OSError:
         return None

@@ -28,7 +28,7 @@ def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], training: Tr
     if training.optim == "adamw":
         return AdamW(groups, fused=True, **adam)
     if training.optim == "rmsprop":
-        return RMSprop(groups, lr=training.learning_rate)
+        return RMSprop(groups, lr=training.learning_rate, eps=training.adam_epsilon)
     if find_spec("bitsandbytes") is None:
         raise SetupError(f"optim {training.optim} needs bitsandbytes", hint="pip install 'dpoctl[quant]'")
     import bitsandbytes  # noqa: PLC0415 - an optional extra

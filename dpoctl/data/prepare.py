@@ -129,7 +129,8 @@ class _StoreFactory:
         self._recipe = recipe
         self._folder = cache_dir / "tokens"
         self._encoder = Encoder(tokenizer)
-        self._renderer = Renderer(tokenizer, data.chat_template_kwargs, recipe.sft.loss_on)
+        loss_on = recipe.sft.loss_on if recipe.method == "sft" else "assistant"
+        self._renderer = Renderer(tokenizer, data.chat_template_kwargs, loss_on)
         self._special_tokens = dict(tokenizer.special_tokens_map)
         self._limits = Limits(
             max_length=data.max_length,

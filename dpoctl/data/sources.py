@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 STDIN = "-"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+PARTICULAR = {"name": None, "split": "train", "revision": None, "data_files": None}
+"""Keys that only some kinds of sources have a use for, and the values that ask for nothing."""
 SAVED = ("dataset_info.json", "dataset_dict.json")
 """Files that `save_to_disk` writes into the folder of a data set, or of a mapping of them."""
 
@@ -40,9 +42,11 @@ def read_rows(source: "Source", *, method: str = "dpo") -> Iterator[SourceRow]:
         method: `sft` or `dpo`: which kind of rows a built-in source gives.
 
     Raises:
-        DataError: There is no such file, folder or split, or it is not what it should be.
+        DataError: There is no such file, folder or split, or it is not what it should be; or a key of the source
+            would do nothing.
         SetupError: The hub cannot be reached.
     """
+    _refuse_idle_keys(source)
     for part, lines in _open(source, method):
         for line, row in lines:
             yield SourceRow(part, line, row if isinstance(row, Reject) else _renamed(row, source.column_map))
@@ -55,6 +59,7 @@ def fingerprint(source: "Source", *, method: str = "dpo") -> str:
         DataError: There is no such file or folder.
         SetupError: The hub cannot be reached.
     """
+    _refuse_idle_keys(source)
     path = Path(source.path)
     if source.path.startswith(demo.PREFIX):
         return f"{source.path}:{source.split}:{method}:{demo.VERSION}"
@@ -71,6 +76,26 @@ def fingerprint(source: "Source", *, method: str = "dpo") -> str:
 def location(source_path: str, part: str) -> str:
     """Name the file that a row stands in, as the user would."""
     return str(Path(source_path) / part) if part else source_path
+
+
+def _refuse_idle_keys(source: "Source") -> None:
+    path = Path(source.path)
+    used: tuple[str, ...] = ()
+    if source.path == STDIN:
+        kind = "stdin"
+    elif source.path.startswith(demo.PREFIX):
+        kind, used = "a built-in source", ("split",)
+    elif _is_saved_dataset(path):
+        kind, used = "a folder saved by datasets", ("split",)
+    elif path.is_dir():
+        kind, used = "a folder of files", ("data_files",)
+    elif path.exists() or suffix_of(path) in SUFFIXES:
+        kind = "a file"
+    else:
+        return
+    idle = [key for key, nothing in PARTICULAR.items() if key not in used and getattr(source, key) != nothing]
+    if idle:
+        raise DataError(f"{source.path}: {idle[0]} would do nothing: this is {kind}", hint=f"leave {idle[0]} out")
 
 
 def _open(source: "Source", method: str) -> Iterator[tuple[str, Iterator[Line]]]:

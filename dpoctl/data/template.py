@@ -147,7 +147,8 @@ class Renderer:
     def _end(self, text: str, start: int, message: Message, notes: list[str]) -> tuple[int, bool]:
         """Find the end of the turn that closes `text`, and whether a stop token is there."""
         written = _content_end(text, start, message)
-        if written is None and not any(content in text[start:] for content in _contents(message)):
+        contents = list(_contents(message))
+        if contents and not any(content in text[start:] for content in contents):
             notes.append("content_rewritten")
         closing = self._closing.search(text, written or start)
         if closing:

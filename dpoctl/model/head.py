@@ -80,7 +80,8 @@ class Head:
             return torch.cat([self._chunk(h, t) for h, t in chunks])
         if any(p.requires_grad for p in self.module.parameters()):
             return torch.cat([cast(Tensor, checkpoint(self._chunk, h, t, use_reentrant=False)) for h, t in chunks])
-        return torch.cat([cast(Tensor, _FrozenHead.apply(h, t, self._chunk)) for h, t in chunks])
+        frozen: Any = _FrozenHead
+        return torch.cat([frozen.apply(h, t, self._chunk) for h, t in chunks])
 
     def _chunk(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return select_logps(self.transform(self.module(hidden)), targets)

@@ -72,9 +72,12 @@ def find_source(name: str, *, revision: str | None = None, trust_remote_code: bo
 
     Raises:
         SetupError: it looks like a path and is no folder.
+        UsageError: it is a folder, and a revision is given.
     """
     path = Path(name).expanduser()
     if path.is_dir():
+        if revision is not None:
+            raise UsageError(f"model '{name}' is a folder, which has no revision {revision!r}", hint="leave it out")
         return Source(name=str(path), trust_remote_code=trust_remote_code)
     looks_like_a_path = name.startswith((".", "~", os.sep)) or (name.count("/") != 1 and os.sep in name)
     if looks_like_a_path or path.exists():
@@ -110,8 +113,9 @@ def base_of(adapter: Path, *, trust_remote_code: bool = False) -> Source:
     name = config.get("base_model_name_or_path")
     if not name:
         raise SetupError(f"adapter '{adapter}' does not name its base model")
+    revision = None if Path(name).expanduser().is_dir() else config.get("revision")
     try:
-        return find_source(name, revision=config.get("revision"), trust_remote_code=trust_remote_code)
+        return find_source(name, revision=revision, trust_remote_code=trust_remote_code)
     except SetupError as error:
         raise SetupError(f"adapter '{adapter}' needs its base: {error.message}") from error
 

@@ -25,18 +25,18 @@ class Finding:
     involves: tuple[Path, ...] = ()
 
 
-Setting = Callable[[Path], bool]
+Stands = Callable[[Path, tuple[Path, ...]], bool]
 QUANTIZATION: Path = ("quantization",)
 LOSS: Path = ("dpo", "loss")
 
 
-def check(recipe: Recipe, command: str, is_set: Setting, needs_reference: bool | None) -> Iterator[Finding]:
+def check(recipe: Recipe, command: str, stands: Stands, needs_reference: bool | None) -> Iterator[Finding]:
     """Find every contradiction.
 
     Args:
         recipe: A recipe whose keys are right one by one.
         command: The command that reads it: `sft` or `dpo`.
-        is_set: Whether a key is written down, and not null.
+        stands: Whether a key is written down, and was not overruled with one of the other keys.
         needs_reference: Whether the loss compares with a reference; None where there is no loss to ask.
     """
     if recipe.method != command:
@@ -44,7 +44,7 @@ def check(recipe: Recipe, command: str, is_set: Setting, needs_reference: bool |
             ("method",),
             f"the method is {recipe.method} and the command is {command}; run `dpoctl {recipe.method}` on it",
         )
-    yield from _inert(recipe, is_set)
+    yield from _inert(recipe, stands)
     yield from _model(recipe)
     yield from _data(recipe)
     yield from _training(recipe)
@@ -52,9 +52,9 @@ def check(recipe: Recipe, command: str, is_set: Setting, needs_reference: bool |
         yield from _reference(recipe, needs_reference)
 
 
-def _inert(recipe: Recipe, is_set: Setting) -> Iterator[Finding]:
+def _inert(recipe: Recipe, stands: Stands) -> Iterator[Finding]:
     for path, inert in inert_keys(recipe).items():
-        if is_set(path):
+        if stands(path, inert.causes):
             yield Finding(path, f"{dotted(path)} would do nothing: {inert.reason}", inert.causes)
 
 

@@ -79,6 +79,11 @@ class Document:
             node = node[part]
         return node is not None
 
+    def stands(self, path: Path, rivals: tuple[Path, ...]) -> bool:
+        """Whether a key is written and not null, and no override of a rival has put the file's word aside."""
+        overruled = any(self.key_place(rival).override for rival in rivals)
+        return self.has(path) and not (overruled and not self.key_place(path).override)
+
     def key_place(self, path: Path) -> Place:
         """Where a key stands, or the nearest key above it."""
         written = self.find(path)

@@ -8,6 +8,9 @@ from dpoctl.recipe.expect import Path
 if TYPE_CHECKING:
     from dpoctl.recipe.schema import Recipe
 
+# TensorBoard calls a run by its folder.
+NAMING_TRACKERS = {"wandb", "trackio"}
+
 
 @dataclass(frozen=True, slots=True)
 class Inert:
@@ -26,6 +29,9 @@ def inert_keys(recipe: "Recipe") -> dict[Path, Inert]:
     """Find the keys that nothing would read."""
     other = "sft" if recipe.method == "dpo" else "dpo"
     inert: dict[Path, Inert] = {(other,): Inert(f"the method is {recipe.method}", (("method",),))}
+    if recipe.data.overlong == "drop":
+        why = Inert("overlong: drop cuts no prompt", (("data", "overlong"),))
+        inert[("data", "prompt_truncation")] = why
     return inert | _of_the_model(recipe) | _of_the_adapter(recipe) | _of_the_training(recipe)
 
 
@@ -69,4 +75,7 @@ def _of_the_training(recipe: "Recipe") -> dict[Path, Inert]:
     if recipe.training.optim == "rmsprop":
         why = Inert("optim: rmsprop has no such parameter", (("training", "optim"),))
         inert |= {("training", key): why for key in ("adam_beta1", "adam_beta2")}
+    if not NAMING_TRACKERS & set(recipe.training.report_to):
+        why = Inert(f"report_to has none of {', '.join(sorted(NAMING_TRACKERS))}", (("training", "report_to"),))
+        inert[("training", "run_name")] = why
     return inert

@@ -122,7 +122,7 @@ class ModelSection(Section):
     model_name_or_path: Text | None = Field(default=None, examples=["mistralai/Mistral-7B-v0.1"])
     """A hub id, a folder, or an adapter of either."""
     revision: Text | None = Field(default=None, examples=["main"])
-    """The branch, tag or commit of a hub id."""
+    """The branch, tag or commit of a hub id; a folder has none."""
     from_scratch: FromScratch | None = None
     """Build a new model instead of loading one."""
     dtype: DType = "auto"
@@ -183,17 +183,17 @@ class Source(Section):
     name: Text | None = Field(default=None, examples=["default"])
     """The configuration of a hub data set."""
     split: Text = "train"
-    """The split to read."""
+    """The split of a hub data set, of a folder saved by `datasets`, or of a built-in source."""
     revision: Text | None = Field(default=None, examples=["main"])
     """The branch, tag or commit of a hub data set."""
     data_files: Annotated[list[Text], MinLen(1)] | None = Field(default=None, examples=[["part-0.jsonl"]])
-    """Which files of a folder or hub id, where not all."""
+    """Which files of a folder or hub data set, where not all."""
     format: Text = "auto"
     """The format of the rows; auto looks at them and says what it found."""
     weight: Annotated[float, Gt(0)] = 1.0
     """How often a row is seen per epoch: 0.5 takes a seeded half, 2 takes each row twice."""
     max_samples: Count | None = Field(default=None, examples=[1000])
-    """Read no more than this many rows."""
+    """Use no more than this many rows: a seeded sample."""
     column_map: dict[str, Text] = {}
     """Canonical column name: its name in the file."""
 
@@ -233,7 +233,7 @@ class DataSection(Section):
     overlong: Literal["drop", "truncate"] = "drop"
     """What becomes of a row that is longer; always counted."""
     prompt_truncation: Literal["keep_end", "keep_start"] = "keep_end"
-    """Which end of an over-long prompt survives."""
+    """Which end of an over-long prompt survives; needs overlong: truncate."""
     duplicates: Literal["keep", "drop"] = "keep"
     """What becomes of rows that are seen again; always counted."""
     chat_template_kwargs: dict[str, Any] = {}
@@ -291,7 +291,7 @@ class TrainingSection(Section):
     warmup_steps: Annotated[int, Ge(0)] | None = Field(default=None, examples=[100])
     """The same as a number of steps."""
     weight_decay: Annotated[float, Ge(0)] = 0.0
-    """Decoupled weight decay."""
+    """Weight decay: decoupled with Adam, part of the gradient with rmsprop; never of biases and norms."""
     adam_beta1: Probability = 0.9
     """Decay of Adam's first moment."""
     adam_beta2: Probability = 0.999
@@ -325,7 +325,7 @@ class TrainingSection(Section):
     ] = []
     """Trackers that get the metrics too."""
     run_name: Text | None = Field(default=None, examples=["zephyr-dpo"])
-    """The name of the run at the trackers."""
+    """The name of the run at wandb and trackio; tensorboard calls it by its folder."""
     seed: Annotated[int, Ge(0), Lt(2**32)] = 42
     """Seeds everything that is random: order of rows, splits, dropout, new weights."""
 

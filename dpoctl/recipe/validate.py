@@ -72,7 +72,7 @@ def validate(document: Document, command: str, losses: Mapping[str, Any], format
         recipe, needs_reference, found = _with_loss(recipe, document, losses, suggester)
         problems += found
         problems += _unknown_formats(recipe, document, formats)
-        findings = list(check(recipe, command, document.has, needs_reference))
+        findings = list(check(recipe, command, document.stands, needs_reference))
         problems += [
             Problem(document.key_place(finding.path), finding.message, finding.path)
             for finding in findings

@@ -57,7 +57,7 @@ class RunDirectory:
             run._refuse_unless_free(resume=resume, overwrite=overwrite)
             run.path.mkdir(parents=True, exist_ok=True)
             run._lock = RunLock(run.path)
-            if overwrite:
+            if overwrite or not run._has_begun():
                 run._delete_own()
             run._recover()
         except OSError as error:
@@ -116,13 +116,17 @@ class RunDirectory:
         ignored = (lock.NAME, _TORN, _STAGING)
         return sorted(entry for entry in self.path.iterdir() if not _matches(entry, ignored))
 
+    def _has_begun(self) -> bool:
+        """Whether there is anything to lose: a run that failed before its first step leaves only its own notes."""
+        return self.metrics.exists() or self.checkpoints.exists() or any(self.path.glob("*.safetensors"))
+
     def _refuse_unless_free(self, *, resume: bool, overwrite: bool) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"{self.path} is a file, not a directory", hint="choose another training.output_dir")
         entries = self._entries()
         if not entries:
             return
-        if not (resume or overwrite):
+        if not (resume or overwrite) and (self._has_begun() or not self.resolved_recipe.is_file()):
             raise UsageError(
                 f"{self.path} is not empty",
                 hint="go on with the run in it with --resume, delete it with --overwrite, "

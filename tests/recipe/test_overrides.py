@@ -109,3 +109,15 @@ def test_a_contradiction_made_by_an_override_is_said_at_the_override_or_at_its_k
     with pytest.raises(RecipeError) as refused:
         parse("max_length=10", "max_prompt_length=10")
     assert [str(problem.place) for problem in refused.value.problems] == ["--set #2"]
+
+
+def test_an_override_puts_aside_what_the_file_says_to_the_same_end() -> None:
+    text = RECIPE.replace("learning_rate: 5e-7", "learning_rate: 5e-7, num_train_epochs: 3, eval_steps: 5").replace(
+        "data: {", "data: {eval: [c.jsonl], "
+    )
+    overrides = ["max_steps=2", "data.eval=null"]
+    recipe = parse_recipe(text, "r", command="dpo", losses=LOSSES, overrides=overrides)
+    assert recipe.training.max_steps == 2
+    assert "num_train_epochs" not in recipe.to_yaml()
+    with pytest.raises(RecipeError, match="num_train_epochs would do nothing"):
+        parse_recipe(text, "r", command="dpo", losses=LOSSES, overrides=["max_steps=2", "num_train_epochs=2"])
