@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from dpoctl.data.records import Reject
-from dpoctl.data.template import BREAK, Completion, Rendered
+from dpoctl.data.records import Message, Record, Reject
+from dpoctl.data.template import BREAK, Completion, Rendered, Renderer
 from dpoctl.errors import DataError, SetupError
 
 if TYPE_CHECKING:
@@ -208,6 +208,34 @@ def build_example(prompt: Ids, answers: list[Answer], pairs: Sequence[tuple[int,
         suffixes_scored=tuple(flag[shared:] for flag in flags),
         pairs=np.asarray(pairs, dtype=np.int64).reshape(-1, 2),
     )
+
+
+def render_prompts(
+    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str | list[Message]], template_kwargs: dict[str, Any]
+) -> list[Ids]:
+    """Tokenize prompts exactly as training does, ready for an answer to follow.
+
+    Args:
+        tokenizer: A fast tokenizer, with a chat template where prompts are messages.
+        prompts: Texts, or messages without an answer.
+        template_kwargs: Further variables of the template.
+
+    Raises:
+        DataError: There is no template, or it refuses a prompt.
+    """
+    renderer, encoder = Renderer(tokenizer, template_kwargs), Encoder(tokenizer)
+    try:
+        rendered = [renderer.render(Record(prompt, ())) for prompt in prompts]
+    except Reject as reject:
+        raise DataError(f"the chat template refuses a prompt: {reject.detail}") from reject
+    return [ids for ids, _ in encoder.encode(rendered)]
+
+
+def render_prompt(
+    tokenizer: "PreTrainedTokenizerBase", prompt: str | list[Message], template_kwargs: dict[str, Any]
+) -> Ids:
+    """Tokenize one prompt; see `render_prompts`."""
+    return render_prompts(tokenizer, [prompt], template_kwargs)[0]
 
 
 def _texts(item: Rendered) -> list[str]:

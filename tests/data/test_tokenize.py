@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from dpoctl.data.records import Record, Reject
 from dpoctl.data.template import Renderer
-from dpoctl.data.tokenize import Answer, Encoder, Limits, build_example, fit
+from dpoctl.data.tokenize import Answer, Encoder, Limits, build_example, fit, render_prompt
 from dpoctl.errors import SetupError
 
 LLAMA = Path(__file__).parents[3] / "shared" / "data" / "llama-tokenizer"
@@ -205,3 +205,9 @@ def test_pairs_that_truncation_made_equal_are_rejected():
 
 def test_answers_outside_of_any_pair_may_be_equal():
     assert len(example([1], [2], [3], [2], pairs=((0, 1), (2, 1))).suffixes) == 3
+
+
+def test_a_prompt_alone_has_the_ids_that_it_is_trained_with(tokenizer, encode):
+    for prompt in ([user("hello <|im_end|> world")], "hello "):
+        answer = [assistant("yes")] if isinstance(prompt, list) else "yes"
+        assert render_prompt(tokenizer, prompt, {}) == encode(prompt, answer)[0]
