@@ -9,9 +9,11 @@ import typer
 
 from dpoctl import __version__
 from dpoctl.cli import failure, launch
+from dpoctl.cli.check import check
 from dpoctl.cli.convert_data import convert_data
 from dpoctl.cli.dpo import dpo
 from dpoctl.cli.eval import evaluate
+from dpoctl.cli.merge import merge
 from dpoctl.cli.sft import sft
 
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
@@ -29,8 +31,10 @@ app = typer.Typer(
 for command, name, panel, summary in (
     (sft, "sft", "Train", "Train on demonstrations."),
     (dpo, "dpo", "Train", "Train on preferences."),
+    (check, "check", "Train", "Advice on a recipe: what is wrong in it, what is unusual."),
     (convert_data, "convert-data", "Data", "Turn any known data format into canonical JSONL."),
     (evaluate, "eval", "Measure", "Measure a finished run on held-out data."),
+    (merge, "merge", "Use", "Write a run's adapter into its base: one plain model."),
 ):
     app.command(name, rich_help_panel=panel, short_help=summary, help=command.__doc__, context_settings=HELP_OPTIONS)(
         command

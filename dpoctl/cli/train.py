@@ -52,32 +52,31 @@ def train(
         UserError: What the user can mend.
         typer.Exit: With the workers' exit code, where they failed.
     """
-    from dpoctl import console
     from dpoctl.core.losses import LOSSES
     from dpoctl.data.formats import FORMATS
     from dpoctl.errors import UsageError
-    from dpoctl.recipe import parse_recipe, read_text
+    from dpoctl.recipe import examine_recipe, read_text
 
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
     if where.output_dir is not None:
         overrides = [*overrides, f"training.output_dir={json.dumps(where.output_dir)}"]
     text = read_text(path)
-    recipe = parse_recipe(text, str(path), command=command, overrides=overrides, losses=LOSSES, formats=FORMATS)
+    examined = examine_recipe(text, str(path), command=command, overrides=overrides, losses=LOSSES, formats=FORMATS)
+    recipe = examined.accept()
     failure.remember_run_directory(Path(recipe.training.output_dir))
     plan = launch.plan_launch(where.num_processes, where.accelerate_config)
     if plan is not None and not dry_run:
         if code := plan.run():
             raise typer.Exit(code)
         return
-    for warning in recipe.warnings():
-        console.warn(warning)
 
     from dpoctl.tasks.train import run
 
     run(
         recipe,
         recipe_text=text,
+        document=examined.document,
         resume=resume,
         overwrite=overwrite,
         dry_run=dry_run,

@@ -97,6 +97,22 @@ def iter_texts(recipe: "Recipe") -> Iterator[str]:
                 yield from _strings(text)
 
 
+def count_rows(recipe: "Recipe") -> tuple[int, dict[str, int]]:
+    """Count the rows of the training set and of each named eval set that can be understood; nothing is tokenized.
+
+    Raises:
+        DataError: A source cannot be read.
+        SetupError: The hub cannot be reached.
+    """
+
+    def count(selection: Selection) -> int:
+        found = find_rows(replace(selection, eval_size=None), RowCount())
+        return sum(one.copies for one in found if isinstance(one.outcome, Record))
+
+    sets = {name: _selection(recipe, sources) for name, sources in recipe.data.eval.items()}
+    return count(_train(recipe)), {name: count(selection) for name, selection in sets.items()}
+
+
 def _strings(text: Text) -> Iterator[str]:
     if isinstance(text, str):
         yield text

@@ -104,6 +104,7 @@ def load_run(
     attn_implementation: str = "auto",
     quantization: "QuantizationSection | None" = None,
     trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> Policy:
     """Load a finished run to be looked at, not trained: nothing requires gradients.
 
@@ -111,14 +112,15 @@ def load_run(
     the joined adapter no longer tells the two apart.
 
     Args:
-        folder: a run directory, or any folder with a model or an adapter.
+        folder: a run directory, any folder with a model or an adapter, or a hub id.
         device: where to put it.
         dtype: the precision to store and compute in.
         attn_implementation: as in a recipe.
         quantization: how the base was quantised in training, if it was.
         trust_remote_code: whether code that comes with the model may run.
+        revision: branch, tag or commit, of a hub id.
     """
-    source = find_source(str(folder), trust_remote_code=trust_remote_code)
+    source = find_source(str(folder), revision=revision, trust_remote_code=trust_remote_code)
     adapter = find_adapter(source)
     base = source if adapter is None else base_of(adapter, trust_remote_code=trust_remote_code)
     model = _load_weights(base, attn_implementation, dtype, device, quantization, keep=[], lora=adapter is not None)
@@ -356,9 +358,10 @@ def _rows_in(adapter: Path, model: PreTrainedModel) -> int:
 
 
 def _disable_dropout(policy: Policy, lora: "LoraSection | None") -> None:
-    rates = [c.lora_dropout for c in getattr(policy.model, "peft_config", {}).values() if c.lora_dropout]
-    if lora is not None and rates:
-        console.warn(f"lora_dropout {rates[0]} has no effect because model.disable_dropout is true")
+    rates = {config.lora_dropout for config in getattr(policy.model, "peft_config", {}).values()} - {0.0}
+    # Of a rate that stands in the recipe the advice speaks.
+    if lora is not None and (found := rates - {lora.lora_dropout}):
+        console.note(f"the adapter's own lora_dropout {min(found)} has no effect: model.disable_dropout is true")
     before = disable_dropout(policy.model, policy.causal.config)
     policy.original_config = {**policy.original_config, **before}
 

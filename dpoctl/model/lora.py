@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -89,9 +89,7 @@ def add_adapter(model: PreTrainedModel, lora: "LoraSection", *, seed: int) -> Pe
     """
     config = _new_config(model, lora)
     with _peft_speaks_our_way(), _seeded(seed), _naming_targets(model, lora):
-        peft_model = get_peft_model(model, config, adapter_name=TRAINED)
-    _say_unmatched(peft_model, lora)
-    return peft_model
+        return get_peft_model(model, config, adapter_name=TRAINED)
 
 
 def stack_adapter(
@@ -127,19 +125,23 @@ def stack_adapter(
             f"adapter '{folder}' and the new one cannot be joined: experts are adapted",
             hint="set lora.start: continue, or train over a merged model",
         )
-    _say_unmatched(peft_model, lora)
     return peft_model, saved
 
 
 def continue_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     """Train an SFT adapter further, with a frozen copy of it as the reference."""
     peft_model = load_adapter(model, folder, TRAINED, trainable=True)
+    add_frozen_adapter(peft_model, folder)
+    return peft_model
+
+
+def add_frozen_adapter(peft_model: PeftModel, folder: Path) -> None:
+    """Load the reference's adapter beside the one that is active."""
     with _peft_speaks_our_way():
         peft_model.load_adapter(
-            folder, FROZEN, is_trainable=False, torch_device=str(model.device), low_cpu_mem_usage=False
+            folder, FROZEN, is_trainable=False, torch_device=str(peft_model.device), low_cpu_mem_usage=False
         )
         peft_model.set_adapter(TRAINED)
-    return peft_model
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, name: str, *, trainable: bool) -> PeftModel:
@@ -181,6 +183,32 @@ def to_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def unmatched_targets(model: PreTrainedModel, lora: "LoraSection") -> tuple[str, ...]:
+    """Names in a recipe's targets that nothing in an adapted model has.
+
+    Args:
+        model: with the new adapter on it.
+        lora: what was asked for.
+    """
+    if isinstance(lora.target_modules, str) or lora.start == "continue":
+        return ()
+    # peft drops the targets that it finds as an expert's parameter from its own list.
+    left = cast(Any, model).peft_config[TRAINED].target_modules
+    adapted = [name for name, module in model.named_modules() if isinstance(module, LoraLayer) and _has_new(module)]
+    return tuple(t for t in lora.target_modules if t in left and not any(_ends_with(name, t) for name in adapted))
+
+
+def linear_layers(model: PreTrainedModel) -> tuple[str, ...]:
+    """Last names of the layers that an adapter can be put on, without the head."""
+    head = _head_of(model)
+    found = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(_bare(module), (nn.Linear, Conv1D)) and _bare(module) is not head and ".lora_" not in name
+    }
+    return tuple(sorted(found - {"base_layer"}))
 
 
 def ends_of(model: PreTrainedModel) -> tuple[nn.Module, nn.Module | None]:
@@ -226,19 +254,6 @@ def _naming_targets(model: PreTrainedModel, lora: "LoraSection") -> Iterator[Non
         raise UsageError(f"lora.target_modules: nothing in this model is {named}", hint=hint) from error
 
 
-def _say_unmatched(peft_model: PeftModel, lora: "LoraSection") -> None:
-    """Name the targets that match nothing; peft drops those that it finds as an expert's parameter from its list."""
-    if isinstance(lora.target_modules, str):
-        return
-    tuner: Any = peft_model.base_model
-    left = tuner.peft_config[TRAINED].target_modules
-    adapted = tuner.targeted_module_names
-    missing = [t for t in lora.target_modules if t in left and not any(_ends_with(name, t) for name in adapted)]
-    if missing:
-        hint = _modules_hint(tuner.model)
-        console.warn(f"lora.target_modules: {', '.join(missing)} match nothing in this model; {hint}")
-
-
 def _say_tied(model: PreTrainedModel, touched: list[str]) -> None:
     if not getattr(model.config, "tie_word_embeddings", False):
         return
@@ -250,13 +265,11 @@ def _say_tied(model: PreTrainedModel, touched: list[str]) -> None:
 
 
 def _modules_hint(model: PreTrainedModel) -> str:
-    head = _head_of(model)
-    linear = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(_bare(module), (nn.Linear, Conv1D)) and _bare(module) is not head and ".lora_" not in name
-    }
-    return f"its linear layers are {', '.join(sorted(linear - {'base_layer'}))}"
+    return f"its linear layers are {', '.join(linear_layers(model))}"
+
+
+def _has_new(module: LoraLayer) -> bool:
+    return TRAINED in module.lora_A or TRAINED in module.lora_embedding_A
 
 
 def _targeted(model: PreTrainedModel, config: LoraConfig) -> list[str]:

@@ -35,14 +35,6 @@ def inert_keys(recipe: "Recipe") -> dict[Path, Inert]:
     return inert | _of_the_model(recipe) | _of_the_adapter(recipe) | _of_the_training(recipe)
 
 
-def useless_values(recipe: "Recipe") -> list[str]:
-    """Find values that are legal, and do nothing."""
-    said = []
-    if recipe.lora and recipe.lora.lora_dropout > 0 and recipe.model.disable_dropout:
-        said.append(f"lora.lora_dropout: {recipe.lora.lora_dropout} does nothing while model.disable_dropout is true")
-    return said
-
-
 def _of_the_model(recipe: "Recipe") -> dict[Path, Inert]:
     inert: dict[Path, Inert] = {}
     if recipe.model.from_scratch:

@@ -1,11 +1,12 @@
 """Reading a recipe: the file, the overrides, the checks; no model library is needed for any of it."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpoctl.errors import UsageError
-from dpoctl.recipe.document import LINE_BREAK, read_document
+from dpoctl.recipe.document import LINE_BREAK, Document, read_document
 from dpoctl.recipe.foreign import recognise
 from dpoctl.recipe.overrides import apply_overrides
 from dpoctl.recipe.problems import Place, Problem, RecipeError, dotted, shown
@@ -14,6 +15,31 @@ from dpoctl.recipe.suggest import closest
 from dpoctl.recipe.validate import known_paths, validate
 
 MAX_BYTES = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """What reading a recipe has found out.
+
+    Args:
+        document: Every key and value with its place.
+        recipe: Complete; where there are problems, other values stand in the place of the wrong ones.
+        problems: Everything that is wrong, in the order of the file.
+    """
+
+    document: Document
+    recipe: Recipe | None
+    problems: list[Problem]
+
+    def accept(self) -> Recipe:
+        """The recipe.
+
+        Raises:
+            RecipeError: With everything that is wrong in it, each with its line and column.
+        """
+        if self.problems or self.recipe is None:
+            raise RecipeError(self.problems)
+        return self.recipe
 
 
 def load_recipe(
@@ -63,6 +89,31 @@ def parse_recipe(
     Raises:
         RecipeError: With everything that is wrong in it, each with its line and column.
     """
+    return examine_recipe(text, name, command=command, overrides=overrides, losses=losses, formats=formats).accept()
+
+
+def examine_recipe(
+    text: str,
+    name: str,
+    *,
+    command: str | None = None,
+    overrides: Sequence[str] = (),
+    losses: Mapping[str, Any],
+    formats: Mapping[str, Any] | None = None,
+) -> Examined:
+    """Find everything that is wrong with a recipe that is in memory, without refusing it; see `load_recipe`.
+
+    Args:
+        text: The YAML.
+        name: What errors call it.
+        command: As for `load_recipe`; None for the command that the recipe is written for.
+        overrides: As for `load_recipe`.
+        losses: As for `load_recipe`.
+        formats: As for `load_recipe`.
+
+    Raises:
+        RecipeError: It is no YAML, or not a recipe at all.
+    """
     document = read_document(text, name)
     if not isinstance(document.data, dict):
         given = "nothing" if document.data is None else shown(document.data)
@@ -73,7 +124,9 @@ def parse_recipe(
         sign, message = foreign
         raise RecipeError([Problem(document.key_place((sign,)), message)])
     apply_overrides(document, overrides, known)
-    return validate(document, command, losses, formats)
+    if command is None:
+        command = "sft" if document.data.get("method") == "sft" else "dpo"
+    return Examined(document, *validate(document, command, losses, formats))
 
 
 def read_text(path: Path | str) -> str:

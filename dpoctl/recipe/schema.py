@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from dpoctl.recipe.expect import Expect
-from dpoctl.recipe.inert import inert_keys, useless_values
+from dpoctl.recipe.inert import inert_keys
 from dpoctl.recipe.writer import write_yaml
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -361,7 +361,3 @@ class Recipe(Section):
                 section = section.get(key) or {}
             section.pop(path[-1], None)
         return write_yaml(resolved)
-
-    def warnings(self) -> list[str]:
-        """Say which values are set and have no effect as things stand."""
-        return useless_values(self)

@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 from dpoctl.recipe.checks import LOSS, check
 from dpoctl.recipe.document import Document
 from dpoctl.recipe.expect import Path, hints, unwrap
-from dpoctl.recipe.problems import Problem, RecipeError, dotted, shown
+from dpoctl.recipe.problems import Problem, dotted, shown
 from dpoctl.recipe.schema import DpoSection, Recipe, Section, Source
 from dpoctl.recipe.suggest import Suggester, closest
 from dpoctl.recipe.wording import explain, field_at
@@ -31,22 +31,25 @@ def loss_parameters(loss: Any) -> type[Section]:
 
 def known_paths(losses: Mapping[str, Any]) -> list[Path]:
     """Every key of the schema, with the hyperparameters of all losses; not the keys inside lists."""
-    paths = list(_paths_of(Recipe, ()))
+    paths = list(keys_of(Recipe))
     parameters = dict.fromkeys(field.name for loss in losses.values() for field in dataclasses.fields(loss))
     at = paths.index(LOSS) + 1
     paths[at:at] = [(*LOSS, name) for name in ("type", *parameters)]
     return paths
 
 
-def _paths_of(model: type[BaseModel], above: Path) -> Iterator[Path]:
+def keys_of(model: type[BaseModel], above: Path = ()) -> Iterator[Path]:
+    """Every key of a schema, sections before what is in them; not the keys inside lists."""
     for name in model.model_fields:
         yield (*above, name)
         kind, _ = unwrap(hints(model)[name])
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from _paths_of(kind, (*above, name))
+            yield from keys_of(kind, (*above, name))
 
 
-def validate(document: Document, command: str, losses: Mapping[str, Any], formats: Mapping[str, Any] | None) -> Recipe:
+def validate(
+    document: Document, command: str, losses: Mapping[str, Any], formats: Mapping[str, Any] | None
+) -> tuple[Recipe | None, list[Problem]]:
     """Check a document whose root is a mapping, and complete it.
 
     Args:
@@ -55,8 +58,9 @@ def validate(document: Document, command: str, losses: Mapping[str, Any], format
         losses: A loss by its name: a frozen dataclass whose fields are its recipe keys.
         formats: A data format by its name; None checks no format.
 
-    Raises:
-        RecipeError: With everything that is wrong.
+    Returns:
+        The recipe, and everything that is wrong with it in the order of the file. Where something is, other values
+        stand in the place of the wrong ones, and there may be no recipe at all.
     """
     suggester = Suggester(known_paths(losses))
     recipe, errors = _mended(document, command)
@@ -76,12 +80,10 @@ def validate(document: Document, command: str, losses: Mapping[str, Any], format
         problems += [
             Problem(document.key_place(finding.path), finding.message, finding.path)
             for finding in findings
-            if not any(_touches(one, path) for one in problems for path in (finding.path, *finding.involves))
+            if not any(touches(one, path) for one in problems for path in (finding.path, *finding.involves))
         ]
     problems = [problem for problem in problems if not _is_echo(problem, document.problems)]
-    if problems or recipe is None:
-        raise RecipeError(sorted(problems, key=_order))
-    return recipe
+    return recipe, sorted(problems, key=_order)
 
 
 def _mended(document: Document, command: str) -> tuple[Recipe | None, list[ErrorDetails]]:
@@ -192,7 +194,7 @@ def _is_echo(problem: Problem, refused: list[Problem]) -> bool:
     return any(one.path and problem.path[: len(one.path)] == one.path and one is not problem for one in refused)
 
 
-def _touches(problem: Problem, path: Path) -> bool:
+def touches(problem: Problem, path: Path) -> bool:
     """Whether a problem is about a key, a section that it is in, or something below it."""
     for other in (problem.path, problem.meant or ()):
         shorter = min(len(other), len(path))

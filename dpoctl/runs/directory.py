@@ -13,13 +13,14 @@ from dpoctl.runs.lock import RunLock
 
 RESOLVED_RECIPE = "recipe.resolved.yaml"
 OWN_FILES = (
-    *("README.md", "recipe.yaml", RESOLVED_RECIPE, "env.json", "data_report.json", "rejects.jsonl", "report.html"),
+    *("README.md", "recipe.yaml", RESOLVED_RECIPE, "env.json", "data_report.json", "rejects.jsonl"),
+    *("advice.json", "report.html"),
     *("metrics.jsonl", "eval.json", "trackers.json", "error.log", "run_status.json", checkpoint.LATEST),
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "sentencepiece.bpe.model", "spiece.model", "chat_template.jinja"),
 )
-OWN_FOLDERS = ("checkpoints", "logs", "samples", "tensorboard")
+OWN_FOLDERS = ("checkpoints", "logs", "merged", "samples", "tensorboard")
 """With `OWN_FILES`, all that a run writes at the root of its directory: nothing else is ever deleted there."""
 _TORN = ".*.[0-9]*.tmp"  # what a killed `write_atomically` leaves
 _STAGING = ".export-*"  # where a model is written before its files are moved to the root

@@ -14,20 +14,25 @@ from dpoctl.data.prepare import cache_dir, iter_texts, prepare
 from dpoctl.data.preview import mask_preview
 from dpoctl.data.store import TokenStore
 from dpoctl.model.tokenizer import load_tokenizer
+from dpoctl.recipe.advice import advise, show_warnings
+from dpoctl.recipe.document import Document
 from dpoctl.recipe.schema import Recipe
+from dpoctl.tasks.check import facts_of
 
 ROWS_SHOWN = 2
 
 
-def show_plan(recipe: Recipe, *, json_output: bool = False) -> None:
+def show_plan(recipe: Recipe, *, document: Document | None = None, json_output: bool = False) -> None:
     """Resolve the recipe, load and count the data, and show steps, batches, lengths and the masks of some rows.
 
     Args:
         recipe: checked and complete.
+        document: where its keys stand, for advice.
         json_output: print the numbers as one JSON object instead.
     """
     tokenizer = load_tokenizer(recipe, lambda: iter_texts(recipe))
     data = prepare(recipe, tokenizer, cache_dir=cache_dir())
+    show_warnings(advise(recipe, document, facts_of(recipe, tokenizer, data)))
     training, lengths = recipe.training, Lengths.of(data.train)
     plan = Plan(
         lengths,

@@ -24,12 +24,15 @@ from dpoctl.model.load import load_policy
 from dpoctl.model.policy import Policy
 from dpoctl.model.probe import Verdict, probe
 from dpoctl.model.tokenizer import load_tokenizer
+from dpoctl.recipe.advice import advise, show_warnings
+from dpoctl.recipe.document import Document
 from dpoctl.recipe.schema import Recipe
 from dpoctl.runs import checkpoint
 from dpoctl.runs.checkpoint import Checkpoint
 from dpoctl.runs.directory import RunDirectory
 from dpoctl.runs.environment import describe_environment
 from dpoctl.runs.trackers import check_installed
+from dpoctl.tasks.check import facts_of
 from dpoctl.tasks.dry_run import show_plan
 from dpoctl.tasks.journal import Journal
 from dpoctl.tasks.machine import build_accelerator, quiet_libraries, token_budget
@@ -44,6 +47,7 @@ def run(
     recipe: Recipe,
     *,
     recipe_text: str,
+    document: Document | None = None,
     resume: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -54,6 +58,7 @@ def run(
     Args:
         recipe: checked and complete.
         recipe_text: the file as it was given, kept beside the results.
+        document: where its keys stand, for advice.
         resume: go on from the newest good checkpoint of the run directory.
         overwrite: delete what a run left in the directory.
         dry_run: show what would be done, and train nothing.
@@ -61,7 +66,7 @@ def run(
     """
     quiet_libraries()
     if dry_run:
-        show_plan(recipe, json_output=json_output)
+        show_plan(recipe, document=document, json_output=json_output)
         return
     check_installed(recipe.training.report_to)
     accelerator = build_accelerator(recipe)
@@ -69,7 +74,7 @@ def run(
         directory = _open_directory(recipe, recipe_text, accelerator, stack, resume=resume, overwrite=overwrite)
         tokenizer, data = read_data(recipe, accelerator)
         _write_data_report(directory, data, accelerator)
-        summary = _train(recipe, accelerator, directory, tokenizer, data)
+        summary = _train(recipe, document, accelerator, directory, tokenizer, data)
     if json_output:
         console.emit(json.dumps(summary))
     else:
@@ -106,6 +111,7 @@ def _write_data_report(directory: RunDirectory, data: PreparedData, accelerator:
 
 def _train(
     recipe: Recipe,
+    document: Document | None,
     accelerator: Accelerator,
     directory: RunDirectory,
     tokenizer: PreTrainedTokenizerBase,
@@ -120,6 +126,10 @@ def _train(
     budget, checkpointing = token_budget(recipe, policy, lengths, accelerator)
     plan = _plan(recipe, lengths, verdict, newest.extra["max_tokens"] if newest else budget, accelerator)
     _announce(policy, verdict, plan, checkpointing, accelerator)
+    if accelerator.is_main_process:
+        findings = advise(recipe, document, facts_of(recipe, tokenizer, data, policy))
+        directory.write_json("advice.json", [finding.to_dict() for finding in findings])
+        show_warnings(findings)
 
     readers, live = _readers(recipe, accelerator, tokenizer, data, policy, plan, task, verdict)
     evals = {name: EvalSet(readers[name], plan.one_pass(Lengths.of(store))) for name, store in data.evals.items()}

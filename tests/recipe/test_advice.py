@@ -1,0 +1,374 @@
+"""Advice that a recipe alone deserves: each finding from a recipe that makes it, at the line of its key."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import yaml
+
+from dpoctl.core.losses import LOSSES
+from dpoctl.data.formats import FORMATS
+from dpoctl.recipe import Examined, examine_recipe
+from dpoctl.recipe.advice import Finding, advise, count_grades, show_warnings
+from dpoctl.recipe.facts import Facts, Remark, Situation
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+# A specification of data to make stands there too.
+SHIPPED = [file for file in RECIPES if "training" in yaml.safe_load(file.read_text(encoding="utf-8"))]
+GOOD = """\
+method: dpo
+model: {model_name_or_path: some/model-7b}
+lora: {r: 16}
+data:
+  train: [{path: pairs.jsonl, max_samples: 5000}]
+  eval: [{path: heldout.jsonl, max_samples: 2000}]
+dpo: {loss: {beta: 0.1}}
+training:
+  output_dir: runs/x
+  learning_rate: 2e-5
+  eval_steps: 10
+  save_steps: 100
+"""
+FULL = GOOD.replace("lora: {r: 16}\n", "# all weights\n")
+SFT = GOOD.replace("method: dpo", "method: sft").replace("dpo: {loss: {beta: 0.1}}\n", "# no loss to choose\n")
+RATE = "learning_rate: 2e-5"
+SCRATCH = "{from_scratch: {config: {model_type: llama}, tokenizer: {vocab_size: 300}}}"
+
+
+def rate(text: str, value: str) -> str:
+    return text.replace(RATE, f"learning_rate: {value}")
+
+
+def training(text: str, *lines: str) -> str:
+    return text + "".join(f"  {line}\n" for line in lines)
+
+
+# name: (recipe, code, grade, line, a piece of the message)
+ADVICE = {
+    "a rate far too high for LoRA": (rate(GOOD, "5e-4"), "lr-high-lora", "warning", 10, "5e-4 is high for preferences"),
+    "a rate too high for all weights": (rate(FULL, "2e-5"), "lr-high-full", "warning", 10, "of 7 B parameters"),
+    "a rate too high for SFT with LoRA": (rate(SFT, "2e-3"), "lr-high-lora", "warning", 10, "high for SFT with LoRA"),
+    "a rate that suits LoRA, for all weights": (
+        rate(SFT.replace("lora: {r: 16}", "#"), "2e-4"), "lr-high-full", "warning", 10, "above 1e-4",
+    ),
+    "a high rate for a model of unknown size": (
+        rate(FULL.replace("-7b", ""), "2e-5"), "lr-high-full", "note", 10, "of a large model",
+    ),
+    "a rate that is too high for any size": (
+        rate(FULL.replace("-7b", ""), "1e-3"), "lr-high-full", "warning", 10, "of a large model",
+    ),
+    "a rate too high for a new model": (
+        rate(SFT.replace("lora: {r: 16}", "#").replace("{model_name_or_path: some/model-7b}", SCRATCH), "0.1"),
+        "lr-high-full", "warning", 10, "above 0.01",
+    ),
+    "a rate too low for LoRA": (rate(GOOD, "5e-7"), "lr-low", "warning", 10, "adapters hardly move"),
+    "a rate of nothing": (rate(GOOD, "0"), "lr-zero", "warning", 10, "nothing is learned"),
+    "many epochs": (training(GOOD, "num_train_epochs: 20"), "epochs", "warning", 13, "num_train_epochs 20: beyond 3"),
+    "many epochs by the number of steps": (
+        training(GOOD, "max_steps: 2000"), "epochs", "warning", 13, "over at most 5,000 rows is 25.6 epochs or more",
+    ),
+    "many epochs of SFT": (training(SFT, "num_train_epochs: 6"), "epochs", "warning", 13, "beyond 5"),
+    "half a run of warm-up": (
+        training(GOOD, "max_steps: 200", "warmup_steps: 100"), "warmup", "warning", 14, "50% of the run is warm-up",
+    ),
+    "a large share of warm-up": (training(GOOD, "warmup_ratio: 0.3"), "warmup", "warning", 13, "30% of the run"),
+    "nothing but warm-up": (
+        training(GOOD, "max_steps: 100", "warmup_steps: 100"), "warmup", "warning", 14, "is never reached",
+    ),
+    "no eval data": (
+        GOOD.replace("  eval: [{path: heldout.jsonl, max_samples: 2000}]\n", "").replace("  eval_steps: 10\n", ""),
+        "no-eval", "warning", 4, "nothing will show whether training helps",
+    ),
+    "an evaluation that never comes": (
+        training(GOOD.replace("eval_steps: 10", "eval_steps: 500"), "max_steps: 200"),
+        "eval-rare", "warning", 11, "before and after training and never during it",
+    ),
+    "a small eval set": (GOOD.replace("2000", "100"), "eval-small", "note", 6, "up to 5.0 points"),
+    "a tiny eval set": (GOOD.replace("2000", "20"), "eval-small", "warning", 6, "up to 11.2 points"),
+    "a small number held out": (
+        GOOD.replace("eval: [{path: heldout.jsonl, max_samples: 2000}]", "eval_size: 100"),
+        "eval-small", "note", 6, "100 pairs in eval set 'eval'",
+    ),
+    "nothing saved on the way": (
+        training(GOOD.replace("  save_steps: 100\n", ""), "max_steps: 200"), "no-checkpoint", "warning", 9, "killed",
+    ),
+    "nothing saved before the end": (
+        training(GOOD.replace("save_steps: 100", "save_steps: 200"), "max_steps: 200"),
+        "no-checkpoint", "warning", 12, "nothing is saved before the end of 200 steps",
+    ),
+    "dropout that does nothing": (
+        GOOD.replace("{r: 16}", "{lora_dropout: 0.05}"), "lora-dropout", "warning", 3, "the effective value is 0",
+    ),
+    "a beta for means": (GOOD.replace("0.1", "5.0"), "beta-high", "warning", 7, "rewards are sums"),
+    "a beta that lets go": (GOOD.replace("0.1", "0.001"), "beta-low", "warning", 7, "keeps the policy closer"),
+    "preferences from scratch": (
+        FULL.replace("{model_name_or_path: some/model-7b}", SCRATCH), "dpo-from-scratch", "warning", 2, "dpoctl sft",
+    ),
+    "the reference a second time": (
+        GOOD.replace("{loss: {beta: 0.1}}", "{reference: {path: some/model-7b}}"),
+        "reference-twice", "warning", 7, "needs no second copy",
+    ),
+    "another reference": (
+        GOOD.replace("{loss: {beta: 0.1}}", "{reference: {path: other}}"), "reference-other", "note", 7, "not checked",
+    ),
+    "training on the test split": (
+        GOOD.replace("max_samples: 5000", "split: test_prefs"), "train-on-test", "warning", 5, "'test_prefs' of pairs",
+    ),
+    "training on a benchmark": (
+        GOOD.replace("pairs.jsonl", "allenai/reward-bench"), "train-on-test", "warning", 5, "is a benchmark",
+    ),
+    "measuring on what was trained on": (
+        GOOD.replace("heldout.jsonl", "pairs.jsonl"), "eval-is-train", "warning", 5, "will flatter",
+    ),
+}  # fmt: skip
+
+
+def examine(text: str, *overrides: str, losses: dict[str, Any] = LOSSES) -> Examined:
+    return examine_recipe(text, "r.yaml", overrides=overrides, losses=losses, formats=FORMATS)
+
+
+def findings(text: str, *overrides: str, **facts: Any) -> list[Finding]:
+    seen = examine(text, *overrides)
+    return advise(seen.recipe, seen.document, Facts(**facts), seen.problems)
+
+
+def told(found: list[Finding]) -> set[tuple[str, str]]:
+    return {(one.grade, one.code) for one in found}
+
+
+@pytest.mark.parametrize("text", [GOOD, SFT, rate(FULL, "5e-7")], ids=["lora", "sft", "full"])
+def test_there_is_nothing_to_say_against_a_good_recipe(text: str) -> None:
+    assert findings(text) == []
+
+
+@pytest.mark.parametrize("name", ADVICE)
+def test_advice_stands_at_the_line_of_its_key_in_plain_words(name: str) -> None:
+    text, code, grade, line, said = ADVICE[name]
+    (found,) = [one for one in findings(text) if one.code == code]
+    assert (found.grade, found.line) == (grade, line), str(found)
+    assert said in found.message
+    assert str(found).startswith(f"r.yaml:{line}:")
+    assert f": {grade}: " in str(found)
+    assert "\n" not in str(found)
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
+def test_the_shipped_recipes_have_no_errors_and_no_warnings(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert [str(one) for one in findings(text) if one.grade != "note"] == []
+
+
+REVIEWER2 = """\
+method: dpo
+model: {model_name_or_path: TinyLlama/TinyLlama-1.1B-Chat-v1.0}
+lora:
+  r: 8
+  lora_alpha: 16
+  lora_dropout: 0.05
+data:
+  train: [{path: shionhonda/reviewer2-1k-paired, max_samples: 1000}]
+  eval: [{path: shionhonda/reviewer2-1k-paired, split: validation, max_samples: 100}]
+  max_prompt_length: 256
+  max_length: 128
+dpo: {loss: {type: sigmoid, beta: 0.1}}
+training:
+  output_dir: runs/reviewer2
+  learning_rate: 5e-4
+  lr_scheduler_type: cosine
+  optim: paged_adamw_32bit
+  global_batch_size: 10
+  max_steps: 2000
+  eval_steps: 100
+"""
+
+
+def test_the_reviewers_settings_are_answered_with_an_error_and_the_warnings_that_explain_its_curves() -> None:
+    found = findings(REVIEWER2)
+    assert [(one.line, one.grade, one.code) for one in found] == [
+        (6, "warning", "lora-dropout"),
+        (9, "note", "eval-small"),
+        (10, "error", "recipe"),
+        (14, "warning", "no-checkpoint"),
+        (15, "warning", "lr-high-lora"),
+        (19, "warning", "epochs"),
+    ]
+    said = {one.code: one.message for one in found}
+    assert said["recipe"].startswith("max_prompt_length (256) must be smaller than max_length (128)")
+    assert "2,000 x global_batch_size 10 over at most 1,000 rows is 20 epochs" in said["epochs"]
+    assert "100 pairs" in said["eval-small"]
+    assert "5.0 points" in said["eval-small"]
+    assert "learning_rate 5e-4 is high for preferences with LoRA: above 1e-4" in said["lr-high-lora"]
+
+
+NEURAL_HERMES = """\
+method: dpo
+model: {model_name_or_path: mistralai/Mixtral-8x7B-v0.1, chat_template: chatml}
+quantization: {load_in_4bit: true}
+lora:
+  r: 16
+  lora_alpha: 16
+  lora_dropout: 0.05
+  target_modules: [k_proj, gate_proj, v_proj, up_proj, q_proj, o_proj, down_proj]
+data:
+  train: [comparison_gpt4_data_zh.json]
+  max_prompt_length: 1024
+  max_length: 1536
+training:
+  output_dir: runs/hermes
+  learning_rate: 5e-5
+  global_batch_size: 16
+  max_steps: 200
+  warmup_steps: 100
+  logging_steps: 1
+  optim: paged_adamw_32bit
+"""
+
+
+def test_the_blogs_settings_are_answered_with_its_warm_up_and_what_is_never_saved_or_measured() -> None:
+    assert [(one.line, one.code) for one in findings(NEURAL_HERMES)] == [
+        (7, "lora-dropout"),
+        (9, "no-eval"),
+        (14, "no-checkpoint"),
+        (18, "warmup"),
+    ]
+    unmatched = findings(NEURAL_HERMES, unmatched_targets=("gate_proj", "up_proj"), linear_layers=("q_proj", "w1"))
+    (targets,) = [one for one in unmatched if one.code == "targets"]
+    assert targets.line == 8
+    assert (
+        "gate_proj, up_proj in lora.target_modules match nothing in this model; its linear layers are q_proj, w1"
+        in (targets.message)
+    )
+
+
+def test_an_eval_set_that_no_step_evaluates_is_an_error_among_the_others() -> None:
+    with_eval = NEURAL_HERMES.replace("  max_prompt", "  eval: [heldout.json]\n  max_prompt")
+    (error,) = [one for one in findings(with_eval) if one.grade == "error"]
+    assert error.line == 11
+    assert "needs training.eval_steps" in error.message
+
+
+def test_an_option_without_effect_is_an_error_among_the_others() -> None:
+    found = findings(GOOD.replace("beta: 0.1", "type: ipo, label_smoothing: 0.1"))
+    assert [(one.grade, one.line) for one in found] == [("error", 7)]
+    assert "the loss 'ipo' has no 'label_smoothing'" in found[0].message
+
+
+FACTS = {
+    "rows seen": (training(GOOD, "max_steps: 2000"), {"rows": 1000}, "epochs", "over 1,000 rows is 128 epochs:"),
+    "few steps": (GOOD, {"rows": 100}, "few-steps", "2 optimizer steps in all: 100 rows in steps of 64"),
+    "warm-up of a run of known length": (training(GOOD, "warmup_steps: 10"), {"rows": 640}, "warmup", "never reached"),
+    "eval rows seen": (GOOD, {"eval_rows": {"eval": 100}}, "eval-small", "5.0 points"),
+    "eval rows held out": (
+        GOOD.replace("eval: [{path: heldout.jsonl, max_samples: 2000}]", "eval_size: 0.1"),
+        {"eval_rows": {"eval": 64}}, "eval-small", "6.2 points",
+    ),
+    "a long run": (GOOD.replace("  save_steps: 100\n", ""), {"rows": 64_000}, "no-checkpoint", "1,000 steps"),
+    "rows dropped for their length": (
+        GOOD, {"rows": 700, "used": 700, "rejected": {"too_long": 250, "no_pair": 50}}, "rows-dropped",
+        "30% of the training rows are not used: 250 too_long, 50 no_pair",
+    ),
+    "answers cut": (GOOD, {"rows": 700, "used": 700, "unfinished": 70}, "answers-cut", "10% of the training rows"),
+    "rows rendered before": (GOOD, {"looked_at": 200, "rendered": 200}, "rendered-rows", "is applied again"),
+    "rows rendered in parts": (GOOD, {"looked_at": 200, "doubled": 200}, "rendered-twice", "it is applied once"),
+    "control tokens in pieces": (
+        GOOD, {"split_tokens": ("<|im_start|>",), "ends_turns": False}, "control-tokens", "several tokens each",
+    ),
+    "rows longer than the model reads": (GOOD, {"context_length": 512}, "context", "1,024 is more than the 512"),
+    "statistics over few rows": (
+        training(GOOD, "global_batch_size: 4"), {"couples_batch": True}, "statistics-batch", "those of 4 rows",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_what_was_seen_of_data_and_model_makes_warnings_that_a_recipe_alone_does_not(name: str) -> None:
+    text, facts, code, said = FACTS[name]
+    assert code not in {one.code for one in findings(text) if one.grade == "warning"} or code in (
+        "epochs",
+        "eval-small",
+    )
+    (found,) = [one for one in findings(text, **facts) if one.code == code]
+    assert said in found.message
+    assert found.grade == ("note" if code == "eval-small" else "warning")
+
+
+def test_a_rate_is_measured_by_the_size_of_the_model_as_it_is() -> None:
+    small = rate(FULL, "5e-5")
+    assert ("warning", "lr-high-full") in told(findings(small))
+    assert told(findings(small, parameters=1_100_000)) == set()
+    assert ("warning", "lr-high-full") in told(findings(rate(FULL, "5e-4"), parameters=1_100_000))
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", 1.1e9),
+        ("alignment-handbook/zephyr-7b-sft-qlora", 7e9),
+        ("EleutherAI/pythia-410m", 4.1e8),
+        ("models/8b/mine-4bit/", None),
+        ("gpt2", None),
+    ],
+)
+def test_the_size_of_a_model_is_read_off_its_name(name: str, size: float | None) -> None:
+    recipe = examine(GOOD.replace("some/model-7b", name)).accept()
+    assert Situation(recipe, Facts()).parameters == size
+
+
+def test_a_template_whose_turns_end_with_a_known_token_is_only_noted() -> None:
+    assert told(findings(GOOD, split_tokens=("<|user|>",))) == {("note", "control-tokens")}
+
+
+def test_a_loss_that_couples_the_batch_says_over_how_many_rows() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Coupled:
+        beta: float = 0.1
+        couples_batch: ClassVar[bool] = True
+        needs_reference: ClassVar[bool] = True
+
+    seen = examine(GOOD.replace("beta: 0.1", "type: coupled"), losses={"coupled": Coupled})
+    (found,) = advise(seen.accept(), seen.document, Facts(couples_batch=Coupled.couples_batch))
+    assert (found.grade, found.code) == ("note", "statistics-batch")
+    assert "64 rows, however they are spread" in found.message
+
+
+def test_what_stands_in_for_a_wrong_value_gets_no_advice() -> None:
+    found = findings(rate(GOOD, "fast").replace("eval_steps: 10", "eval_steps: none"))
+    assert {one.grade for one in found} == {"error"}
+
+
+def test_an_override_is_named_instead_of_a_line() -> None:
+    (found,) = findings(GOOD, "learning_rate=5e-4")
+    assert str(found).startswith("--set #1: warning: learning_rate 5e-4")
+    assert found.line is None
+    assert found.to_dict()["override"] == 1
+
+
+def test_a_recipe_without_a_file_gets_its_advice_by_key() -> None:
+    found = advise(examine(rate(GOOD, "5e-4")).recipe)
+    assert str(found[0]).startswith("training.learning_rate: warning: learning_rate 5e-4 is high")
+
+
+def test_troubles_of_looking_stand_at_their_keys_in_the_order_of_the_file() -> None:
+    trouble = Remark("note", "not-seen", ("model", "model_name_or_path"), "the model was not looked at")
+    found = findings(rate(GOOD, "5e-4"), troubles=(trouble,))
+    assert [(one.line, one.code) for one in found] == [(2, "not-seen"), (10, "lr-high-lora")]
+    assert count_grades(found) == {"error": 0, "warning": 1, "note": 1}
+
+
+def test_a_run_prints_warnings_and_keeps_notes_to_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    show_warnings(findings(rate(GOOD, "5e-4").replace("2000", "100")))
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith("r.yaml:10:3: warning: learning_rate 5e-4")
+
+
+def test_advice_needs_no_model_library() -> None:
+    script = "import sys, dpoctl.recipe.advice; sys.exit(bool({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_the_meaning_of_beta_is_told_where_the_loss_is_documented() -> None:
+    assert "higher beta keeps the policy closer" in (LOSSES["sigmoid"].__doc__ or "")
