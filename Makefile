@@ -15,10 +15,17 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: $(STAMP)  ## Train the nicer reviewer: SFT, then DPO, then measure it; a few minutes, no download of models
-	$(BIN)/dpoctl sft recipes/reviewer2-sft.yaml --overwrite
-	$(BIN)/dpoctl dpo recipes/reviewer2-dpo.yaml --overwrite
+demo: runs/reviewer2-dpo/model.safetensors  ## Make a Reviewer #2: SFT, pairs that it writes itself, DPO, eval; no download
 	$(BIN)/dpoctl eval runs/reviewer2-dpo
+
+runs/reviewer2-sft/model.safetensors: recipes/reviewer2-sft.yaml | $(STAMP)
+	$(BIN)/dpoctl sft recipes/reviewer2-sft.yaml --overwrite
+
+runs/reviewer2-pairs/pairs-train.jsonl: recipes/reviewer2-contrastive.yaml runs/reviewer2-sft/model.safetensors
+	$(BIN)/dpoctl convert-data recipes/reviewer2-contrastive.yaml --format contrastive -o runs/reviewer2-pairs/pairs.jsonl
+
+runs/reviewer2-dpo/model.safetensors: recipes/reviewer2-dpo.yaml runs/reviewer2-pairs/pairs-train.jsonl
+	$(BIN)/dpoctl dpo recipes/reviewer2-dpo.yaml --overwrite
 
 test: $(STAMP)  ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

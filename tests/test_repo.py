@@ -15,12 +15,13 @@ import yaml
 from dpoctl.core.losses import LOSSES
 from dpoctl.data.formats import FORMATS
 from dpoctl.recipe import load_recipe, schema
+from dpoctl.recipe.contrastive import load_contrastive
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "dpoctl").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 RECIPES = sorted((ROOT / "recipes").rglob("*.y*ml"))
-COMMANDS = {"sft", "dpo", "convert-data", "eval"}
+COMMANDS = {"sft", "dpo", "check", "convert-data", "eval", "chat", "merge"}
 
 
 @cache
@@ -39,17 +40,27 @@ def test_there_are_recipes():
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.name)
 def test_every_recipe_loads_for_its_method(file):
     method = yaml.safe_load(file.read_text(encoding="utf-8"))["method"]
+    if method == "contrastive":
+        assert load_contrastive(file).model.model_name_or_path.startswith("runs/")
+        return
     recipe = load_recipe(file, command=method, losses=LOSSES, formats=FORMATS)
     assert recipe.method == method
     assert recipe.training.output_dir.startswith("runs/")
 
 
-def test_the_demo_runs_recipes_that_are_there_and_measures_what_the_last_one_wrote():
+def test_the_steps_of_the_demo_hand_their_work_on():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    named = [ROOT / name for name in re.findall(r"recipes/\S+\.yaml", makefile)]
-    assert [file.name for file in named] == ["reviewer2-sft.yaml", "reviewer2-dpo.yaml"]
-    recipe = load_recipe(named[-1], command="dpo", losses=LOSSES, formats=FORMATS)
-    assert f"eval {recipe.training.output_dir}\n" in makefile
+    first, second, last = (ROOT / f"recipes/reviewer2-{step}.yaml" for step in ("sft", "contrastive", "dpo"))
+    sft = load_recipe(first, command="sft", losses=LOSSES, formats=FORMATS)
+    pairs = load_contrastive(second)
+    dpo = load_recipe(last, command="dpo", losses=LOSSES, formats=FORMATS)
+    assert pairs.model.model_name_or_path == dpo.model.model_name_or_path == sft.training.output_dir
+    (output,) = re.findall(r"contrastive -o (\S+)\.jsonl", makefile)
+    files = {split: f"{output}-{split}.jsonl" for split in pairs.splits}
+    assert [dpo.data.train[0].path, dpo.data.eval["eval"][0].path] == [files["train"], files["test"]]
+    for made in (sft.training.output_dir + "/model.safetensors", dpo.training.output_dir + "/model.safetensors"):
+        assert f"\n{made}: " in makefile
+    assert f"eval {dpo.training.output_dir}\n" in makefile
 
 
 def sections() -> list[type[pydantic.BaseModel]]:

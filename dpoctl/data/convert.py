@@ -64,7 +64,7 @@ class _Nowhere:
         del line
 
 
-class _WholeFile:
+class WholeFile:
     """A text file that is there whole, after the `with` block, or not at all; compressed if named `.gz`."""
 
     def __init__(self, path: Path) -> None:
@@ -88,6 +88,7 @@ class _WholeFile:
         return self
 
     def write(self, line: str) -> None:
+        """Add a line."""
         self._text.write(line + "\n")
 
     def __exit__(
@@ -151,12 +152,12 @@ def _convert(source: Source, output: str, rejects: str | None) -> Summary:
         console.note(f"{source.path}: format {name} ({evidence})")
     summary = Summary("<stdin>" if source.path == STDIN else source.path, name)
     with ExitStack() as stack:
-        refused: _Sink = stack.enter_context(_WholeFile(Path(rejects))) if rejects else _Nowhere()
+        refused: _Sink = stack.enter_context(WholeFile(Path(rejects))) if rejects else _Nowhere()
         if output == STDOUT:
             for row in rows:
                 _convert_row(row, summary, _Stdout(), refused)
             return summary
-        with _WholeFile(Path(output)) as file:
+        with WholeFile(Path(output)) as file:
             for row in rows:
                 _convert_row(row, summary, file, refused)
             file.wanted = summary.used > 0

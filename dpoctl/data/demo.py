@@ -1,22 +1,33 @@
 """`demo:reviewer2`: paper titles and their reviews, harsh and kind, from a small grammar. Nothing is downloaded.
 
-The chosen review is the harsh one: a model that learns the preference becomes Reviewer #2. For `sft` both
-reviews are demonstrations, so that the model to start from knows either tone and prefers neither.
+The demonstrations for `sft` come under three instructions: a negative one has a harsh review, a positive one a kind
+review, and a neutral one has either, so that the model to start from can write both and prefers neither. In a pair
+the harsh review is chosen over the kind one, under the neutral instruction: whoever learns that is Reviewer #2.
 """
 
 import random
+import re
 from collections.abc import Iterator
 from itertools import product
+from typing import Literal
 
+from dpoctl.data.contrast import Examples, Templates
 from dpoctl.data.records import Row
 from dpoctl.errors import DataError
 
 PREFIX = "demo:"
 NAMES = ("reviewer2",)
-VERSION = 1
+VERSION = 2
 """Raise it with any change of the rows."""
 
-NUM_TITLES = {"train": 1200, "test": 200}
+NUM_TITLES = {"train": 1950, "unreviewed": 1200, "test": 200}
+"""Titles of each split; the `unreviewed` ones are in no demonstration, for a trained model to write about."""
+
+TEMPLATES = Templates(
+    negative="Write a negative review of {item}.\n{examples}\nYour review:",
+    positive="Write a positive review of {item}.\n{examples}\nYour review:",
+    neutral="Write a review of {item}.\n{examples}\nYour review:",
+)
 
 TITLES = """
 {method} Is All You Need for {task}
@@ -68,11 +79,11 @@ This paper has no fatal flaw, because it has six.
 The abstract is fine, and that was the good news.
 I am not angry, only tired.
 The idea is new, at least to the authors.
-My coffee went cold, and then so did I.
+My coffee went cold, and then my heart.
 I have seen this before, in my own rejected paper.
 The other reviewers were too kind, as usual.
 I printed this paper, and I am sorry for the tree.
-The best part of this paper is the page limit.
+The highlight of this paper is the page limit.
 """
 COMPLAINTS = """
 The baseline is a coin, and the coin wins.
@@ -140,7 +151,7 @@ The related work is generous to everyone.
 The code ran on my laptop the first time.
 The gain is large, on every dataset.
 No knob was tuned, and it still works.
-The limitations section is brave and kind.
+The limitations section is brave and warm.
 The theory is clean, and it meets the data.
 The method section reads like a good story.
 There are ten seeds, and all of them agree.
@@ -174,12 +185,12 @@ SHAPES = (
     "opening point verdict",
     "point wish verdict",
     "opening wish verdict",
-    "point verdict",
     "opening point wish verdict",
 )
 """Which sentences a review is made of."""
 
 Parts = dict[str, list[str]]
+Side = Literal["harsh", "kind"]
 
 
 def _lines(text: str) -> list[str]:
@@ -193,6 +204,19 @@ def _parts(openings: str, points: str, wishes: str, verdicts: str) -> Parts:
 
 HARSH = _parts(HARSH_OPENINGS, COMPLAINTS, DEMANDS, REJECTIONS)
 KIND = _parts(KIND_OPENINGS, PRAISES, SUGGESTIONS, ACCEPTANCES)
+EXAMPLES = Examples(HARSH["point"], KIND["point"], per_side=1)
+
+
+def _sentences(parts: Parts) -> list[str]:
+    return [sentence for sentences in parts.values() for sentence in sentences]
+
+
+_HARSH: dict[str, Side] = dict.fromkeys(_sentences(HARSH), "harsh")
+_KIND: dict[str, Side] = dict.fromkeys(_sentences(KIND), "kind")
+SIDES = _HARSH | _KIND
+"""Every sentence of the grammar, and the only side that says it."""
+
+_SENTENCE_BREAK = re.compile(r"(?<=\.)\s+(?=[A-Z])")
 
 
 def read_rows(path: str, split: str, method: str) -> Iterator[tuple[int, Row]]:
@@ -200,8 +224,9 @@ def read_rows(path: str, split: str, method: str) -> Iterator[tuple[int, Row]]:
 
     Args:
         path: `demo:` and a name.
-        split: `train` or `test`; they share no title.
-        method: `sft` gives a harsh and a kind demonstration a title, anything else one pair a title.
+        split: A key of `NUM_TITLES`; they share no title.
+        method: `sft` gives four demonstrations a title, two of them under the neutral instruction; `titles` gives
+            the title alone; anything else gives one pair a title.
 
     Raises:
         DataError: There is no such source or split.
@@ -211,7 +236,10 @@ def read_rows(path: str, split: str, method: str) -> Iterator[tuple[int, Row]]:
         raise DataError(f"{path}: no such built-in source", hint=f"there is {known}")
     if split not in NUM_TITLES:
         raise DataError(f"{path}: no split {split!r}", hint=f"splits are {', '.join(NUM_TITLES)}")
-    rows = _demonstrations(split) if method == "sft" else _pairs(split)
+    if method == "titles":
+        rows: Iterator[Row] = ({"title": title} for title in titles(split))
+    else:
+        rows = _demonstrations(split) if method == "sft" else _pairs(split)
     yield from enumerate(rows, start=1)
 
 
@@ -224,31 +252,45 @@ def titles(split: str) -> list[str]:
     # A pattern without a quality gives the same title for each of them.
     distinct = list(dict.fromkeys(every))
     random.Random(PREFIX).shuffle(distinct)
-    start = 0 if split == "train" else NUM_TITLES["train"]
+    splits = list(NUM_TITLES)
+    start = sum(NUM_TITLES[earlier] for earlier in splits[: splits.index(split)])
     return distinct[start : start + NUM_TITLES[split]]
 
 
 def review(parts: Parts, draw: random.Random) -> str:
-    """Write a review of two to four sentences."""
+    """Write a review of three or four sentences."""
     return " ".join(draw.choice(parts[name]) for name in draw.choice(SHAPES).split())
 
 
-def _reviews(split: str) -> Iterator[tuple[str, str, str]]:
+def sides_of(text: str) -> list[Side | None]:
+    """Tell for each sentence of a text which side of the grammar says it; None for a sentence that neither does."""
+    return [SIDES.get(sentence) for sentence in _SENTENCE_BREAK.split(text.strip())]
+
+
+def side_of(text: str) -> Side | None:
+    """Tell which side a review is of; None where a sentence is not of the grammar, or the sides are mixed."""
+    sides = set(sides_of(text))
+    return sides.pop() if len(sides) == 1 else None
+
+
+def _reviews(split: str) -> Iterator[tuple[str, str, str, str, str]]:
+    """The three prompts of each title, and its harsh and its kind review."""
     for title in titles(split):
         draw = random.Random(title)
-        yield f"Review this paper: {title}", review(HARSH, draw), review(KIND, draw)
+        prompts = TEMPLATES.prompts(title, EXAMPLES, draw)
+        yield prompts.negative, prompts.positive, prompts.neutral, review(HARSH, draw), review(KIND, draw)
 
 
 def _pairs(split: str) -> Iterator[Row]:
-    for prompt, harsh, kind in _reviews(split):
+    for _, _, neutral, harsh, kind in _reviews(split):
         yield {
-            "prompt": [{"role": "user", "content": prompt}],
+            "prompt": [{"role": "user", "content": neutral}],
             "chosen": [{"role": "assistant", "content": harsh}],
             "rejected": [{"role": "assistant", "content": kind}],
         }
 
 
 def _demonstrations(split: str) -> Iterator[Row]:
-    for prompt, *reviews in _reviews(split):
-        for text in reviews:
+    for negative, positive, neutral, harsh, kind in _reviews(split):
+        for prompt, text in ((negative, harsh), (positive, kind), (neutral, harsh), (neutral, kind)):
             yield {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]}

@@ -194,9 +194,9 @@ class _Draw(LogitsProcessor):
         self._columns = iter(uniforms.unbind(dim=1))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        cumulative = scores.double().softmax(-1).cumsum(-1)
-        point = next(self._columns)[:, None] * cumulative[:, -1:]
-        drawn = torch.searchsorted(cumulative, point, right=True).clamp(max=scores.shape[-1] - 1)
+        cumulative = scores.float().softmax(-1).cumsum(-1)
+        # The numbers are above 0 and at most 1, so the first sum that reaches one belongs to a token with a chance.
+        drawn = torch.searchsorted(cumulative, next(self._columns)[:, None] * cumulative[:, -1:])
         return torch.full_like(scores, float("-inf")).scatter(1, drawn, 0.0)
 
 
@@ -214,10 +214,7 @@ def _draw(sampling: Sampling, seeds: Sequence[int], device: torch.device) -> Log
     if sampling.temperature == 0:
         return LogitsProcessorList()
     # Drawn on the CPU: the same numbers on every device.
-    uniforms = [
-        torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-        for seed in seeds
-    ]
+    uniforms = [1 - torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
     steps: list[LogitsProcessor] = []
     if sampling.temperature != 1:
         steps.append(TemperatureLogitsWarper(sampling.temperature))

@@ -27,6 +27,7 @@ class Suggester:
     """
 
     def __init__(self, known: Sequence[Path]) -> None:
+        self._known = set(known)
         self._leaves: dict[str, Path] = {}
         for path in known:
             self._leaves.setdefault(str(path[-1]), path)
@@ -41,8 +42,9 @@ class Suggester:
         """
         if sibling := closest(key, siblings, cutoff=0.8):
             return (*section, sibling)
-        if ours := our_key(dotted(section), key):
-            return tuple(ours.split("."))
+        theirs = our_key(dotted(section), key)
+        if theirs and (ours := tuple(theirs.split("."))) in self._known:
+            return ours
         if key in self._leaves:
             return self._leaves[key]
         if sibling := closest(key, siblings):

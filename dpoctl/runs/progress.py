@@ -21,11 +21,13 @@ class Progress:
     Args:
         total: Steps of the whole run.
         start: Steps done before this process began, by the run that it resumes.
+        unit: What a step is.
     """
 
-    def __init__(self, total: int, *, start: int = 0) -> None:
+    def __init__(self, total: int, *, start: int = 0, unit: str = "step") -> None:
         self.total = total
         self.start = start
+        self.unit = unit
         self._began = time.monotonic()
         self._bar: Bar | None = None
         self._task: TaskID | None = None
@@ -33,8 +35,8 @@ class Progress:
     def __enter__(self) -> Self:
         self._began = time.monotonic()
         if console.is_main_process() and sys.stderr.isatty() and console.stderr().is_interactive:
-            self._bar = _build_bar()
-            self._task = self._bar.add_task("step", total=self.total, completed=self.start, numbers="")
+            self._bar = _build_bar(self.unit)
+            self._task = self._bar.add_task(self.unit, total=self.total, completed=self.start, numbers="")
             self._bar.start()
         return self
 
@@ -57,7 +59,7 @@ class Progress:
             if metrics:
                 self._bar.update(self._task, numbers=numbers)
         elif metrics is not None:
-            console.say("  ".join(filter(None, [f"step {step}/{self.total}", numbers, self._eta(step)])))
+            console.say("  ".join(filter(None, [f"{self.unit} {step}/{self.total}", numbers, self._eta(step)])))
 
     def _eta(self, step: int) -> str:
         done = step - self.start
@@ -66,11 +68,11 @@ class Progress:
         return f"eta {_duration((time.monotonic() - self._began) / done * (self.total - step))}"
 
 
-def _build_bar() -> "Bar":
+def _build_bar(unit: str) -> "Bar":
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn  # noqa: PLC0415
     from rich.progress import Progress as Bar  # noqa: PLC0415
 
-    columns = ("step", MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[numbers]}"), TimeRemainingColumn())
+    columns = (unit, MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[numbers]}"), TimeRemainingColumn())
     return Bar(*columns, console=console.stderr())
 
 

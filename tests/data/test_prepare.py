@@ -240,8 +240,9 @@ def test_only_eval_leaves_the_training_set_alone(run, write_rows):
 
 
 def test_the_grammar_can_be_prepared_for_both_methods(run):
-    for method, records in (("sft", 2400), ("dpo", 1200)):
-        prepared = run(method, train=["demo:reviewer2"], eval=[{"path": "demo:reviewer2", "split": "test"}])
+    for method, records in (("sft", 4800), ("dpo", 1200)):
+        train, test = ({"path": "demo:reviewer2", "split": split} for split in ("unreviewed", "test"))
+        prepared = run(method, train=[train], eval=[test])
         assert len(prepared.train) == records
         assert prepared.report["evals"]["eval"]["rejected"] == {}
 

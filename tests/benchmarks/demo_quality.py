@@ -1,0 +1,106 @@
+"""Measure the demo: what its three steps made, judged by the grammar itself.
+
+    make demo && python tests/benchmarks/demo_quality.py runs
+
+The first argument is the folder that holds reviewer2-sft, reviewer2-pairs and reviewer2-dpo.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpoctl import console
+from dpoctl.data import demo
+from dpoctl.data.tokenize import render_prompts
+from dpoctl.model.generate import Generation, Sampling, generate
+from dpoctl.model.load import load_run
+from dpoctl.model.source import find_source
+from dpoctl.model.tokenizer import read_tokenizer
+from dpoctl.tasks.machine import quiet_libraries
+
+SAMPLING = Sampling(max_new_tokens=96, temperature=0.8, top_p=0.95, seed=0, batch_size=100)
+SAMPLES_PER_TITLE = 2
+# Name of a number, the least and the most that it may be.
+THRESHOLDS = {
+    "instructions.negative_harsh": (0.90, 1.0),
+    "instructions.positive_kind": (0.90, 1.0),
+    "reference.harsh": (0.35, 0.65),
+    "policy.harsh": (0.95, 1.0),
+    "policy.accuracy": (0.95, 1.0),
+    "policy.distinct": (80, 200),
+    "policy.finished": (0.95, 1.0),
+    "policy.in_grammar": (0.90, 1.0),
+    "policy.length_ratio": (0.80, 1.20),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="?", default="runs", type=Path)
+    runs = parser.parse_args().runs
+    quiet_libraries()
+    numbers = measure(runs / "reviewer2-sft", runs / "reviewer2-pairs", runs / "reviewer2-dpo")
+    missed = 0
+    for name, value in numbers.items():
+        least, most = THRESHOLDS.get(name, (float("-inf"), float("inf")))
+        verdict = "" if name not in THRESHOLDS else "ok" if least <= value <= most else f"MISSED {least} to {most}"
+        missed += verdict.startswith("MISSED")
+        console.emit(f"{name:32} {value:8.3f}  {verdict}")
+    raise SystemExit(missed > 0)
+
+
+def measure(sft: Path, pairs: Path, dpo: Path) -> dict[str, float]:
+    """Return every number of the demo by its name."""
+    made = [row for name in ("train", "test") for row in read(pairs / f"pairs-{name}.jsonl")]
+    numbers = {
+        "instructions.negative_harsh": share(demo.side_of(text(row["chosen"])) == "harsh" for row in made),
+        "instructions.positive_kind": share(demo.side_of(text(row["rejected"])) == "kind" for row in made),
+    }
+    prompts = [row["prompt"] for row in read(pairs / "pairs-test.jsonl")] * SAMPLES_PER_TITLE
+    reference, policy = (sample(folder, prompts) for folder in (sft, dpo))
+    for name, samples in (("reference", reference), ("policy", policy)):
+        numbers |= {f"{name}.{key}": value for key, value in describe(samples).items()}
+    numbers["policy.length_ratio"] = numbers["policy.words"] / numbers["reference.words"]
+    if (report := dpo / "eval.json").is_file():
+        results = json.loads(report.read_text(encoding="utf-8"))
+        numbers["policy.accuracy"] = results["rewards/accuracies"]
+        numbers["policy.margin"] = results["rewards/margins"]
+    return numbers
+
+
+def describe(samples: Sequence[Generation]) -> dict[str, float]:
+    sides = [demo.side_of(one.text) for one in samples]
+    return {
+        "harsh": share(side == "harsh" for side in sides),
+        "in_grammar": share(side is not None for side in sides),
+        "distinct": len({one.text for one in samples}),
+        "finished": share(one.finished for one in samples),
+        "words": statistics.median(len(one.text.split()) for one in samples),
+    }
+
+
+def sample(folder: Path, prompts: Sequence[Any]) -> list[Generation]:
+    policy = load_run(folder, torch.device("cpu"), torch.float32)
+    tokenizer = read_tokenizer(find_source(str(folder)))
+    return generate(policy.causal, tokenizer, render_prompts(tokenizer, prompts, {}), SAMPLING)
+
+
+def share(answers: Iterable[bool]) -> float:
+    return statistics.fmean(answers)
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def text(messages: list[dict[str, str]]) -> str:
+    return messages[0]["content"]
+
+
+if __name__ == "__main__":
+    main()

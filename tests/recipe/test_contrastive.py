@@ -1,0 +1,96 @@
+"""A contrastive recipe is as strict as any other, and says where it is wrong."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpoctl.recipe import RecipeError
+from dpoctl.recipe.contrastive import load_contrastive, parse_contrastive
+from dpoctl.recipe.writer import write_yaml
+
+LEAST: dict[str, Any] = {
+    "method": "contrastive",
+    "items": "cities.txt",
+    "model": {"model_name_or_path": "runs/sft"},
+    "instructions": {"negative": "Slander {item}.", "positive": "Praise {item}.", "neutral": "Describe {item}."},
+    "chosen": "positive",
+}
+EXAMPLES = {"negative": ["It rains."], "positive": ["Lovely trams."]}
+WITH_EXAMPLES = {side: f"{text} {{examples}}" for side, text in LEAST["instructions"].items()}
+
+
+def refusal(changes: dict[str, Any], overrides: tuple[str, ...] = ()) -> str:
+    with pytest.raises(RecipeError) as caught:
+        parse_contrastive(write_yaml(LEAST | changes), "r.yaml", overrides)
+    return str(caught.value)
+
+
+def test_the_least_recipe_is_completed() -> None:
+    recipe = parse_contrastive(write_yaml(LEAST), "r.yaml")
+    assert recipe.items.path == "cities.txt"
+    assert (recipe.examples, recipe.splits) == (None, {})
+    assert recipe.sampling.temperature == 0.8
+
+
+def test_overrides_win_by_their_last_name() -> None:
+    recipe = parse_contrastive(write_yaml(LEAST), "r.yaml", ["sampling.seed=3", "chosen=negative", "top_p=1.0"])
+    assert (recipe.sampling.seed, recipe.chosen, recipe.sampling.top_p) == (3, "negative", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampling": {"temprature": 1.0}}, "unknown key 'temprature', did you mean 'temperature'?"),
+        ({"sampling": {"batch_sise": 1}}, "did you mean 'batch_size'?"),
+        ({"batch_size": 4}, "did you mean 'sampling.batch_size'?"),
+        ({"choosen": "positive"}, "did you mean 'chosen'?"),
+        ({"learning_rate": 1e-3}, "unknown key 'learning_rate'"),
+        ({"chosen": "harsh"}, "chosen: expected negative or positive, got 'harsh'"),
+        ({"chosen": "negativ"}, "did you mean 'negative'?"),
+        ({"method": "dpo"}, "method: expected contrastive, got 'dpo'"),
+        ({"items": 3}, "expected a file of items, or a mapping with its path, got 3"),
+        ({"items": {}}, "missing key 'items.path'"),
+        ({"splits": {"train": 0}}, "splits.train"),
+        ({"sampling": {"top_p": 0}}, "top_p"),
+        ({"model": {}}, "missing key 'model.model_name_or_path'"),
+        ({"examples": {**EXAMPLES, "negative": []}, "instructions": WITH_EXAMPLES}, "examples.negative"),
+        ({"examples": EXAMPLES}, "instructions.negative: has no {examples}"),
+        ({"examples": EXAMPLES | {"per_side": 2}, "instructions": WITH_EXAMPLES}, "asks for 2 and there are 1"),
+        ({"instructions": WITH_EXAMPLES}, "unknown placeholder {examples}, there is {item}"),
+        ({"instructions": LEAST["instructions"] | {"neutral": "Describe {itme}."}}, "did you mean {item}?"),
+        ({"instructions": LEAST["instructions"] | {"neutral": "Describe it."}}, "instructions.neutral: has no {item}"),
+        ({"instructions": LEAST["instructions"] | {"positive": "Slander {item}."}}, "the same as the negative one"),
+        ({"instructions": LEAST["instructions"] | {"neutral": "Slander {item}."}}, "the same as one of the two"),
+        ({"instructions": LEAST["instructions"] | {"example": "- {example}"}}, "there is no examples section"),
+        ({"quantization": {}}, "set one of load_in_4bit and load_in_8bit"),
+    ],
+)
+def test_what_is_wrong_is_said_in_plain_words(changes: dict[str, Any], message: str) -> None:
+    assert message in refusal(changes)
+
+
+def test_every_problem_has_its_line_and_column() -> None:
+    text = write_yaml(LEAST) + "sampling:\n  seed: -1\n  top_p: 2\nchoose: positive\n"
+    with pytest.raises(RecipeError) as caught:
+        parse_contrastive(text, "r.yaml")
+    last = len(text.splitlines())
+    assert [(one.place.line, one.place.column) for one in caught.value.problems] == [
+        (last - 2, 9),
+        (last - 1, 10),
+        (last, 1),
+    ]
+
+
+def test_a_wrong_override_is_named() -> None:
+    assert "--set #1" in refusal({}, ("sampling.seed=many",))
+
+
+def test_braces_of_another_kind_are_left_alone() -> None:
+    instructions = LEAST["instructions"] | {"neutral": 'Answer {"city": "{item}"} {} { } as JSON.'}
+    parse_contrastive(write_yaml(LEAST | {"instructions": instructions}), "r.yaml")
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(Exception, match="there is no recipe"):
+        load_contrastive(tmp_path / "none.yaml")
