@@ -51,10 +51,10 @@ def error(message: str) -> None:
     _graded("error", "bold red", message)
 
 
-def emit(text: str) -> None:
+def emit(text: str, *, end: str = "\n") -> None:
     """Write data to stdout: the only thing that ever goes there."""
     if is_main_process():
-        sys.stdout.write(text + "\n")
+        sys.stdout.write(text + end)
         sys.stdout.flush()
 
 

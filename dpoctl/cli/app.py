@@ -9,6 +9,7 @@ import typer
 
 from dpoctl import __version__
 from dpoctl.cli import failure, launch
+from dpoctl.cli.chat import chat
 from dpoctl.cli.check import check
 from dpoctl.cli.convert_data import convert_data
 from dpoctl.cli.dpo import dpo
@@ -34,6 +35,7 @@ for command, name, panel, summary in (
     (check, "check", "Train", "Advice on a recipe: what is wrong in it, what is unusual."),
     (convert_data, "convert-data", "Data", "Turn any known data format into canonical JSONL."),
     (evaluate, "eval", "Measure", "Measure a finished run on held-out data."),
+    (chat, "chat", "Use", "Talk with a finished run."),
     (merge, "merge", "Use", "Write a run's adapter into its base: one plain model."),
 ):
     app.command(name, rich_help_panel=panel, short_help=summary, help=command.__doc__, context_settings=HELP_OPTIONS)(

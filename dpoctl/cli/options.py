@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The run directory.", show_default=False)]
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The YAML recipe.", show_default=False)]
 Overrides = Annotated[
     list[str] | None,

@@ -1,0 +1,137 @@
+"""A finished run, to be looked at: its recipe, its model with the saved tokenizer, and the reference it came from."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Self, cast
+
+import torch
+import yaml
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dpoctl.core.losses import LOSSES
+from dpoctl.data.formats import FORMATS
+from dpoctl.errors import UsageError
+from dpoctl.model.load import load_policy, load_run, resolve_dtype
+from dpoctl.model.lora import add_frozen_adapter
+from dpoctl.model.policy import FROZEN, Policy
+from dpoctl.model.source import ADAPTER_CONFIG, find_adapter, find_source
+from dpoctl.model.tokenizer import read_tokenizer
+from dpoctl.recipe import Recipe, parse_recipe
+from dpoctl.runs.directory import RESOLVED_RECIPE
+
+MODEL_CONFIGS = ("config.json", ADAPTER_CONFIG)
+
+
+def recipe_of(run: Path) -> Recipe:
+    """Read the resolved recipe of a run.
+
+    Raises:
+        UsageError: The folder is no run of dpoctl.
+    """
+    if not run.is_dir():
+        raise UsageError(f"there is no run directory {str(run)!r}", hint="name the output_dir of a finished run")
+    path = run / RESOLVED_RECIPE
+    if not path.is_file():
+        raise UsageError(f"{run} is not a run of dpoctl: it has no {RESOLVED_RECIPE}")
+    text = path.read_text(encoding="utf-8")
+    return parse_recipe(text, str(path), command=yaml.safe_load(text).get("method"), losses=LOSSES, formats=FORMATS)
+
+
+def require_model(run: Path) -> None:
+    """Refuse a run that has not come to its end.
+
+    Raises:
+        UsageError: No model was exported.
+    """
+    if not any((run / name).is_file() for name in MODEL_CONFIGS):
+        raise UsageError(f"{run} holds no model: the run has not finished", hint="finish it with --resume")
+
+
+def best_device() -> torch.device:
+    """A GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that has ended, with its model.
+
+    Attributes:
+        recipe: as it was resolved.
+        policy: the model that was trained.
+        tokenizer: as it was saved with the model, with its chat template.
+    """
+
+    recipe: Recipe
+    policy: Policy
+    tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def load(cls, run: Path, device: torch.device) -> Self:
+        """Load a run as it was trained: in its precision, its base quantised as it was.
+
+        Raises:
+            UsageError: The folder is no run, or the run has not finished.
+            SetupError: The base of its adapter is not there.
+        """
+        recipe = recipe_of(run)
+        require_model(run)
+        policy = load_run(
+            run,
+            device,
+            resolve_dtype(recipe.model.dtype, device),
+            attn_implementation=recipe.model.attn_implementation,
+            quantization=recipe.quantization,
+            trust_remote_code=recipe.model.trust_remote_code,
+        )
+        source = find_source(str(run), trust_remote_code=recipe.model.trust_remote_code)
+        return cls(recipe, policy, read_tokenizer(source))
+
+    @contextmanager
+    def reference(self) -> Iterator[PreTrainedModel]:
+        """Inside it, the model that is yielded computes what the run was compared with, or started from.
+
+        That is the base with adapters off, the SFT adapter that the run started from, the model as it was before
+        training, or the one that the recipe names.
+
+        Raises:
+            UsageError: Code made the model that training started from.
+        """
+        other = self._other_model
+        if other is not None:
+            yield other
+            return
+        with self._with_frozen_adapter.reference():
+            yield self.policy.causal
+
+    @cached_property
+    def _other_model(self) -> PreTrainedModel | None:
+        """The reference where it is a model of its own; loaded when it is first asked for."""
+        recipe, policy = self.recipe, self.policy
+        device = policy.causal.device
+        if recipe.method == "dpo" and recipe.dpo.reference.path is not None:
+            return load_run(recipe.dpo.reference.path, device, policy.dtype).causal
+        if policy.kind == "lora":
+            return None
+        start = load_policy(recipe, self.tokenizer, device).causal
+        for parameter in start.parameters():
+            parameter.requires_grad_(False).data = parameter.data.to(policy.dtype)
+        return start
+
+    @cached_property
+    def _with_frozen_adapter(self) -> Policy:
+        """The policy with the SFT adapter that it started from, if it did, beside its own."""
+        section = self.recipe.model
+        start = find_source(
+            section.model_name_or_path or "", revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
+        adapter = find_adapter(start)
+        if adapter is None:
+            return self.policy
+        add_frozen_adapter(cast(PeftModel, self.policy.model), adapter)
+        self.policy.model.requires_grad_(False)
+        return replace(self.policy, reference_adapters=(FROZEN,))
