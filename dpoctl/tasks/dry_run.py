@@ -25,13 +25,14 @@ def show_plan(recipe: Recipe, *, json_output: bool = False) -> None:
         recipe: checked and complete.
         json_output: print the numbers as one JSON object instead.
     """
+    if not json_output:
+        console.say(recipe.to_yaml())
     tokenizer, data = read_data(recipe)
     numbers = _numbers(recipe, data)
     if json_output:
         console.emit(json.dumps(numbers))
         return
     tokens = numbers.pop("tokens")
-    console.say(recipe.to_yaml())
     for name, value in numbers.items():
         console.say(f"{name.replace('_', ' ')}: {_words(value)}")
     console.say(f"tokens: {tokens.pop('total'):,} an epoch, each prompt counted once")
