@@ -63,6 +63,9 @@ def root(
 
 def main() -> NoReturn:
     """Run the command line and exit with its code."""
+    # Idle OpenMP threads must sleep, not spin: on a machine with other work spinning costs far more than it gains.
+    # The OpenMP library reads this when torch loads it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     launch.settle_as_worker()
     code = 0
     try:

@@ -8,7 +8,7 @@ which is the whole of what resuming needs.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -141,9 +141,7 @@ class Plan:
         return Plan(lengths, self.global_batch_size, self.world_size, self.max_tokens, self.layout)
 
     def _order(self, epoch: int) -> Ints:
-        if self.seed is None:
-            return np.arange(len(self.lengths))
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.lengths))
+        return np.arange(len(self.lengths)) if self.seed is None else _permutation(len(self.lengths), self.seed, epoch)
 
     def _schedule(self, records: Ints) -> tuple[tuple[tuple[int, ...], ...], ...]:
         """Lay records over `world_size * m` bins of about equal cost, with the smallest m that fits the budget."""
@@ -175,3 +173,9 @@ class Plan:
         if self.layout == "shared":
             return int(self.lengths.tokens[at].sum())
         return int(self.lengths.rows[at].sum() * self.lengths.longest[at].max())
+
+
+@lru_cache(maxsize=2)
+def _permutation(count: int, seed: int, epoch: int) -> Ints:
+    """The order of an epoch; kept for its many steps."""
+    return np.random.default_rng([seed, epoch]).permutation(count)

@@ -73,26 +73,34 @@ def fingerprint(source: "Source", *, method: str = "dpo") -> str:
     return hashlib.sha256(json.dumps([content, source.name, source.split]).encode()).hexdigest()
 
 
+def has_splits(source_path: str) -> bool:
+    """Whether a source is read by split."""
+    return "split" in _kind(source_path)[1]
+
+
 def location(source_path: str, part: str) -> str:
     """Name the file that a row stands in, as the user would."""
     return str(Path(source_path) / part) if part else source_path
 
 
+def _kind(source_path: str) -> tuple[str, tuple[str, ...]]:
+    """Say what kind of source a path names, and which of the particular keys it has a use for."""
+    path = Path(source_path)
+    if source_path == STDIN:
+        return "stdin", ()
+    if source_path.startswith(demo.PREFIX):
+        return "a built-in source", ("split",)
+    if _is_saved_dataset(path):
+        return "a folder saved by datasets", ("split",)
+    if path.is_dir():
+        return "a folder of files", ("data_files",)
+    if path.exists() or suffix_of(path) in SUFFIXES:
+        return "a file", ()
+    return "a hub data set", tuple(PARTICULAR)
+
+
 def _refuse_idle_keys(source: "Source") -> None:
-    path = Path(source.path)
-    used: tuple[str, ...] = ()
-    if source.path == STDIN:
-        kind = "stdin"
-    elif source.path.startswith(demo.PREFIX):
-        kind, used = "a built-in source", ("split",)
-    elif _is_saved_dataset(path):
-        kind, used = "a folder saved by datasets", ("split",)
-    elif path.is_dir():
-        kind, used = "a folder of files", ("data_files",)
-    elif path.exists() or suffix_of(path) in SUFFIXES:
-        kind = "a file"
-    else:
-        return
+    kind, used = _kind(source.path)
     idle = [key for key, nothing in PARTICULAR.items() if key not in used and getattr(source, key) != nothing]
     if idle:
         raise DataError(f"{source.path}: {idle[0]} would do nothing: this is {kind}", hint=f"leave {idle[0]} out")

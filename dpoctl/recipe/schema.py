@@ -130,7 +130,7 @@ class ModelSection(Section):
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """The attention that transformers is asked for where the shared-prefix attention cannot serve."""
     chat_template: Text | None = Field(default=None, examples=["zephyr"])
-    """Null is the tokenizer's own; else a built-in name (chatml, zephyr) or a .jinja file."""
+    """Null is the tokenizer's own, of a new one chatml; else a built-in name (chatml, zephyr) or a .jinja file."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
     disable_dropout: bool = True

@@ -1,7 +1,6 @@
 """`--dry-run`: what would be trained, on what, in how many steps; no weights are loaded and nothing is written."""
 
 import json
-import os
 from typing import Any
 
 import numpy as np
@@ -10,14 +9,14 @@ from numpy.typing import NDArray
 from dpoctl import console
 from dpoctl.core.optim import warmup_steps
 from dpoctl.core.planner import Lengths, Plan
-from dpoctl.data.prepare import cache_dir, iter_texts, prepare
+from dpoctl.data.prepare import PreparedData
 from dpoctl.data.preview import mask_preview
 from dpoctl.data.store import TokenStore
-from dpoctl.model.tokenizer import load_tokenizer
 from dpoctl.recipe.advice import advise, show_warnings
 from dpoctl.recipe.document import Document
 from dpoctl.recipe.schema import Recipe
 from dpoctl.tasks.check import facts_of
+from dpoctl.tasks.prepared import read_data
 
 ROWS_SHOWN = 2
 
@@ -30,41 +29,38 @@ def show_plan(recipe: Recipe, *, document: Document | None = None, json_output: 
         document: where its keys stand, for advice.
         json_output: print the numbers as one JSON object instead.
     """
-    tokenizer = load_tokenizer(recipe, lambda: iter_texts(recipe))
-    data = prepare(recipe, tokenizer, cache_dir=cache_dir())
+    if not json_output:
+        console.say(recipe.to_yaml())
+    tokenizer, data = read_data(recipe)
     show_warnings(advise(recipe, document, facts_of(recipe, tokenizer, data)))
+    numbers = _numbers(recipe, data)
+    if json_output:
+        console.emit(json.dumps(numbers))
+        return
+    tokens = numbers.pop("tokens")
+    for name, value in numbers.items():
+        console.say(f"{name.replace('_', ' ')}: {_words(value)}")
+    console.say(f"tokens: {tokens.pop('total'):,} an epoch, each prompt counted once")
+    for name, value in tokens.items():
+        console.say(f"  {name}: {_words(value)}")
+    console.say(mask_preview(data.train, tokenizer, rows=ROWS_SHOWN))
+    console.say(f"dry run: nothing was trained, and nothing written to {recipe.training.output_dir}")
+
+
+def _numbers(recipe: Recipe, data: PreparedData) -> dict[str, Any]:
     training, lengths = recipe.training, Lengths.of(data.train)
-    plan = Plan(
-        lengths,
-        training.global_batch_size,
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
-        seed=training.seed,
-        num_epochs=training.num_train_epochs,
-        max_steps=training.max_steps,
-    )
-    numbers: dict[str, Any] = {
+    plan = Plan(lengths, training.global_batch_size, num_epochs=training.num_train_epochs, max_steps=training.max_steps)
+    return {
         "method": recipe.method,
         "rows": len(data.train),
         "eval_rows": {name: len(store) for name, store in data.evals.items()},
-        "rejected": data.report.get("rejected", 0),
+        "rejected": data.report["rejected"],
         "steps": plan.num_steps,
         "steps_per_epoch": plan.steps_per_epoch,
         "warmup_steps": warmup_steps(training, plan.num_steps),
         "global_batch_size": training.global_batch_size,
         "tokens": {"total": int(lengths.tokens.sum()), **_token_statistics(data.train)},
     }
-    if json_output:
-        console.emit(json.dumps(numbers))
-        return
-    console.say(recipe.to_yaml())
-    for name, value in numbers.items():
-        if name != "tokens":
-            console.say(f"{name.replace('_', ' ')}: {value}")
-    console.say(f"tokens: {numbers['tokens'].pop('total'):,} an epoch, each prompt counted once")
-    for name, value in numbers["tokens"].items():
-        console.say(f"  {name}: {value}")
-    console.say(mask_preview(data.train, tokenizer, rows=ROWS_SHOWN))
-    console.say("dry run: nothing was trained or written")
 
 
 def _token_statistics(store: TokenStore) -> dict[str, dict[str, int]]:
@@ -81,4 +77,10 @@ def _token_statistics(store: TokenStore) -> dict[str, dict[str, int]]:
 
 
 def _percentiles(values: NDArray[np.int64]) -> dict[str, int]:
-    return {f"p{p}": int(np.percentile(values, p)) for p in (5, 50, 95)} | {"max": int(values.max())}
+    return {f"p{p}": int(np.percentile(values, p, method="lower")) for p in (5, 50, 95)} | {"max": int(values.max())}
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {number:,}" for name, number in value.items()) or "none"
+    return str(value)

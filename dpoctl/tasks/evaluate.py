@@ -11,6 +11,7 @@ import yaml
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from rich.table import Table
+from transformers import PreTrainedTokenizerBase
 
 from dpoctl import console
 from dpoctl.core.logps import Scorer
@@ -20,20 +21,22 @@ from dpoctl.core.objective import Objective
 from dpoctl.core.planner import Lengths, Plan
 from dpoctl.core.reader import Reader
 from dpoctl.data.formats import FORMATS
-from dpoctl.data.prepare import PreparedData, cache_dir, iter_texts, prepare
+from dpoctl.data.sources import has_splits
+from dpoctl.data.store import TokenStore
 from dpoctl.errors import UsageError
 from dpoctl.model.load import load_policy, load_run, resolve_dtype
 from dpoctl.model.probe import probe
-from dpoctl.model.tokenizer import load_tokenizer
 from dpoctl.recipe import Recipe, parse_recipe
 from dpoctl.runs.directory import RESOLVED_RECIPE
 from dpoctl.runs.files import to_json, write_atomically
 from dpoctl.tasks.machine import build_accelerator, quiet_libraries, token_budget
+from dpoctl.tasks.prepared import read_data
 from dpoctl.tasks.reference import Reference
 from dpoctl.tasks.task import build_task
 
 # Two-sided 95 %.
 Z = 1.959964
+MODELS = ("config.json", "adapter_config.json")
 
 
 def run(run: Path, *, data: str | None = None, limit: int | None = None, json_output: bool = False) -> None:
@@ -48,10 +51,11 @@ def run(run: Path, *, data: str | None = None, limit: int | None = None, json_ou
     quiet_libraries()
     recipe = _recipe_of(run, data)
     accelerator = build_accelerator(recipe)
-    with accelerator.main_process_first():
-        tokenizer = load_tokenizer(recipe, lambda: iter_texts(recipe))
-        prepared = prepare(recipe, tokenizer, cache_dir=cache_dir(), only_eval=True)
-    results = _evaluate(run, recipe, accelerator, prepared, limit, int(tokenizer.pad_token_id or 0))
+    tokenizer, prepared = read_data(recipe, accelerator, only_eval=True)
+    tables = {}
+    if build_task(recipe).loss.needs_reference:
+        tables = _reference_tables(recipe, accelerator, tokenizer, prepared.evals, limit)
+    results = _evaluate(run, recipe, accelerator, tokenizer, prepared.evals, tables, limit)
     if not accelerator.is_main_process:
         return
     main = results.pop("eval", {})
@@ -67,10 +71,15 @@ def _recipe_of(run: Path, data: str | None) -> Recipe:
     """Read the resolved recipe of a run, with its evaluation data replaced if asked for."""
     path = run / RESOLVED_RECIPE
     if not path.is_file():
-        raise UsageError(f"{run} is not a run of dpoctl: it has no {RESOLVED_RECIPE}")
+        raise UsageError(
+            f"{run} is not a run of dpoctl: it has no {RESOLVED_RECIPE}", hint="name the output_dir of a finished run"
+        )
+    if not any((run / name).is_file() for name in MODELS):
+        raise UsageError(f"{run} holds no trained model yet", hint="finish the run with --resume")
     document = yaml.safe_load(path.read_text(encoding="utf-8"))
     if data is not None:
-        document["data"] |= {"eval": {"eval": [{"path": data, "split": "test"}]}, "eval_size": None}
+        source = {"path": data} | ({"split": "test"} if has_splits(data) else {})
+        document["data"] |= {"eval": {"eval": [source]}, "eval_size": None}
         document["training"]["eval_steps"] = document["training"].get("eval_steps") or 1
     if not document["data"].get("eval") and document["data"].get("eval_size") is None:
         raise UsageError(f"{run}: its recipe has no evaluation data", hint="name some with --data FILE")
@@ -78,15 +87,37 @@ def _recipe_of(run: Path, data: str | None) -> Recipe:
     return parse_recipe(text, str(path), command=document["method"], losses=LOSSES, formats=FORMATS)
 
 
+def _reference_tables(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    tokenizer: PreTrainedTokenizerBase,
+    stores: Mapping[str, TokenStore],
+    limit: int | None,
+) -> dict[str, NDArray[np.float32]]:
+    """Return the reference's log-probabilities of every evaluation set; the model is freed again."""
+    policy = load_policy(recipe, tokenizer, accelerator.device)
+    with accelerator.autocast():
+        verdict = probe(policy.causal, max_length=recipe.data.max_length)
+    reference = Reference(recipe, policy, verdict, accelerator)
+    pad = int(tokenizer.pad_token_id or 0)
+    tables = {}
+    for name, store in stores.items():
+        budget, _ = token_budget(recipe, policy, Lengths.of(store), accelerator)
+        tables[name] = reference.table(Reader(store, verdict.layout, accelerator.device, pad), budget, limit)
+    return tables
+
+
 def _evaluate(
-    run: Path, recipe: Recipe, accelerator: Accelerator, data: PreparedData, limit: int | None, pad: int
+    run: Path,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    tokenizer: PreTrainedTokenizerBase,
+    stores: Mapping[str, TokenStore],
+    tables: Mapping[str, NDArray[np.float32]],
+    limit: int | None,
 ) -> dict[str, dict[str, Any]]:
     """Return the metrics of every evaluation set."""
-    task, tables = build_task(recipe), {}
-    lengths = {name: Lengths.of(store).first(limit) for name, store in data.evals.items()}
-    if task.loss.needs_reference:
-        tables = _reference_tables(recipe, accelerator, data, pad)
-    device = accelerator.device
+    task, device, pad = build_task(recipe), accelerator.device, int(tokenizer.pad_token_id or 0)
     policy = load_run(
         run,
         device,
@@ -99,30 +130,15 @@ def _evaluate(
     with accelerator.autocast():
         verdict = probe(policy.causal, max_length=recipe.data.max_length)
         objective = Objective(accelerator, Scorer(policy.model, policy.causal, verdict), task.loss, task.report)
-        for name, store in data.evals.items():
+        for name, store in stores.items():
+            lengths = Lengths.of(store).first(limit)
             reader = Reader(store, verdict.layout, device, pad, tables.get(name))
-            budget, _ = token_budget(recipe, policy, lengths[name], accelerator)
+            budget, _ = token_budget(recipe, policy, lengths, accelerator)
             batch_size = recipe.training.global_batch_size
-            plan = Plan(lengths[name], batch_size, accelerator.num_processes, budget, verdict.layout)
-            counts = {item: int(numbers.sum()) for item, numbers in lengths[name].items.items()}
+            plan = Plan(lengths, batch_size, accelerator.num_processes, budget, verdict.layout)
+            counts = {item: int(numbers.sum()) for item, numbers in lengths.items.items()}
             results[name] = _describe(evaluate(objective, EvalSet(reader, plan)), counts)
     return results
-
-
-def _reference_tables(
-    recipe: Recipe, accelerator: Accelerator, data: PreparedData, pad: int
-) -> dict[str, NDArray[np.float32]]:
-    """Return the reference's log-probabilities of every evaluation set; the model is freed again."""
-    tokenizer = load_tokenizer(recipe, lambda: iter_texts(recipe))
-    policy = load_policy(recipe, tokenizer, accelerator.device)
-    with accelerator.autocast():
-        verdict = probe(policy.causal, max_length=recipe.data.max_length)
-    reference = Reference(recipe, policy, verdict, accelerator)
-    tables = {}
-    for name, store in data.evals.items():
-        budget, _ = token_budget(recipe, policy, Lengths.of(store), accelerator)
-        tables[name] = reference.table(Reader(store, verdict.layout, accelerator.device, pad), budget)
-    return tables
 
 
 def _describe(metrics: Metrics, counts: Mapping[Item, int]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,10 @@ from dpoctl.core.objective import LiveReference
 from dpoctl.core.planner import Lengths, Plan
 from dpoctl.core.reader import Reader
 from dpoctl.data.prepare import cache_dir
+from dpoctl.errors import UsageError
 from dpoctl.model.load import load_run
 from dpoctl.model.policy import Policy
-from dpoctl.model.probe import Verdict
+from dpoctl.model.probe import Verdict, probe
 from dpoctl.recipe.schema import Recipe
 
 # Part of every key: raise it when the same inputs would give other numbers.
@@ -48,31 +50,36 @@ class Reference:
     def __init__(self, recipe: Recipe, policy: Policy, verdict: Verdict, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
         self._enter: Callable[[], AbstractContextManager[object]] = nullcontext
+        self._is_trained = False
+        tensors: Iterable[tuple[str, Tensor]]
         if recipe.dpo.reference.path is not None:
-            other = load_run(recipe.dpo.reference.path, accelerator.device, policy.dtype)
-            self.model, self.scorer = other.model, Scorer(other.model, other.causal, verdict)
-            self._tensors: Iterable[tuple[str, Tensor]] = list(other.model.state_dict().items())
+            other, verdict = _load_other(recipe, recipe.dpo.reference.path, policy.dtype, verdict, accelerator)
+            self.scorer = Scorer(other.model, other.causal, verdict)
+            tensors = other.model.state_dict().items()
         else:
-            self.model, self.scorer = policy.model, Scorer(policy.model, policy.causal, verdict)
-            self._tensors = policy.reference_tensors()
+            self.scorer = Scorer(policy.model, policy.causal, verdict)
+            tensors = policy.reference_tensors()
             if policy.kind == "lora":
                 self._enter = policy.reference
-        weights, config = fingerprint(self._tensors), describe_config(self.scorer.causal.config)
+            else:
+                self._is_trained = True
+        weights, config = fingerprint(tensors), describe_config(self.scorer.causal.config)
         self._identity = f"{VERSION} {verdict.layout} {verdict.own_head} {policy.dtype} {weights} {config}"
 
-    def table(self, reader: Reader, max_tokens: int) -> NDArray[np.float32]:
+    def table(self, reader: Reader, max_tokens: int, limit: int | None = None) -> NDArray[np.float32]:
         """Return `[R]`, the log-probability of every response of a store, from disk if it is known there.
 
         Args:
             reader: of the store.
             max_tokens: budget of a micro-batch.
+            limit: how many records are asked for, the first ones; the others may be left at zero.
         """
         key = hashlib.sha256(f"{self._identity} {reader.store.key}".encode()).hexdigest()[:32]
         file = cache_dir() / "reference" / f"{key}.npy"
         known = torch.tensor(int(file.is_file()), device=self._accelerator.device)
         if int(self._accelerator.reduce(known)) < self._accelerator.num_processes:
-            table = self._compute(reader, max_tokens)
-            if self._accelerator.is_main_process:
+            table = self._compute(reader, max_tokens, limit)
+            if self._accelerator.is_main_process and (limit is None or limit >= len(reader.store)):
                 _write_whole(file, table)
             return table
         console.say(f"reference: log-probabilities of {len(reader.store):,} records from {file}")
@@ -82,7 +89,7 @@ class Reference:
     def live(self) -> LiveReference:
         """Return a reference that runs beside the policy, its own copy of the weights where that is needed."""
         scorer, enter = self.scorer, self._enter
-        if enter is nullcontext:
+        if self._is_trained:
             scorer = copy.deepcopy(scorer).requires_grad_(False)
 
         def logps(batch: Batch) -> Tensor:
@@ -91,8 +98,8 @@ class Reference:
 
         return logps
 
-    def _compute(self, reader: Reader, max_tokens: int) -> NDArray[np.float32]:
-        lengths, starts = Lengths.of(reader.store), reader.store.response_start
+    def _compute(self, reader: Reader, max_tokens: int, limit: int | None) -> NDArray[np.float32]:
+        lengths, starts = Lengths.of(reader.store).first(limit), reader.store.response_start
         plan = Plan(lengths, STEP, self._accelerator.num_processes, max_tokens, reader.layout)
         console.say(f"reference: computing log-probabilities of {len(lengths):,} records")
         table = torch.zeros(int(starts[-1]), device=self._accelerator.device)
@@ -108,6 +115,28 @@ class Reference:
         # Each response was computed by one rank and is zero on the others: adding them up is exact.
         whole: Tensor = self._accelerator.reduce(table)
         return whole.cpu().numpy()
+
+
+def _load_other(
+    recipe: Recipe, path: str, dtype: torch.dtype, verdict: Verdict, accelerator: Accelerator
+) -> tuple[Policy, Verdict]:
+    """Load another model as the reference, and see that batches laid out for the policy suit it."""
+    section = recipe.model
+    other = load_run(
+        path,
+        accelerator.device,
+        dtype,
+        attn_implementation=section.attn_implementation,
+        trust_remote_code=section.trust_remote_code,
+    )
+    with accelerator.autocast():
+        own = probe(other.causal, max_length=recipe.data.max_length)
+    if verdict.layout == "shared" and own.layout != "shared":
+        raise UsageError(
+            f"dpo.reference.path: '{path}' cannot be run as the policy is: {own.reason}",
+            hint="name a model of the policy's architecture",
+        )
+    return other, replace(own, layout=verdict.layout)
 
 
 @contextmanager

@@ -18,12 +18,11 @@ from dpoctl.core.objective import LiveReference, Objective
 from dpoctl.core.optim import build_optimizer, learning_rate
 from dpoctl.core.planner import Lengths, Plan
 from dpoctl.core.reader import Reader
-from dpoctl.data.prepare import PreparedData, cache_dir, iter_texts, prepare
+from dpoctl.data.prepare import PreparedData
 from dpoctl.model.checkpointing import set_gradient_checkpointing
 from dpoctl.model.load import load_policy
 from dpoctl.model.policy import Policy
 from dpoctl.model.probe import Verdict, probe
-from dpoctl.model.tokenizer import load_tokenizer
 from dpoctl.recipe.advice import advise, show_warnings
 from dpoctl.recipe.document import Document
 from dpoctl.recipe.schema import Recipe
@@ -36,6 +35,7 @@ from dpoctl.tasks.check import facts_of
 from dpoctl.tasks.dry_run import show_plan
 from dpoctl.tasks.journal import Journal
 from dpoctl.tasks.machine import build_accelerator, quiet_libraries, token_budget
+from dpoctl.tasks.prepared import read_data
 from dpoctl.tasks.reference import Reference
 from dpoctl.tasks.self_check import check_first_step
 from dpoctl.tasks.task import Task, build_task
@@ -79,13 +79,6 @@ def run(
         console.emit(json.dumps(summary))
     else:
         console.say(f"done: {directory.path}")
-
-
-def read_data(recipe: Recipe, accelerator: Accelerator) -> tuple[PreTrainedTokenizerBase, PreparedData]:
-    """Load the tokenizer and the token stores; the first rank builds them, the others find them."""
-    with accelerator.main_process_first():
-        tokenizer = load_tokenizer(recipe, lambda: iter_texts(recipe))
-        return tokenizer, prepare(recipe, tokenizer, cache_dir=cache_dir())
 
 
 def _open_directory(

@@ -85,3 +85,8 @@ def test_all_groups_follow_the_schedule() -> None:
     optimizer = build_optimizer(nn.Linear(4, 4).named_parameters(), settings())
     set_learning_rate(optimizer, 0.25)
     assert [g["lr"] for g in optimizer.param_groups] == [0.25, 0.25]
+
+
+def test_rmsprop_uses_epsilon_and_weight_decay() -> None:
+    for changes in ({"adam_epsilon": 0.1}, {"weight_decay": 0.5}):
+        assert not torch.equal(trained("rmsprop", **changes).weight, trained("rmsprop").weight)

@@ -1,5 +1,6 @@
 """Recipes for tiny runs, and two ways to run them: in this process, and as a user would."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,3 +68,19 @@ def train() -> Run:
         return merge(recipe, changes or {})
 
     return run
+
+
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Call the command line in this process, and return its exit code."""
+
+    def call(*arguments: str | Path) -> int:
+        from dpoctl.cli.app import main
+
+        monkeypatch.setattr(sys, "argv", ["dpoctl", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert isinstance(ended.value.code, int)
+        return ended.value.code
+
+    return call

@@ -1,0 +1,210 @@
+"""`dpoctl eval`: a finished run gives the numbers that it gave in training, against the same reference."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_runs import metrics_of, pair_rows, write_rows
+
+from dpoctl.errors import DataError, UsageError
+from dpoctl.tasks.evaluate import run as evaluate
+from dpoctl.tasks.evaluate import wilson_interval
+
+Run = Callable[..., dict[str, Any]]
+Report = Callable[..., dict[str, Any]]
+LORA = {"lora": {"r": 4, "lora_alpha": 8}}
+STARTS = {"new": {"start": "new", "r": 3, "lora_alpha": 5}, "continue": {"start": "continue"}}
+
+
+@pytest.fixture
+def report(capfd: pytest.CaptureFixture[str]) -> Report:
+    """Evaluate a run in this process, and read what it prints."""
+
+    def read(recipe: dict[str, Any], **options: Any) -> dict[str, Any]:
+        capfd.readouterr()
+        evaluate(Path(recipe["training"]["output_dir"]), json_output=True, **options)
+        out = capfd.readouterr().out
+        assert out.count("\n") == 1
+        numbers: dict[str, Any] = json.loads(out)
+        return numbers
+
+    return read
+
+
+def last_evaluation(recipe: dict[str, Any], prefix: str = "eval_") -> dict[str, float]:
+    rows = [row for row in metrics_of(recipe["training"]["output_dir"]) if f"{prefix}loss" in row]
+    return {name.removeprefix(prefix): value for name, value in rows[-1].items() if name.startswith(prefix)}
+
+
+def assert_same(numbers: dict[str, Any], expected: dict[str, float]) -> None:
+    assert expected.keys() <= numbers.keys()
+    for name, value in expected.items():
+        assert numbers[name] == pytest.approx(value, abs=1e-6, rel=1e-6), name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        LORA,
+        {"dpo.reference.mode": "live"},
+        {"dpo.loss.type": "ipo"},
+        {"dpo.loss.reference_free": True},
+        {"model.chat_template": "zephyr"},
+    ],
+    ids=str,
+)
+def test_the_numbers_are_those_of_the_last_evaluation(
+    changes: dict[str, Any], dpo_recipe: dict[str, Any], train: Run, report: Report
+) -> None:
+    recipe = train(dpo_recipe, changes)
+    numbers = report(recipe)
+    assert_same(numbers, last_evaluation(recipe))
+    assert numbers["num_pairs"] == 7
+    accuracy, (low, high) = numbers["rewards/accuracies"], numbers["rewards/accuracies_ci"]
+    assert 0 <= low < accuracy < high <= 1 or accuracy in (0, 1)
+    assert [low, high] == list(wilson_interval(accuracy, 7))
+    assert json.loads((Path(recipe["training"]["output_dir"]) / "eval.json").read_text()) == numbers
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_a_run_over_an_sft_adapter_is_compared_with_that_adapter(
+    start: str, sft_recipe: dict[str, Any], dpo_recipe: dict[str, Any], train: Run, report: Report, tmp_path: Path
+) -> None:
+    sft = train(sft_recipe, LORA | {"training.output_dir": str(tmp_path / "sft")})["training"]["output_dir"]
+    recipe = train(dpo_recipe, {"model.model_name_or_path": sft, "lora": STARTS[start]})
+    numbers = report(recipe)
+    assert_same(numbers, last_evaluation(recipe))
+    assert numbers["rewards/margins"] != 0
+
+
+def test_another_model_named_as_the_reference_is_the_reference(
+    sft_recipe: dict[str, Any], dpo_recipe: dict[str, Any], train: Run, report: Report, tmp_path: Path
+) -> None:
+    sft = train(sft_recipe, {"training.output_dir": str(tmp_path / "sft")})["training"]["output_dir"]
+    recipe = train(dpo_recipe, {"dpo.reference.path": sft})
+    assert_same(report(recipe), last_evaluation(recipe))
+
+
+def test_a_model_from_scratch_is_built_again_as_its_own_reference(
+    dpo_recipe: dict[str, Any], train: Run, report: Report
+) -> None:
+    config = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    scratch = {"config": config, "tokenizer": {"vocab_size": 300}}
+    recipe = train(dpo_recipe, {"model": {"model_name_or_path": None, "from_scratch": scratch}})
+    assert_same(report(recipe), last_evaluation(recipe))
+
+
+def test_sft_gives_loss_perplexity_and_tokens(sft_recipe: dict[str, Any], train: Run, report: Report) -> None:
+    recipe = train(sft_recipe, LORA)
+    numbers = report(recipe)
+    assert_same(numbers, last_evaluation(recipe))
+    assert numbers["perplexity"] == pytest.approx(2.718281828 ** numbers["loss"])
+    assert numbers["num_tokens"] > 7
+    assert not [name for name in numbers if "reward" in name]
+
+
+def test_the_reference_is_taken_from_the_training_where_that_was_kept(
+    dpo_recipe: dict[str, Any], train: Run, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = train(dpo_recipe)
+    capfd.readouterr()
+    evaluate(Path(recipe["training"]["output_dir"]))
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "computing log-probabilities" not in err
+    assert "95 % interval" in err
+    assert "num_pairs" in err
+
+
+def test_other_data_are_measured_instead(
+    dpo_recipe: dict[str, Any], train: Run, report: Report, tmp_path: Path
+) -> None:
+    other = write_rows(tmp_path / "other.jsonl", pair_rows(9, seed=5))
+    with_both = {"data.eval": {"held": dpo_recipe["data"]["eval"], "other": [str(other)]}}
+    recipe = train(dpo_recipe, with_both)
+    numbers = report(recipe, data=str(other))
+    assert_same(numbers, last_evaluation(recipe, "eval_other_"))
+    assert numbers["num_pairs"] == 9
+    assert "sets" not in numbers
+
+
+def test_a_run_without_evaluation_data_needs_some(
+    dpo_recipe: dict[str, Any], heldout: Path, train: Run, report: Report
+) -> None:
+    recipe = train(dpo_recipe, {"data.eval": None, "training.eval_steps": None})
+    with pytest.raises(UsageError, match="no evaluation data") as refusal:
+        report(recipe)
+    assert "--data" in str(refusal.value.hint)
+    assert report(recipe, data=str(heldout))["num_pairs"] == 7
+    with pytest.raises(DataError, match=r"missing\.jsonl"):
+        report(recipe, data="missing.jsonl")
+
+
+def test_a_limit_takes_the_first_rows(
+    dpo_recipe: dict[str, Any], train: Run, report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = write_rows(tmp_path / "few.jsonl", pair_rows(7, seed=1)[:3])
+    recipe = train(dpo_recipe)
+    expected = report(recipe, data=str(few))
+    assert expected["num_pairs"] == 3
+    assert_same(report(recipe, limit=3), {name: value for name, value in expected.items() if name != "run"})
+    assert report(recipe, limit=1000)["num_pairs"] == 7
+    # Nothing of a reference that was computed for some rows only may be found later.
+    monkeypatch.setenv("DPOCTL_CACHE", str(tmp_path / "fresh"))
+    assert report(recipe, limit=3)["loss"] == pytest.approx(expected["loss"])
+    assert_same(report(recipe), last_evaluation(recipe))
+
+
+def test_several_sets_stand_apart(dpo_recipe: dict[str, Any], pairs: Path, train: Run, report: Report) -> None:
+    sets = {"eval": dpo_recipe["data"]["eval"], "seen": [{"path": str(pairs)}]}
+    recipe = train(dpo_recipe, {"data.eval": sets})
+    numbers = report(recipe)
+    assert_same(numbers, last_evaluation(recipe))
+    assert_same(numbers["sets"]["seen"], last_evaluation(recipe, "eval_seen_"))
+    assert (numbers["num_pairs"], numbers["sets"]["seen"]["num_pairs"]) == (7, 23)
+
+
+def test_rows_held_out_of_the_training_data_are_the_same_again(
+    dpo_recipe: dict[str, Any], train: Run, report: Report
+) -> None:
+    recipe = train(dpo_recipe, {"data.eval": None, "data.eval_size": 5})
+    numbers = report(recipe)
+    assert_same(numbers, last_evaluation(recipe))
+    assert numbers["num_pairs"] == 5
+
+
+def test_a_folder_that_is_no_finished_run_is_refused(
+    dpo_recipe: dict[str, Any], train: Run, tiny_llama_folder: Path
+) -> None:
+    with pytest.raises(UsageError, match="not a run of dpoctl"):
+        evaluate(tiny_llama_folder)
+    run = Path(train(dpo_recipe)["training"]["output_dir"])
+    (run / "config.json").unlink()
+    with pytest.raises(UsageError, match="no trained model yet"):
+        evaluate(run)
+
+
+def test_the_command_ends_with_code_2_for_a_folder_that_is_no_run(
+    main: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        assert main("eval", folder, "--json") == 2
+        assert str(folder) in json.loads(capsys.readouterr().out)["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("share", "count", "low", "high"),
+    [
+        # (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n) with z = 1.959964, worked out by hand.
+        (0.5, 10, 0.2365931, 0.7634069),
+        (0.8, 100, 0.7111708, 0.8666331),
+        (0.0, 10, 0.0, 0.2775328),
+        (1.0, 10, 0.7224672, 1.0),
+        (1.0, 1, 0.2065493, 1.0),
+    ],
+)
+def test_wilson_intervals_are_those_of_the_formula(share: float, count: int, low: float, high: float) -> None:
+    assert wilson_interval(share, count) == pytest.approx((low, high), abs=1e-6)

@@ -1,0 +1,374 @@
+"""No key is inert: each is changed once, and something that it promises must change with it."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, get_args, get_origin
+from unittest.mock import MagicMock
+
+import datasets
+import pytest
+import torch
+from huggingface_hub import constants
+from pydantic import BaseModel
+from tiny_runs import merge, metrics_of, pair_rows
+from tiny_world import HUB_ID, build_world
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from dpoctl.core.logps import Scorer
+from dpoctl.core.losses import LOSSES
+from dpoctl.data import prepare
+from dpoctl.errors import UserError
+from dpoctl.recipe.expect import hints, unwrap
+from dpoctl.recipe.schema import Recipe
+from dpoctl.runs import trackers
+
+Run = Callable[..., dict[str, Any]]
+
+BASE: dict[str, Any] = {
+    "method": "dpo",
+    "model": {"model_name_or_path": "{tiny}"},
+    "data": {"train": ["{pairs.jsonl}"], "eval": ["{heldout.jsonl}"], "max_length": 128},
+    "training": {"global_batch_size": 3, "learning_rate": 1e-2, "logging_steps": 1, "eval_steps": 2, "seed": 1},
+}
+
+
+@dataclass
+class Outcome:
+    """What a run left behind, and what it asked of the libraries."""
+
+    folder: Path
+    refused: str | None = None
+    asked: dict[str, list[Any]] = field(default_factory=dict)
+    forwards: Counter[str] = field(default_factory=Counter)
+    references: int = 0
+
+    @property
+    def curve(self) -> list[dict[str, Any]]:
+        return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in metrics_of(self.folder)]
+
+    @property
+    def steps(self) -> list[int]:
+        return [row["step"] for row in self.curve if "loss" in row]
+
+    @property
+    def evaluations(self) -> list[int]:
+        return [row["step"] for row in self.curve if "eval_loss" in row]
+
+    @property
+    def weights(self) -> list[str]:
+        return [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(self.folder.glob("*.safetensors"))]
+
+    @property
+    def checkpoints(self) -> list[str]:
+        return sorted(path.name for path in (self.folder / "checkpoints").iterdir())
+
+    @property
+    def files(self) -> set[str]:
+        return {path.name for path in self.folder.iterdir()}
+
+    @property
+    def adapter(self) -> dict[str, Any]:
+        settings: dict[str, Any] = json.loads((self.folder / "adapter_config.json").read_text())
+        return settings
+
+    @property
+    def account(self) -> dict[str, Any]:
+        """What became of the training rows."""
+        report: dict[str, Any] = json.loads((self.folder / "data_report.json").read_text())["train"]
+        return report
+
+    @property
+    def eval_account(self) -> dict[str, Any]:
+        report: dict[str, Any] = json.loads((self.folder / "data_report.json").read_text())["evals"]["eval"]
+        return report
+
+
+Watch = Callable[[dict[str, Any], dict[str, Any]], Outcome]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A changed value, what must differ, and the changes under which the key has a meaning."""
+
+    value: Any
+    sees: str | Callable[[Outcome], Any] = "curve"
+    given: dict[str, Any] = field(default_factory=dict)
+
+
+LORA = {"lora": {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}, "training.learning_rate": 0.1}
+FOUR_BITS = LORA | {"quantization.load_in_4bit": True, "model.dtype": "float32"}
+SCRATCH = {
+    "model.model_name_or_path": None,
+    "model.from_scratch": {
+        "config": {
+            "model_type": "llama",
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        },
+        "tokenizer": {"vocab_size": 270},
+    },
+}
+HUB = {"path": "some/pairs", "split": "a"}
+SAVING = {"training.save_steps": 1}
+SHORT = {"data.max_length": 60, "data.overlong": "truncate"}
+WANDB = {"training.report_to": ["wandb"]}
+
+# `{name}` in a text is a path of the world that the tests stand in.
+CASES: dict[str, Case] = {
+    "version": Case(2, "refused"),
+    "method": Case("sft", "refused"),
+    "model.model_name_or_path": Case("{other}"),
+    "model.revision": Case("v2", given={"model.model_name_or_path": HUB_ID}),
+    "model.from_scratch.config": Case({"intermediate_size": 64}, "weights", SCRATCH),
+    "model.from_scratch.tokenizer.vocab_size": Case(290, "weights", SCRATCH),
+    "model.dtype": Case("bfloat16", given={"model.dtype": "float32"}),
+    "model.attn_implementation": Case("eager", lambda o: o.asked["model"][0]["attn_implementation"]),
+    "model.chat_template": Case("zephyr"),
+    "model.trust_remote_code": Case(True, lambda o: [call["trust_remote_code"] for call in o.asked["model"]]),
+    "model.disable_dropout": Case(False, given={"model.model_name_or_path": "{dropout}"}),
+    "quantization.load_in_4bit": Case(True, given=LORA),
+    "quantization.load_in_8bit": Case(True, given=LORA),
+    "quantization.bnb_4bit_quant_type": Case("fp4", given=FOUR_BITS),
+    "quantization.bnb_4bit_use_double_quant": Case(False, given=FOUR_BITS),
+    "quantization.bnb_4bit_compute_dtype": Case("bfloat16", given=FOUR_BITS),
+    "lora.start": Case(
+        "continue", lambda o: o.adapter["r"], {"model.model_name_or_path": "{adapter}", "lora": {"start": "new"}}
+    ),
+    "lora.r": Case(4, lambda o: o.adapter["r"], LORA),
+    "lora.lora_alpha": Case(8, given=LORA),
+    "lora.lora_dropout": Case(0.5, given=LORA | {"model.disable_dropout": False}),
+    "lora.target_modules": Case(["q_proj", "v_proj"], lambda o: sorted(o.adapter["target_modules"]), LORA),
+    "lora.modules_to_save": Case(["lm_head"], given=LORA),
+    "lora.use_rslora": Case(True, given=LORA),
+    "data.eval_size": Case(3, lambda o: o.account["held_out"], {"data.eval": None, "data.eval_size": 1}),
+    "data.max_length": Case(60, lambda o: o.account["rejected"]),
+    "data.max_prompt_length": Case(30, lambda o: o.account["rejected"]),
+    "data.overlong": Case("truncate", lambda o: o.account["answers_truncated"], {"data.max_length": 60}),
+    "data.prompt_truncation": Case("keep_start", given=SHORT),
+    "data.duplicates": Case("drop", lambda o: o.account["used"], {"data.train": ["{twice.jsonl}"]}),
+    "data.chat_template_kwargs": Case({"greeting": "hello"}, given={"model.model_name_or_path": "{greeting}"}),
+    "sft.loss_on": Case("last", given={"method": "sft", "data.train": ["{turns.jsonl}"]}),
+    "dpo.loss.type": Case("ipo"),
+    "dpo.loss.sigmoid.beta": Case(0.2),
+    "dpo.loss.sigmoid.label_smoothing": Case(0.2),
+    "dpo.loss.sigmoid.reference_free": Case(True),
+    "dpo.loss.ipo.beta": Case(0.2, given={"dpo.loss.type": "ipo"}),
+    "dpo.loss.ipo.average": Case(False, given={"dpo.loss.type": "ipo"}),
+    "dpo.loss.hinge.beta": Case(0.2, given={"dpo.loss.type": "hinge"}),
+    "dpo.reference.mode": Case("live", "references"),
+    "dpo.reference.path": Case("{other}"),
+    "training.output_dir": Case("{tiny}-elsewhere", lambda o: str(o.folder) if "model.safetensors" in o.files else ""),
+    "training.global_batch_size": Case(2, "steps"),
+    "training.max_tokens_per_device": Case(60, lambda o: o.forwards["scorer"]),
+    "training.num_train_epochs": Case(2.0, "steps"),
+    "training.max_steps": Case(1, "steps"),
+    "training.learning_rate": Case(1e-4, "weights"),
+    "training.lr_scheduler_type": Case(
+        "linear", "weights", {"training.global_batch_size": 2, "training.warmup_steps": 0}
+    ),
+    "training.warmup_ratio": Case(1.0, "weights"),
+    "training.warmup_steps": Case(2, "weights"),
+    "training.weight_decay": Case(0.5, "weights"),
+    "training.adam_beta1": Case(0.5, "weights"),
+    "training.adam_beta2": Case(0.5, "weights"),
+    "training.adam_epsilon": Case(0.1, "weights"),
+    "training.max_grad_norm": Case(0.01, "weights", {"training.adam_epsilon": 0.1}),
+    "training.optim": Case("rmsprop", "weights"),
+    "training.gradient_checkpointing": Case(
+        True, lambda o: o.forwards["mlp"], {"training.gradient_checkpointing": False}
+    ),
+    "training.logging_steps": Case(2, "steps"),
+    "training.eval_on_start": Case(False, "evaluations"),
+    "training.eval_steps": Case(1, "evaluations"),
+    "training.save_steps": Case(1, "checkpoints"),
+    "training.save_total_limit": Case(1, "checkpoints", SAVING),
+    "training.report_to": Case(["tensorboard"], "files"),
+    "training.run_name": Case("mine", lambda o: o.asked["wandb"][0]["arguments"][0].run_name, WANDB),
+    "training.seed": Case(2, "weights"),
+}
+"""Every leaf key of the recipe, but for the keys of sources."""
+
+SWAP = {"chosen": "best", "rejected": "chosen"}
+SOURCE_CASES: dict[str, tuple[Any, dict[str, Any], Callable[[dict[str, Any], Outcome], Any]]] = {
+    "path": ("{others.jsonl}", {}, lambda account, _: account["tokens"]),
+    "name": ("en", HUB, lambda _, o: [call["arguments"] for call in o.asked["dataset"]]),
+    "split": ("b", HUB, lambda _, o: [call["split"] for call in o.asked["dataset"]]),
+    "revision": ("v2", HUB, lambda _, o: [call["revision"] for call in o.asked["dataset"]]),
+    "data_files": (["two.jsonl"], {"path": "{folder}"}, lambda account, _: account["rows"]),
+    "format": ("ranking", {"path": "{ambiguous.jsonl}"}, lambda account, _: account["tokens"]),
+    "weight": (2.0, {}, lambda account, _: account["records"]),
+    "max_samples": (2, {}, lambda account, _: account["used"]),
+    "column_map": (
+        {"chosen": "best", "rejected": "chosen"},
+        {"path": "{renamed.jsonl}"},
+        lambda account, _: account["tokens"],
+    ),
+}
+"""Every key of a source: a changed value, the source it is changed in, and what must differ."""
+
+
+def leaves(model: type[BaseModel], above: str = "") -> Iterator[str]:
+    """Every key of a section that holds no further section, dotted."""
+    for name in model.model_fields:
+        inner = section_in(hints(model)[name])
+        if inner is not None:
+            yield from leaves(inner, f"{above}{name}.")
+        elif (above, name) == ("dpo.", "loss"):
+            yield "dpo.loss.type"
+            yield from (f"dpo.loss.{kind}.{key.name}" for kind, loss in LOSSES.items() for key in fields(loss))
+        else:
+            yield above + name
+
+
+def section_in(hint: Any) -> type[BaseModel] | None:
+    """The section that a type is, or holds as a list's or a mapping's items."""
+    kind, _ = unwrap(hint)
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return kind
+    return section_in(get_args(kind)[-1]) if get_origin(kind) in (list, dict) else None
+
+
+def test_the_table_has_every_key_of_the_schema_and_no_other() -> None:
+    of_sources = {f"data.{where}.{key}" for where in ("train", "eval") for key in SOURCE_CASES}
+    keys = set(leaves(Recipe))
+    assert keys - CASES.keys() - of_sources == set(), "a key without a case: say here what it changes"
+    assert CASES.keys() | of_sources == keys
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
+    return build_world(tmp_path_factory.mktemp("world"), tokenizer)
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch, world: dict[str, str], train: Run, tmp_path: Path) -> Watch:
+    """Train a recipe of two steps, with changes that give a key its meaning and a change of that key."""
+
+    def run(given: dict[str, Any], change: dict[str, Any]) -> Outcome:
+        seen = Outcome(tmp_path / f"run-{len(list(tmp_path.iterdir()))}")
+        recipe = merge(placed(merge(BASE, {"training.output_dir": str(seen.folder)}), world), placed(given, world))
+        with monkeypatch.context() as patch:
+            spy(patch, seen, world)
+            try:
+                recipe = train(recipe, placed(change, world))
+            except UserError as error:
+                seen.refused = error.message
+            seen.references = len(list((prepare.cache_dir() / "reference").glob("*.npy")))
+        seen.folder = Path(recipe["training"]["output_dir"])
+        return seen
+
+    return run
+
+
+def spy(patch: pytest.MonkeyPatch, seen: Outcome, world: dict[str, str]) -> None:
+    """Note what reaches the libraries; the hub's data set and wandb's tracker are stand-ins."""
+    rows = datasets.Dataset.from_list(pair_rows(6))
+
+    def remember(name: str, call: Callable[..., Any]) -> Any:
+        def wrapped(*arguments: Any, **options: Any) -> Any:
+            seen.asked.setdefault(name, []).append({**options, "arguments": arguments})
+            return call(*arguments, **options)
+
+        return staticmethod(wrapped)
+
+    def count(name: str, kind: type) -> None:
+        forward = kind.forward  # type: ignore[attr-defined]
+
+        def counted(self: Any, *arguments: Any, **options: Any) -> Any:
+            seen.forwards[name] += self.training and torch.is_grad_enabled()
+            return forward(self, *arguments, **options)
+
+        patch.setattr(kind, "forward", counted)
+
+    patch.setenv("DPOCTL_CACHE", f"{seen.folder}-cache")
+    patch.setattr(constants, "HF_HUB_CACHE", world["hub"])
+    patch.setattr(AutoModelForCausalLM, "from_pretrained", remember("model", AutoModelForCausalLM.from_pretrained))
+    patch.setattr(datasets, "load_dataset", remember("dataset", lambda *_, **__: rows))
+    patch.setattr(trackers, "installed_version", lambda _: "1")
+    patch.setitem(trackers.TRACKERS, "wandb", remember("wandb", lambda _: MagicMock()))
+    count("scorer", Scorer)
+    count("mlp", LlamaMLP)
+
+
+def placed(value: Any, world: dict[str, str]) -> Any:
+    """Put the world's paths into the texts of nested data."""
+    if isinstance(value, dict):
+        return {key: placed(item, world) for key, item in value.items()}
+    if isinstance(value, list):
+        return [placed(item, world) for item in value]
+    for name, path in world.items():
+        value = value.replace(f"{{{name}}}", path) if isinstance(value, str) else value
+    return value
+
+
+BASELINES: dict[str, Outcome] = {}
+
+
+def before_and_after(watch: Watch, given: dict[str, Any], change: dict[str, Any]) -> tuple[Outcome, Outcome]:
+    """The run without the change, which several keys share, and the run with it."""
+    context = json.dumps(given, sort_keys=True)
+    if context not in BASELINES:
+        BASELINES[context] = watch(given, {})
+    assert BASELINES[context].refused is None
+    return BASELINES[context], watch(given, change)
+
+
+@pytest.mark.parametrize("key", CASES)
+def test_a_changed_key_changes_what_it_promises(key: str, watch: Watch) -> None:
+    case = CASES[key]
+    section, _, name = key.rpartition(".")
+    kind = section.removeprefix("dpo.loss.")
+    before, after = before_and_after(watch, case.given, {f"dpo.loss.{name}" if kind in LOSSES else key: case.value})
+    sees = attrgetter(case.sees) if isinstance(case.sees, str) else case.sees
+    assert (after.refused is None) == (case.sees != "refused"), after.refused
+    assert sees(before) != sees(after)
+
+
+@pytest.mark.parametrize("where", ["train", "eval"])
+@pytest.mark.parametrize("key", SOURCE_CASES)
+def test_a_changed_key_of_a_source_changes_what_it_promises(key: str, where: str, watch: Watch) -> None:
+    value, given, sees = SOURCE_CASES[key]
+    source = {"path": "{pairs.jsonl}"} | given
+
+    def data(source: dict[str, Any]) -> dict[str, Any]:
+        return {"data.train": [source]} if where == "train" else {"data.eval": {"eval": [source]}}
+
+    before, after = before_and_after(watch, data(source), data(source | {key: value}))
+    assert after.refused is None
+    views = [sees(o.account if where == "train" else o.eval_account, o) for o in (before, after)]
+    assert views[0] != views[1]
+
+
+@pytest.mark.parametrize("given", {json.dumps(case.given): case.given for case in CASES.values()}.values(), ids=str)
+def test_the_same_recipe_gives_the_same_bits(given: dict[str, Any], watch: Watch) -> None:
+    """Without this, whatever differs above would prove nothing."""
+    before, after = before_and_after(watch, given, {})
+    assert (before.curve, before.weights) == (after.curve, after.weights)
+    assert (before.forwards, before.references, before.files) == (after.forwards, after.references, after.files)
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("revision", {"model.revision": "v2"}),
+        ("prompt_truncation", {"data.prompt_truncation": "keep_start"}),
+        ("run_name", {"training.run_name": "mine", "training.report_to": ["tensorboard"]}),
+        ("adam_beta2", {"training.adam_beta2": 0.5, "training.optim": "rmsprop"}),
+        ("eval_on_start", {"training.eval_on_start": True, "data.eval": None, "training.eval_steps": None}),
+        ("loss_on", {"sft.loss_on": "last"}),
+        *((key, {"data.train": [{"path": "{pairs.jsonl}", key: "x"}]}) for key in ("name", "split", "revision")),
+        ("data_files", {"data.train": [{"path": "{pairs.jsonl}", "data_files": ["x"]}]}),
+    ],
+)
+def test_a_key_that_would_do_nothing_is_refused_by_name(key: str, change: dict[str, Any], watch: Watch) -> None:
+    refused = watch({}, change).refused
+    assert refused is not None
+    assert key in refused or "sft would do nothing" in refused
