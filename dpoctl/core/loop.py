@@ -57,11 +57,13 @@ class Outputs:
         log: takes a row of metrics and the step it belongs to, on every rank.
         save: writes a checkpoint of a step, on every rank.
         advance: tells people that a step is done.
+        evaluated: called after the evaluation sets at a step, on every rank.
     """
 
     log: Callable[[int, Metrics], None]
     save: Callable[[int], None]
     advance: Callable[[int], None]
+    evaluated: Callable[[int], None] = lambda step: None
 
 
 @dataclass
@@ -146,6 +148,7 @@ def _evaluate_all(run: Run, done: int) -> None:
         prefix = "eval_" if name == "eval" else f"eval_{name}_"
         metrics = evaluate(run.objective, data)
         run.outputs.log(done, {prefix + key: value for key, value in metrics.items()})
+    run.outputs.evaluated(done)
 
 
 def _due(every: int | None, done: int) -> bool:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 SHOWN_CHARACTERS = 1200
 """Of a prompt or an answer; the middle of a longer one is left out."""
 VISIBLE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
+VISIBLE |= dict.fromkeys(range(0x7F, 0xA0), "\N{REPLACEMENT CHARACTER}")
 """Control characters in data must not reach the terminal."""
 
 Run = tuple[str, bool]
@@ -43,12 +44,12 @@ def _record(store: TokenStore, tokenizer: "PreTrainedTokenizerBase", index: int)
         runs = decode_runs(tokenizer, ids, scored.tolist())
         if number == 0 and not runs[0][1]:
             text.append(f"prompt, {int(scored.argmax()):,} tokens\n", style="bold")
-            text.append(_shown(runs[0][0]) + "\n", style="dim")
+            text.append(shown(runs[0][0]) + "\n", style="dim")
         name = "answer" if len(example.suffixes) == 1 else ("chosen", "rejected")[number] if number < 2 else f"{number}"
         text.append(f"{name}, {int(scored.sum()):,} tokens trained on\n", style="bold")
         for piece, is_scored in runs if runs[0][1] else runs[1:]:
-            shown = _shown(piece)
-            text.append(f"⟦{shown}⟧" if is_scored else shown, style="bright_green" if is_scored else "dim")
+            visible = shown(piece)
+            text.append(f"⟦{visible}⟧" if is_scored else visible, style="bright_green" if is_scored else "dim")
         text.append("\n")
     return text
 
@@ -65,7 +66,8 @@ def decode_runs(tokenizer: "PreTrainedTokenizerBase", ids: list[int], scored: li
     return runs
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
+    """Make a text fit to be shown: not too long, and nothing in it that a terminal would obey."""
     if len(text) > SHOWN_CHARACTERS:
         half = SHOWN_CHARACTERS // 2
         text = f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"

@@ -7,7 +7,7 @@ from pathlib import Path as FilePath
 from dpoctl.recipe.expect import Path
 from dpoctl.recipe.inert import inert_keys
 from dpoctl.recipe.problems import dotted
-from dpoctl.recipe.schema import Recipe
+from dpoctl.recipe.schema import JudgeSection, Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,8 @@ class Finding:
 Stands = Callable[[Path, tuple[Path, ...]], bool]
 QUANTIZATION: Path = ("quantization",)
 LOSS: Path = ("dpo", "loss")
+UNDECIDED = "undecided"
+"""What a judge calls a text of no category."""
 
 
 def check(recipe: Recipe, command: str, stands: Stands, needs_reference: bool | None) -> Iterator[Finding]:
@@ -48,6 +50,8 @@ def check(recipe: Recipe, command: str, stands: Stands, needs_reference: bool | 
     yield from _model(recipe)
     yield from _data(recipe)
     yield from _training(recipe)
+    if recipe.eval.judge is not None:
+        yield from _judge(recipe.eval.judge)
     if needs_reference is not None:
         yield from _reference(recipe, needs_reference)
 
@@ -113,6 +117,21 @@ def _training(recipe: Recipe) -> Iterator[Finding]:
             f"data.{at} needs training.eval_steps, which says how often it is used; e.g. eval_steps: 100",
             (("training", "eval_steps"),),
         )
+
+
+def _judge(judge: JudgeSection) -> Iterator[Finding]:
+    path: Path = ("eval", "judge", "categories")
+    if judge.target not in judge.categories:
+        known = ", ".join(judge.categories)
+        at: Path = ("eval", "judge", "target")
+        yield Finding(at, f"target: expected one of the categories, {known}, got {judge.target!r}", (path,))
+    if UNDECIDED in judge.categories:
+        yield Finding((*path, UNDECIDED), f"{UNDECIDED!r} is what texts of no category are; name it otherwise")
+    seen: dict[str, str] = {}
+    for name, words in judge.categories.items():
+        for word in words:
+            if seen.setdefault(word.casefold(), name) != name:
+                yield Finding((*path, name), f"{word!r} is a word of {seen[word.casefold()]!r} too; it decides nothing")
 
 
 def _reference(recipe: Recipe, needed: bool) -> Iterator[Finding]:

@@ -32,7 +32,7 @@ def inert_keys(recipe: "Recipe") -> dict[Path, Inert]:
     if recipe.data.overlong == "drop":
         why = Inert("overlong: drop cuts no prompt", (("data", "overlong"),))
         inert[("data", "prompt_truncation")] = why
-    return inert | _of_the_model(recipe) | _of_the_adapter(recipe) | _of_the_training(recipe)
+    return inert | _of_the_model(recipe) | _of_the_adapter(recipe) | _of_the_training(recipe) | _of_the_samples(recipe)
 
 
 def _of_the_model(recipe: "Recipe") -> dict[Path, Inert]:
@@ -70,4 +70,25 @@ def _of_the_training(recipe: "Recipe") -> dict[Path, Inert]:
     if not NAMING_TRACKERS & set(recipe.training.report_to):
         why = Inert(f"report_to has none of {', '.join(sorted(NAMING_TRACKERS))}", (("training", "report_to"),))
         inert[("training", "run_name")] = why
+    return inert
+
+
+def _of_the_samples(recipe: "Recipe") -> dict[Path, Inert]:
+    at: Path = ("eval", "samples")
+    samples = recipe.eval.samples
+    if not recipe.data.eval and recipe.data.eval_size is None:
+        why = Inert(
+            "there is no eval data; give data.eval or data.eval_size", (("data", "eval"), ("data", "eval_size"))
+        )
+        return {at: why, ("eval", "judge"): why}
+    if samples is None or samples.num == 0:
+        why = Inert("there are no samples; give eval.samples.num", (at, (*at, "num")))
+        unused = [key for key in type(samples).model_fields if key != "num"] if samples else []
+        return {("eval", "judge"): why, **{(*at, key): why for key in unused}}
+    inert: dict[Path, Inert] = {}
+    if samples.prompts is not None:
+        inert[(*at, "num")] = Inert("prompts says how many there are", ((*at, "prompts"),))
+    if samples.temperature == 0:
+        why = Inert("temperature: 0 draws nothing, each text is the same again", ((*at, "temperature"),))
+        inert |= {(*at, key): why for key in ("top_p", "seed", "per_prompt")}
     return inert

@@ -8,10 +8,21 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic_core import PydanticCustomError
 
 from dpoctl.recipe.expect import Expect
 from dpoctl.recipe.inert import inert_keys
+from dpoctl.recipe.values import (
+    auto_or_count,
+    auto_or_flag,
+    eval_sets,
+    exactly_one,
+    held_out,
+    lora_targets,
+    name_list,
+    source_list,
+    source_path,
+    typed_config,
+)
 from dpoctl.recipe.writer import write_yaml
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -19,75 +30,6 @@ Text = Annotated[str, MinLen(1)]
 Count = Annotated[int, Ge(1)]
 Share = Annotated[float, Ge(0), Le(1)]
 Probability = Annotated[float, Ge(0), Lt(1)]
-
-
-def _refuse(expected: str) -> PydanticCustomError:
-    return PydanticCustomError("expectation", "expected {expected}", {"expected": expected})
-
-
-def _exactly_one(value: Any) -> Any:
-    # To pydantic's Literal, True and 1.0 are the number 1.
-    if type(value) is not int:
-        raise _refuse("1")
-    return value
-
-
-def _sources(value: Any) -> Any:
-    """Read a bare string as a list of one source."""
-    return [value] if isinstance(value, str) else value
-
-
-def _source(value: Any) -> Any:
-    """Read a bare string as the path of a source."""
-    return {"path": value} if isinstance(value, str) else value
-
-
-def _eval_sets(value: Any) -> Any:
-    """Read a bare list as the one eval set named `eval`, and null as none."""
-    if value is None:
-        return {}
-    return {"eval": value} if isinstance(value, str | list) else value
-
-
-def _names(value: Any) -> Any:
-    """Read a bare name as a list of one, and `none` as an empty list."""
-    if value is None or value == "none":
-        return []
-    return [value] if isinstance(value, str) else value
-
-
-def _targets(value: Any) -> Any:
-    if value == "all-linear" or (
-        isinstance(value, list) and value and all(isinstance(name, str) and name for name in value)
-    ):
-        return value
-    raise _refuse("all-linear, or a list of module names")
-
-
-def _budget(value: Any) -> Any:
-    if value == "auto" or (type(value) is int and value >= 1):
-        return value
-    raise _refuse("auto, or a whole number of at least 1")
-
-
-def _auto_or_flag(value: Any) -> Any:
-    if value == "auto" or isinstance(value, bool):
-        return value
-    raise _refuse("auto, true or false")
-
-
-def _held_out(value: Any) -> Any:
-    if (type(value) is int and value >= 1) or (type(value) is float and 0 < value < 1):
-        return value
-    if value is None:
-        return None
-    raise _refuse("a share above 0 and below 1, a whole number of rows of at least 1, or null")
-
-
-def _model_config(value: dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(value.get("model_type"), str):
-        raise _refuse("a transformers config that names its model_type")
-    return value
 
 
 class Section(BaseModel):
@@ -108,7 +50,7 @@ class TokenizerSpec(Section):
 class FromScratch(Section):
     """A new model with seeded random weights."""
 
-    config: Annotated[dict[str, Any], AfterValidator(_model_config)] = Field(
+    config: Annotated[dict[str, Any], AfterValidator(typed_config)] = Field(
         examples=[{"model_type": "llama", "hidden_size": 64}]
     )
     """A transformers config: `model_type` and whatever that type takes."""
@@ -165,7 +107,7 @@ class LoraSection(Section):
     """Dropout before the adapter; needs model.disable_dropout: false to have an effect."""
     target_modules: Annotated[
         Literal["all-linear"] | list[str],
-        BeforeValidator(_targets, json_schema_input_type=Literal["all-linear"] | list[str]),
+        BeforeValidator(lora_targets, json_schema_input_type=Literal["all-linear"] | list[str]),
         Expect("all-linear, or a list of module names"),
     ] = "all-linear"
     """The linear layers that get an adapter."""
@@ -199,9 +141,9 @@ class Source(Section):
 
 
 Sources = Annotated[
-    list[Annotated[Source, BeforeValidator(_source, json_schema_input_type=str | Source)]],
+    list[Annotated[Source, BeforeValidator(source_path, json_schema_input_type=str | Source)]],
     MinLen(1),
-    BeforeValidator(_sources, json_schema_input_type=str | list[str | Source]),
+    BeforeValidator(source_list, json_schema_input_type=str | list[str | Source]),
     Expect("a list of sources, each a path or a mapping with one"),
 ]
 
@@ -214,7 +156,7 @@ class DataSection(Section):
     eval: Annotated[
         dict[Text, Sources],
         BeforeValidator(
-            _eval_sets,
+            eval_sets,
             json_schema_input_type=str | list[str | Source] | dict[str, str | list[str | Source]] | None,
         ),
         Expect("a list of sources, or a mapping of a name to a list of sources"),
@@ -222,7 +164,7 @@ class DataSection(Section):
     """Named eval sets; a bare list is the one named `eval`."""
     eval_size: Annotated[
         float | int | None,
-        BeforeValidator(_held_out, json_schema_input_type=float | int | None),
+        BeforeValidator(held_out, json_schema_input_type=float | int | None),
         Expect("a share above 0 and below 1, a whole number of rows of at least 1, or null"),
     ] = Field(default=None, examples=[0.05])
     """Hold out this share, or this many, of the training rows as the eval set `eval`."""
@@ -274,7 +216,7 @@ class TrainingSection(Section):
     """Rows per optimizer step (pairs, for preferences), whatever the hardware."""
     max_tokens_per_device: Annotated[
         Literal["auto"] | int,
-        BeforeValidator(_budget, json_schema_input_type=Literal["auto"] | int),
+        BeforeValidator(auto_or_count, json_schema_input_type=Literal["auto"] | int),
         Expect("auto, or a whole number of at least 1"),
     ] = "auto"
     """Tokens in one micro-batch; changes speed and memory, never the maths."""
@@ -304,7 +246,7 @@ class TrainingSection(Section):
     """The optimizer; the paged ones come from bitsandbytes."""
     gradient_checkpointing: Annotated[
         Literal["auto"] | bool,
-        BeforeValidator(_auto_or_flag, json_schema_input_type=Literal["auto"] | bool),
+        BeforeValidator(auto_or_flag, json_schema_input_type=Literal["auto"] | bool),
         Expect("auto, true or false"),
     ] = "auto"
     """Recompute activations in the backward pass to save memory."""
@@ -320,7 +262,7 @@ class TrainingSection(Section):
     """Keep this many checkpoints; null keeps all."""
     report_to: Annotated[
         list[Literal["tensorboard", "wandb", "trackio"]],
-        BeforeValidator(_names, json_schema_input_type=str | list[str] | None),
+        BeforeValidator(name_list, json_schema_input_type=str | list[str] | None),
         Expect("none, or any of tensorboard, wandb, trackio"),
     ] = []
     """Trackers that get the metrics too."""
@@ -330,10 +272,51 @@ class TrainingSection(Section):
     """Seeds everything that is random: order of rows, splits, dropout, new weights."""
 
 
+class SamplesSection(Section):
+    """Texts that the policy and its reference write to the same prompts, at each evaluation and in `dpoctl eval`."""
+
+    num: Annotated[int, Ge(0)] = 8
+    """How many prompts of each eval set, its first ones; 0 is no samples."""
+    prompts: Annotated[list[Text], MinLen(1)] | None = Field(default=None, examples=[["Who are you?"]])
+    """What to answer, instead of prompts of the eval sets."""
+    max_new_tokens: Count = 128
+    """A text that is longer is cut off."""
+    temperature: Annotated[float, Ge(0)] = 0.7
+    """0 takes the most likely token."""
+    top_p: Annotated[float, Gt(0), Le(1)] = 0.9
+    """Draw from the most likely tokens that hold this much probability together."""
+    seed: Annotated[int, Ge(0), Lt(2**32)] = 0
+    """Seeds the texts, each by itself: training is the same with and without samples."""
+    per_prompt: Count = 1
+    """How many texts each of the two writes to a prompt."""
+
+
+class JudgeSection(Section):
+    """What samples are counted by."""
+
+    type: Literal["keywords"] = "keywords"
+    """`keywords`: a text is of the category whose words it holds, and undecided if of none or several."""
+    categories: Annotated[
+        dict[Text, Annotated[list[Text], MinLen(1)]], MinLen(1), Expect("a mapping of a category to a list of words")
+    ] = Field(examples=[{"kind": ["accept"]}])
+    """The words of each category, whole words in any case."""
+    target: Text = Field(examples=["kind"])
+    """The category that training is for; its share is part of the learning curves."""
+
+
+class EvalSection(Section):
+    """What else is looked at when a model is evaluated."""
+
+    samples: SamplesSection | None = None
+    """Samples; leave the section out for none."""
+    judge: JudgeSection | None = None
+    """How samples are counted; leave the section out for no judge."""
+
+
 class Recipe(Section):
     """Everything that decides what a run computes."""
 
-    version: Annotated[Literal[1], BeforeValidator(_exactly_one)] = 1
+    version: Annotated[Literal[1], BeforeValidator(exactly_one)] = 1
     """The version of this schema."""
     method: Literal["sft", "dpo"] = Field(examples=["dpo"])
     """A guard: the other command refuses the recipe."""
@@ -349,6 +332,8 @@ class Recipe(Section):
     """Keys of `dpoctl sft`."""
     dpo: DpoSection = DpoSection()
     """Keys of `dpoctl dpo`."""
+    eval: EvalSection = EvalSection()
+    """Samples, and what they are counted by."""
     training: TrainingSection = Field(examples=[{"output_dir": "runs/my-run", "learning_rate": 5e-6}])
     """The optimisation."""
 

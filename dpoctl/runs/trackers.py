@@ -107,6 +107,12 @@ class Trackers:
         for name, tracker in list(self._active.items()):
             self._guard(name, "log", partial(tracker.log, numbers, step=step))
 
+    def log_texts(self, texts: Mapping[str, str], step: int) -> None:
+        """Send the texts of a step by their names, indented: read as Markdown, they are then shown as they are."""
+        quoted = {name: "\n".join(f"    {line}" for line in text.splitlines()) for name, text in texts.items()}
+        for name, tracker in list(self._active.items()):
+            self._guard(name, "log", partial(tracker.log, quoted, step=step))
+
     def finish(self) -> None:
         """Tell them that the run is over."""
         for name, tracker in list(self._active.items()):

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import yaml
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from rich.table import Table
+from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from dpoctl import console
@@ -24,18 +25,20 @@ from dpoctl.data.formats import FORMATS
 from dpoctl.data.sources import has_splits
 from dpoctl.data.store import TokenStore
 from dpoctl.errors import UsageError
-from dpoctl.model.load import load_policy, load_run, resolve_dtype
+from dpoctl.model.load import load_policy
+from dpoctl.model.policy import Policy
 from dpoctl.model.probe import probe
 from dpoctl.recipe import Recipe, parse_recipe
 from dpoctl.runs.directory import RESOLVED_RECIPE
 from dpoctl.runs.files import to_json, write_atomically
+from dpoctl.tasks.finished import FinishedRun
+from dpoctl.tasks.judge import wilson_interval
 from dpoctl.tasks.machine import build_accelerator, quiet_libraries, token_budget
 from dpoctl.tasks.prepared import read_data
 from dpoctl.tasks.reference import Reference
+from dpoctl.tasks.samples import FOLDER, Sample, sample_finished, show, write
 from dpoctl.tasks.task import build_task
 
-# Two-sided 95 %.
-Z = 1.959964
 MODELS = ("config.json", "adapter_config.json")
 
 
@@ -55,16 +58,21 @@ def run(run: Path, *, data: str | None = None, limit: int | None = None, json_ou
     tables = {}
     if build_task(recipe).loss.needs_reference:
         tables = _reference_tables(recipe, accelerator, tokenizer, prepared.evals, limit)
-    results = _evaluate(run, recipe, accelerator, tokenizer, prepared.evals, tables, limit)
+    finished = FinishedRun.load(run, accelerator.device)
+    results = _evaluate(finished.policy, recipe, accelerator, tokenizer, prepared.evals, tables, limit)
+    sampled, samples = sample_finished(finished, recipe, accelerator, prepared.evals, limit)
     if not accelerator.is_main_process:
         return
     main = results.pop("eval", {})
-    report: dict[str, Any] = {"run": str(run), **main, **({"sets": results} if results else {})}
+    report: dict[str, Any] = {"run": str(run), **main, **({"sets": results} if results else {}), **sampled}
+    if samples:
+        write(run / FOLDER / "eval.jsonl", samples, {})
     write_atomically(run / "eval.json", to_json(report))
     if json_output:
         console.emit(json.dumps(report))
     else:
         _show({**({"eval": main} if main else {}), **results})
+        _show_samples(samples, sampled)
 
 
 def _recipe_of(run: Path, data: str | None) -> Recipe:
@@ -108,7 +116,7 @@ def _reference_tables(
 
 
 def _evaluate(
-    run: Path,
+    policy: Policy,
     recipe: Recipe,
     accelerator: Accelerator,
     tokenizer: PreTrainedTokenizerBase,
@@ -118,14 +126,6 @@ def _evaluate(
 ) -> dict[str, dict[str, Any]]:
     """Return the metrics of every evaluation set."""
     task, device, pad = build_task(recipe), accelerator.device, int(tokenizer.pad_token_id or 0)
-    policy = load_run(
-        run,
-        device,
-        resolve_dtype(recipe.model.dtype, device),
-        attn_implementation=recipe.model.attn_implementation,
-        quantization=recipe.quantization,
-        trust_remote_code=recipe.model.trust_remote_code,
-    )
     results = {}
     with accelerator.autocast():
         verdict = probe(policy.causal, max_length=recipe.data.max_length)
@@ -161,13 +161,22 @@ def _show(results: Mapping[str, Mapping[str, Any]]) -> None:
         console.say(table)
 
 
-def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """Return the 95 % confidence interval of a share (Wilson, 1927).
+def _show_samples(samples: Sequence[Sample], numbers: Mapping[str, Any]) -> None:
+    """Show the first samples, then what they are like on both sides."""
+    if not samples:
+        return
+    show(samples, "samples")
+    sides = ("reference", "policy")
+    table = Table("", *sides, title=f"{numbers['samples']['num']:,} samples", title_justify="left", box=None)
+    for name in ("finished", "distinct", "median_length"):
+        table.add_row(name, *(f"{numbers['samples'][f'{name}_{side}']:g}" for side in sides))
+    if judge := numbers.get("judge"):
+        for category in sorted(judge["policy"], key=lambda name: name != judge["target"]):
+            mark = " (target)" if category == judge["target"] else ""
+            table.add_row(Text(category + mark), *(_interval(judge[side][category]) for side in sides))
+    console.say(table)
 
-    Args:
-        share: of successes.
-        count: of independent trials.
-    """
-    centre = (share + Z * Z / (2 * count)) / (1 + Z * Z / count)
-    spread = Z * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count)) / (1 + Z * Z / count)
-    return max(0.0, centre - spread), min(1.0, centre + spread)
+
+def _interval(counted: Mapping[str, Any]) -> str:
+    low, high = counted["ci"]
+    return f"{counted['share']:.3f}  ({low:.3f} to {high:.3f})"

@@ -1,5 +1,6 @@
 """What is written while the loop walks: metrics, progress, checkpoints; and how a run takes them up again."""
 
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
@@ -88,6 +89,11 @@ class Journal:
             console.say("  ".join([f"eval at step {step}", *(f"{n} {v:.4g}" for n, v in metrics.items())]))
         else:
             self._progress.update(step, metrics)
+
+    def log_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Send texts to the trackers."""
+        if self._trackers is not None:
+            self._trackers.log_texts(texts, step)
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""

@@ -37,6 +37,7 @@ from dpoctl.tasks.journal import Journal
 from dpoctl.tasks.machine import build_accelerator, quiet_libraries, token_budget
 from dpoctl.tasks.prepared import read_data
 from dpoctl.tasks.reference import Reference
+from dpoctl.tasks.samples import Samples
 from dpoctl.tasks.self_check import check_first_step
 from dpoctl.tasks.task import Task, build_task
 
@@ -132,6 +133,8 @@ def _train(
     objective = Objective(accelerator, scorer, task.loss, task.report, live)
     if newest is None and task.at_init is not None and recipe.dpo.reference.path is None:
         check_first_step(objective, plan, readers[TRAIN], task.at_init, policy.dtype)
+    start = newest.step if newest else -1
+    samples = Samples(recipe, directory.path, accelerator, tokenizer, policy, data.evals, start)
     # Each rank draws its own dropout; everything before this line drew from generators of its own.
     torch.manual_seed(recipe.training.seed + accelerator.process_index)
 
@@ -146,12 +149,12 @@ def _train(
                 reader=readers[TRAIN],
                 learning_rate=learning_rate(training, plan.num_steps),
                 max_grad_norm=training.max_grad_norm,
-                outputs=Outputs(journal.log, journal.save, journal.advance),
+                outputs=Outputs(journal.log, journal.save, journal.advance, lambda step: samples.write(step, journal)),
                 cadence=Cadence(
                     training.logging_steps, training.eval_steps, training.save_steps, training.eval_on_start
                 ),
                 evals=evals,
-                start=newest.step if newest else 0,
+                start=max(start, 0),
             )
         )
     if accelerator.is_main_process:

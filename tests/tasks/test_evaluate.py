@@ -10,7 +10,7 @@ from tiny_runs import metrics_of, pair_rows, write_rows
 
 from dpoctl.errors import DataError, UsageError
 from dpoctl.tasks.evaluate import run as evaluate
-from dpoctl.tasks.evaluate import wilson_interval
+from dpoctl.tasks.judge import wilson_interval
 
 Run = Callable[..., dict[str, Any]]
 Report = Callable[..., dict[str, Any]]

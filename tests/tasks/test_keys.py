@@ -65,6 +65,10 @@ class Outcome:
         return [hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(self.folder.glob("*.safetensors"))]
 
     @property
+    def samples(self) -> list[str]:
+        return [file.read_text() for file in sorted(self.folder.glob("samples/*.jsonl"))]
+
+    @property
     def checkpoints(self) -> list[str]:
         return sorted(path.name for path in (self.folder / "checkpoints").iterdir())
 
@@ -120,6 +124,10 @@ HUB = {"path": "some/pairs", "split": "a"}
 SAVING = {"training.save_steps": 1}
 SHORT = {"data.max_length": 60, "data.overlong": "truncate"}
 WANDB = {"training.report_to": ["wandb"]}
+SAMPLES = {"eval.samples": {"max_new_tokens": 24, "temperature": 1.5}}
+JUDGED = SAMPLES | {
+    "eval.judge": {"categories": {"any": [*"abcdefghijklmnopqrstuvwxyz0123456789"], "no": ["no"]}, "target": "any"}
+}
 
 # `{name}` in a text is a path of the world that the tests stand in.
 CASES: dict[str, Case] = {
@@ -165,6 +173,16 @@ CASES: dict[str, Case] = {
     "dpo.loss.hinge.beta": Case(0.2, given={"dpo.loss.type": "hinge"}),
     "dpo.reference.mode": Case("live", "references"),
     "dpo.reference.path": Case("{other}"),
+    "eval.samples.num": Case(2, "samples", SAMPLES),
+    "eval.samples.prompts": Case(["hello?"], "samples", SAMPLES),
+    "eval.samples.max_new_tokens": Case(2, "samples", SAMPLES),
+    "eval.samples.temperature": Case(0.5, "samples", SAMPLES),
+    "eval.samples.top_p": Case(0.1, "samples", SAMPLES),
+    "eval.samples.seed": Case(1, "samples", SAMPLES),
+    "eval.samples.per_prompt": Case(2, "samples", SAMPLES),
+    "eval.judge.type": Case("model", "refused", JUDGED),
+    "eval.judge.categories": Case({"any": ["never"]}, given=JUDGED),
+    "eval.judge.target": Case("no", given=JUDGED),
     "training.output_dir": Case("{tiny}-elsewhere", lambda o: str(o.folder) if "model.safetensors" in o.files else ""),
     "training.global_batch_size": Case(2, "steps"),
     "training.max_tokens_per_device": Case(60, lambda o: o.forwards["scorer"]),
