@@ -28,6 +28,8 @@ from dpoctl.model.tokenizer import load_tokenizer
 from dpoctl.recipe import Recipe, parse_recipe
 from dpoctl.runs.directory import RESOLVED_RECIPE
 from dpoctl.runs.files import to_json, write_atomically
+from dpoctl.runs.report import refresh_report
+from dpoctl.tasks.finished import require_known_start
 from dpoctl.tasks.machine import build_accelerator, quiet_libraries, token_budget
 from dpoctl.tasks.reference import Reference
 from dpoctl.tasks.task import build_task
@@ -57,6 +59,7 @@ def run(run: Path, *, data: str | None = None, limit: int | None = None, json_ou
     main = results.pop("eval", {})
     report: dict[str, Any] = {"run": str(run), **main, **({"sets": results} if results else {})}
     write_atomically(run / "eval.json", to_json(report))
+    refresh_report(run)
     if json_output:
         console.emit(json.dumps(report))
     else:
@@ -85,6 +88,7 @@ def _evaluate(
     task, tables = build_task(recipe), {}
     lengths = {name: Lengths.of(store).first(limit) for name, store in data.evals.items()}
     if task.loss.needs_reference:
+        require_known_start(run, recipe)
         tables = _reference_tables(recipe, accelerator, data, pad)
     device = accelerator.device
     policy = load_run(

@@ -15,7 +15,7 @@ from dpoctl.cli import failure
 from dpoctl.cli.app import main
 from dpoctl.errors import DataError, RunError, SetupError, StoppedError, UsageError
 
-COMMANDS = ("sft", "dpo", "check", "convert-data", "eval", "chat", "merge")
+COMMANDS = ("sft", "dpo", "check", "convert-data", "eval", "report", "chat", "merge")
 
 
 def call(*arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
