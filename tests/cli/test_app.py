@@ -67,6 +67,14 @@ def test_help_imports_nothing_heavy(arguments: tuple[str, ...]) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_help_of_dpo_says_what_a_reward_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(monkeypatch, "dpo", "--help") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "summed over its tokens, not averaged; a higher beta keeps the policy closer" in said
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_an_example_before_anything_else_and_fits_on_a_screen(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
