@@ -181,7 +181,7 @@ def test_the_command_prints_findings_and_ends_with_two_when_there_is_an_error(re
     assert "Traceback" not in refused.stderr
 
 
-def test_every_run_prints_its_warnings_once_and_keeps_them_with_its_report(recipe_file: Path, dpo_recipe: dict[str, Any]) -> None:
+def test_every_run_says_its_warnings_once_and_reports_them(recipe_file: Path, dpo_recipe: dict[str, Any]) -> None:
     done = run_command(command("dpo", recipe_file))
     assert done.stderr.count("learning_rate 1e-3 is high") == 1
     assert f"{recipe_file}:" in done.stderr
