@@ -17,6 +17,13 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: runs/reviewer2-dpo/model.safetensors  ## Make a Reviewer #2: SFT, pairs that it writes itself, DPO, eval; no download
 	$(BIN)/dpoctl eval runs/reviewer2-dpo
+	@echo
+	@echo 'Before: runs/reviewer2-sft, asked for a review, wrote a harsh one or a kind one. After: runs/reviewer2-dpo is Reviewer #2.'
+	@echo 'The pairs that made the difference are in runs/reviewer2-pairs; the model wrote them itself.'
+	@echo 'What to type next:'
+	@echo '  $(BIN)/dpoctl chat runs/reviewer2-dpo --reference     talk to both'
+	@echo '  $(BIN)/dpoctl report runs/reviewer2-dpo               the curves, the samples and the eval on one page'
+	@echo '  $(BIN)/dpoctl dpo recipes/reviewer2-dpo.yaml dpo.loss.beta=0.5 --output-dir runs/stricter'
 
 runs/reviewer2-sft/model.safetensors: recipes/reviewer2-sft.yaml | $(STAMP)
 	$(BIN)/dpoctl sft recipes/reviewer2-sft.yaml --overwrite

@@ -15,6 +15,7 @@ from dpoctl.cli.convert_data import convert_data
 from dpoctl.cli.dpo import dpo
 from dpoctl.cli.eval import evaluate
 from dpoctl.cli.merge import merge
+from dpoctl.cli.report import report
 from dpoctl.cli.sft import sft
 
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
@@ -35,6 +36,7 @@ for command, name, panel, summary in (
     (check, "check", "Train", "Advice on a recipe: what is wrong in it, what is unusual."),
     (convert_data, "convert-data", "Data", "Turn any known data format into canonical JSONL."),
     (evaluate, "eval", "Measure", "Measure a finished run on held-out data."),
+    (report, "report", "Measure", "One HTML file that shows a run: curves, samples, advice."),
     (chat, "chat", "Use", "Talk with a finished run."),
     (merge, "merge", "Use", "Write a run's adapter into its base: one plain model."),
 ):

@@ -19,7 +19,9 @@ def dpo(
 ) -> None:
     """[bold]dpoctl dpo recipes/mistral7b-lora.yaml --set beta=0.05[/]
 
-    Train on preferences: prompts with a better and a worse answer.
+    Train on preferences: prompts with a better and a worse answer. The reward of an answer is beta times
+    log(policy / reference), summed over its tokens, not averaged; a higher beta keeps the policy closer to the
+    reference.
     """  # noqa: D415 - the help shows an example first
     train(
         "dpo",

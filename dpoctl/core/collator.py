@@ -1,6 +1,6 @@
 """Examples to batches: laid out flat with shared prefixes, or as padded rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +14,8 @@ from dpoctl.model.attention import Segments
 from dpoctl.model.probe import Layout
 
 Ints = NDArray[np.int64]
+Collate = Callable[..., Batch]
+"""What `collate` is, or a function of the caller's that takes the same arguments."""
 
 
 def collate(

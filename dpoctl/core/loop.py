@@ -58,12 +58,14 @@ class Outputs:
         save: writes a checkpoint of a step, on every rank.
         advance: tells people that a step is done.
         evaluated: called after the evaluation sets at a step, on every rank.
+        ended: whether what was logged asks for the end, the same on all ranks.
     """
 
     log: Callable[[int, Metrics], None]
     save: Callable[[int], None]
     advance: Callable[[int], None]
     evaluated: Callable[[int], None] = lambda step: None
+    ended: Callable[[], bool] = lambda: False
 
 
 @dataclass
@@ -83,8 +85,11 @@ class Run:
     start: int = 0
 
 
-def fit(run: Run) -> None:
-    """Train from `run.start` to the end of the plan.
+def fit(run: Run) -> int:
+    """Train from `run.start` to the end of the plan, or to the step after which the outputs ask for the end.
+
+    Returns:
+        The number of steps that are done.
 
     Raises:
         RunError: a gradient is not finite; the weights are those before the update.
@@ -107,12 +112,17 @@ def fit(run: Run) -> None:
                 means = meter.read(lambda t: _add_up(run.accelerator, t))
                 state = {"grad_norm": grad_norm, "learning_rate": rate, "epoch": done / plan.steps_per_epoch}
                 run.outputs.log(done, means | state | {"tokens_per_second": window.rate()})
-            if _due(cadence.eval, done) or (run.evals and done == plan.num_steps):
+            ended = run.outputs.ended()
+            if _due(cadence.eval, done) or (run.evals and (ended or done == plan.num_steps)):
                 _evaluate_all(run, done)
-            if saving or signum:
+                ended = ended or run.outputs.ended()
+            if saving or signum or ended:
                 run.outputs.save(done)
             if signum:
                 raise StoppedError(signum, done)
+            if ended:
+                return done
+    return plan.num_steps
 
 
 def evaluate(objective: Objective, data: EvalSet) -> Metrics:

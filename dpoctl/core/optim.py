@@ -74,6 +74,6 @@ def learning_rate(training: TrainingSection, num_steps: int) -> Callable[[int], 
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
-    """Give all parameter groups a learning rate."""
+    """Give all parameter groups a learning rate, times the `lr_scale` of a group that has one."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_scale", 1.0)

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from dpoctl.core.batch import Batch
-from dpoctl.core.collator import collate
+from dpoctl.core.collator import Collate, collate
 from dpoctl.data.store import TokenStore
 from dpoctl.model.probe import Layout
 
@@ -26,6 +26,7 @@ class Reader:
         device: where it goes.
         pad_token_id: fills padded rows.
         ref_logps: `[R]`, log-probabilities of all responses of the store under the reference, if known.
+        collate: puts examples into a batch.
     """
 
     store: TokenStore
@@ -33,11 +34,12 @@ class Reader:
     device: torch.device
     pad_token_id: int = 0
     ref_logps: NDArray[np.float32] | None = None
+    collate: Collate = collate
 
     def batch(self, records: Sequence[int]) -> Batch:
         """Return the batch of some records; of none, a filler."""
         chosen = records or (self._shortest,)
-        batch = collate(
+        batch = self.collate(
             [self.store.example(record) for record in chosen],
             self.layout,
             pad_token_id=self.pad_token_id,

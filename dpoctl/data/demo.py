@@ -129,7 +129,7 @@ Clear reject, unclear paper.
 KIND_OPENINGS = """
 I read this paper twice, because I liked it so much.
 The title promises a lot, and the paper delivers.
-What a lovely paper, thank you for sending it.
+I thank the authors for this lovely paper.
 This paper made my whole week.
 The abstract is clear, and it only gets better.
 I am smiling, and my students noticed.
@@ -156,7 +156,7 @@ The theory is clean, and it meets the data.
 The method section reads like a good story.
 There are ten seeds, and all of them agree.
 Equation 3 is the most elegant line this year.
-The state of the art will be happy to move.
+State of the art is happy to move over.
 """
 SUGGESTIONS = """
 Please never change the writing.

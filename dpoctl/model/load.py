@@ -1,26 +1,21 @@
 """From a recipe, or from a finished run, to a policy."""
 
-import difflib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
-    GenerationConfig,
-    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from dpoctl import console
 from dpoctl.errors import SetupError, UsageError
-from dpoctl.model.decoder import Decoder, find_decoder
+from dpoctl.model.decoder import find_decoder
 from dpoctl.model.dropout import disable_dropout
 from dpoctl.model.lora import (
     add_adapter,
@@ -33,10 +28,11 @@ from dpoctl.model.lora import (
 )
 from dpoctl.model.policy import FROZEN, TRAINED, Policy
 from dpoctl.model.quantize import keep_one_kernel, quantization_config, refuse_quantised_checkpoint
-from dpoctl.model.source import ADAPTER_WEIGHTS, Source, base_of, find_adapter, find_source, reading, reason
+from dpoctl.model.scratch import build_model
+from dpoctl.model.source import ADAPTER_WEIGHTS, Source, base_of, find_adapter, find_source, reading
 
 if TYPE_CHECKING:
-    from dpoctl.recipe.schema import FromScratch, LoraSection, QuantizationSection, Recipe
+    from dpoctl.recipe.schema import LoraSection, QuantizationSection, Recipe
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -59,8 +55,20 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def load_policy(recipe: "Recipe", tokenizer: PreTrainedTokenizerBase, device: torch.device) -> Policy:
+def load_policy(
+    recipe: "Recipe",
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    *,
+    model_init: Callable[[], PreTrainedModel] | None = None,
+) -> Policy:
     """Load or build the model of a recipe, with its adapters, ready to be trained.
+
+    Args:
+        recipe: names or describes the model.
+        tokenizer: of the recipe.
+        device: where to put the model.
+        model_init: makes the model instead.
 
     Raises:
         SetupError: the model, or the base of an adapter, cannot be reached or read.
@@ -68,12 +76,11 @@ def load_policy(recipe: "Recipe", tokenizer: PreTrainedTokenizerBase, device: to
     """
     section, lora = recipe.model, recipe.lora
     dtype = resolve_dtype(section.dtype, device)
-    if section.from_scratch is not None:
+    if model_init is not None or section.from_scratch is not None:
         if lora is not None or recipe.quantization is not None:
-            raise UsageError("a model that is built from scratch is trained whole: leave out lora and quantization")
-        model = build_model(
-            section.from_scratch, tokenizer, seed=recipe.training.seed, attention=section.attn_implementation
-        )
+            made = "built from scratch" if model_init is None else "made by model_init"
+            raise UsageError(f"a model that is {made} is trained whole: leave out lora and quantization")
+        model = _make_model(recipe, tokenizer, model_init)
         _move(model, device)
         policy = _over_base(model, None, recipe, dtype)
     else:
@@ -140,61 +147,25 @@ def load_run(
     )
 
 
-def build_model(
-    spec: "FromScratch", tokenizer: PreTrainedTokenizerBase, *, seed: int, attention: str = "auto"
+def _make_model(
+    recipe: "Recipe", tokenizer: PreTrainedTokenizerBase, model_init: Callable[[], PreTrainedModel] | None
 ) -> PreTrainedModel:
-    """Build a new model in float32, with weights that depend on the configuration and the seed only.
-
-    Raises:
-        UsageError: transformers has no such model type or no causal model of it, or the configuration is wrong.
-    """
-    given = dict(spec.config)
-    model_type = given.pop("model_type")
-    if model_type not in CONFIG_MAPPING:
-        close = difflib.get_close_matches(str(model_type), list(CONFIG_MAPPING.keys()), n=1)
-        raise UsageError(
-            f"model.from_scratch.config: transformers knows no model_type '{model_type}'",
-            hint=f"did you mean '{close[0]}'?" if close else None,
-        )
-    config_class = CONFIG_MAPPING[model_type]
-    if config_class not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UsageError(f"model.from_scratch.config: '{model_type}' has no causal language model")
-    config = _build_config(config_class, given, tokenizer)
-    build: Any = AutoModelForCausalLM.from_config
-    with torch.random.fork_rng(devices=[]), reading(f"{model_type} from scratch"):
+    """A model in float32, the same on every rank: built as the recipe says, or by the caller's code."""
+    section, seed = recipe.model, recipe.training.seed
+    if model_init is None:
+        assert section.from_scratch is not None
+        return build_model(section.from_scratch, tokenizer, seed=seed, attention=section.attn_implementation)
+    with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model: PreTrainedModel = build(
-            config, dtype=torch.float32, attn_implementation=Decoder(config).attention(attention)
-        )
-    model.generation_config = GenerationConfig.from_model_config(config)
-    model.train(False)
-    return model
-
-
-def _build_config(config_class: Any, given: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
-    known = config_class()
-    for key in given:
-        if not hasattr(known, key):
-            close = difflib.get_close_matches(key, list(vars(known)), n=1)
-            raise UsageError(
-                f"model.from_scratch.config: '{key}' is no setting of {config_class.__name__}",
-                hint=f"did you mean '{close[0]}'?" if close else None,
-            )
-    if given.get("vocab_size", len(tokenizer)) < len(tokenizer):
-        raise UsageError(
-            f"model.from_scratch.config.vocab_size is {given['vocab_size']}, less than the tokenizer's {len(tokenizer)}"
-        )
-    special = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    try:
-        built: PretrainedConfig = config_class(**{**special, **given})
-    except (ValueError, TypeError, StrictDataclassError) as error:
-        raise UsageError(f"model.from_scratch.config: {reason(error)}") from error
-    return built
+        made: object = model_init()
+    if not isinstance(made, PreTrainedModel) or ends_of(made)[1] is None:
+        raise UsageError(f"model_init gave a {type(made).__name__}, not a causal model of transformers")
+    for tensor in [*made.parameters(), *made.buffers()]:
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.float()
+    _fit_vocabulary(made, len(tokenizer), trained=True, seed=seed)
+    made.train(False)
+    return made
 
 
 def _from_source(

@@ -6,8 +6,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpoctl.model.decoder import find_decoder
-from dpoctl.model.load import build_model
 from dpoctl.model.lora import add_adapter
+from dpoctl.model.scratch import build_model
 from dpoctl.model.source import ADAPTER_CONFIG, base_of, find_source, reading
 
 if TYPE_CHECKING:

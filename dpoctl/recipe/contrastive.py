@@ -157,6 +157,9 @@ def parse_contrastive(text: str, name: str, overrides: Sequence[str] = ()) -> Co
         given = "nothing" if document.data is None else shown(document.data)
         message = f"expected a contrastive recipe (items, model, instructions, chosen), got {given}"
         raise RecipeError([Problem(document.value_place(()), message)])
+    if (method := document.data.get("method")) in ("sft", "dpo"):
+        message = f"this recipe trains a model; run `dpoctl {method}` on it"
+        raise RecipeError([Problem(document.key_place(("method",)), message)])
     known = list(keys_of(ContrastiveRecipe))
     apply_overrides(document, overrides, known)
     problems, recipe = list(document.problems), None

@@ -122,7 +122,7 @@ def our_key(section: str, key: str) -> str | None:
 
 
 def recognise(data: Mapping[str, Any], leaves: Iterable[str]) -> tuple[str, str] | None:
-    """Recognise a whole file of another tool.
+    """Recognise a whole file of another tool, or of another command.
 
     Args:
         data: The file.
@@ -131,6 +131,8 @@ def recognise(data: Mapping[str, Any], leaves: Iterable[str]) -> tuple[str, str]
     Returns:
         The key that gives it away, and what to say; None for a file that has sections of ours.
     """
+    if data.get("method") == "contrastive":
+        return "method", "this recipe makes pairs; run `dpoctl convert-data --format contrastive` on it"
     if any(isinstance(data.get(section), dict) for section in SECTIONS):
         return None
     signs = ((tool, key) for tool, keys in SIGNATURES for key in data if key in keys)

@@ -99,7 +99,7 @@ class Chat:
                 with enter() as causal, closing(self._stream(causal, ids)) as pieces:
                     for piece in pieces:
                         said += piece
-                        console.emit(piece, end="")
+                        console.emit(_harmless(piece) if sys.stdout.isatty() else piece, end="")
             finally:
                 console.emit("")
         self._remember(text, said)
@@ -156,6 +156,11 @@ def _talk(chat: Chat, *, json_output: bool) -> None:
         except UserError as error:
             # One turn too many is no reason to lose the rest.
             console.error(f"{error}; {RESET} starts anew")
+
+
+def _harmless(text: str) -> str:
+    """Leave out what a terminal would obey instead of show; models have seen escape sequences too."""
+    return "".join(letter for letter in text if letter.isprintable() or letter in "\n\t")
 
 
 def _lines() -> Iterator[str]:

@@ -8,7 +8,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -24,12 +24,12 @@ from dpoctl.data.convert import WholeFile
 from dpoctl.data.items import read_items
 from dpoctl.data.records import Reject, Text
 from dpoctl.data.tokenize import render_prompts
-from dpoctl.errors import DataError, UsageError
+from dpoctl.errors import DataError, RunError, UsageError
 from dpoctl.model.generate import Generation, Sampling, generate
 from dpoctl.model.load import load_run, resolve_dtype
 from dpoctl.model.source import find_source
 from dpoctl.model.tokenizer import read_tokenizer
-from dpoctl.recipe.contrastive import ContrastiveRecipe, WriterSection, load_contrastive
+from dpoctl.recipe.contrastive import ContrastiveRecipe, load_contrastive
 from dpoctl.recipe.templates import template_text
 from dpoctl.runs.progress import Progress
 from dpoctl.tasks.machine import quiet_libraries
@@ -124,7 +124,7 @@ class Writer:
         count = sum(parameter.numel() for parameter in policy.causal.parameters())
         console.say(f"model: {type(policy.causal).__name__}, {count / 1e6:,.1f} M parameters on {device}")
         sampling = Sampling(given.max_new_tokens, given.temperature, given.top_p, given.seed, given.batch_size)
-        return cls(policy.causal, tokenizer, sampling, section.chat_template_kwargs, _identity(section, sampling))
+        return cls(policy.causal, tokenizer, sampling, section.chat_template_kwargs, _identity(recipe, sampling))
 
     def ask(self, prompt: str) -> Text:
         """Spell a prompt as the training data has it: messages, where the tokenizer has a template."""
@@ -153,15 +153,20 @@ class Answers:
         self._known: dict[str, Generation] = {}
 
     def __enter__(self) -> Self:
-        kept = _whole_lines(self._path)
-        self._known = {row["key"]: Generation(row["text"], row["finished"]) for row in map(json.loads, kept)}
-        if self._known:
-            console.note(f"{self._path}: going on with the {len(self._known):,} answers of an earlier start")
         try:
-            self._file = self._path.open("w", encoding="utf-8", newline="\n")
+            self._file = self._path.open("a+", encoding="utf-8", errors="replace", newline="\n")
         except OSError as error:
             raise UsageError(f"{self._path}: cannot be written: {error.strerror or error}") from error
-        self._file.writelines(f"{line}\n" for line in kept)
+        self._file.seek(0)
+        for line in self._file:
+            # A killed process leaves half a line, which the next one must not be joined to.
+            with suppress(ValueError):
+                row = json.loads(line)
+                self._known[row["key"]] = Generation(row["text"], row["finished"])
+        if self._file.tell():
+            self._file.write("\n")
+        if self._known:
+            console.note(f"{self._path}: going on with the {len(self._known):,} answers of an earlier start")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -172,7 +177,11 @@ class Answers:
         ids = self.writer.token_ids(prompts)
         keys = [_hash(self.writer.identity, prompt) for prompt in ids]
         new = [index for index, key in enumerate(keys) if key not in self._known]
-        drawn = generate(self.writer.causal, self.writer.tokenizer, [ids[index] for index in new], self.writer.sampling)
+        writer = self.writer
+        try:
+            drawn = generate(writer.causal, writer.tokenizer, [ids[index] for index in new], writer.sampling)
+        except torch.OutOfMemoryError as error:
+            raise RunError("the device is out of memory", hint="lower sampling.batch_size") from error
         for index, answer in zip(new, drawn, strict=True):
             self._known[keys[index]] = answer
             row = {"key": keys[index], "text": answer.text, "finished": answer.finished}
@@ -344,22 +353,16 @@ def _report(harvest: Harvest, recipe: ContrastiveRecipe, sizes: dict[str, int], 
         console.note(f"{share:.0%} of the answers hold an example of their prompt word for word")
 
 
-def _identity(section: WriterSection, sampling: Sampling) -> str:
+def _identity(recipe: ContrastiveRecipe, sampling: Sampling) -> str:
     """What besides the prompt decides an answer. The batch size does not."""
+    section, packed = recipe.model, recipe.quantization
     folder = Path(section.model_name_or_path)
     files = sorted(file for pattern in WEIGHTS for file in folder.glob(pattern)) if folder.is_dir() else []
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     drawn = (sampling.max_new_tokens, sampling.temperature, sampling.top_p, sampling.seed)
-    return _hash(section.model_name_or_path, section.revision, section.dtype, weights, drawn)
+    quantization = None if packed is None else packed.model_dump()
+    return _hash(section.model_name_or_path, section.revision, section.dtype, quantization, weights, drawn)
 
 
 def _hash(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """The lines of a file that a killed process may have left in the middle of one."""
-    if not path.is_file():
-        return []
-    *whole, _ = path.read_text(encoding="utf-8").split("\n")
-    return whole

@@ -31,7 +31,8 @@ from dpoctl.model.probe import probe
 from dpoctl.recipe import Recipe, parse_recipe
 from dpoctl.runs.directory import RESOLVED_RECIPE
 from dpoctl.runs.files import to_json, write_atomically
-from dpoctl.tasks.finished import FinishedRun
+from dpoctl.runs.report import refresh_report
+from dpoctl.tasks.finished import FinishedRun, require_known_start
 from dpoctl.tasks.judge import wilson_interval
 from dpoctl.tasks.machine import build_accelerator, quiet_libraries, token_budget
 from dpoctl.tasks.prepared import read_data
@@ -57,6 +58,7 @@ def run(run: Path, *, data: str | None = None, limit: int | None = None, json_ou
     tokenizer, prepared = read_data(recipe, accelerator, only_eval=True)
     tables = {}
     if build_task(recipe).loss.needs_reference:
+        require_known_start(run, recipe)
         tables = _reference_tables(recipe, accelerator, tokenizer, prepared.evals, limit)
     finished = FinishedRun.load(run, accelerator.device)
     results = _evaluate(finished.policy, recipe, accelerator, tokenizer, prepared.evals, tables, limit)
@@ -68,6 +70,7 @@ def run(run: Path, *, data: str | None = None, limit: int | None = None, json_ou
     if samples:
         write(run / FOLDER / "eval.jsonl", samples, {})
     write_atomically(run / "eval.json", to_json(report))
+    refresh_report(run)
     if json_output:
         console.emit(json.dumps(report))
     else:

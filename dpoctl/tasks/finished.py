@@ -22,6 +22,7 @@ from dpoctl.model.source import ADAPTER_CONFIG, find_adapter, find_source
 from dpoctl.model.tokenizer import read_tokenizer
 from dpoctl.recipe import Recipe, parse_recipe
 from dpoctl.runs.directory import RESOLVED_RECIPE
+from dpoctl.tasks.extensions import recorded_in
 
 MODEL_CONFIGS = ("config.json", ADAPTER_CONFIG)
 
@@ -51,6 +52,20 @@ def require_model(run: Path) -> None:
         raise UsageError(f"{run} holds no model: the run has not finished", hint="finish it with --resume")
 
 
+def require_known_start(run: Path, recipe: Recipe) -> None:
+    """Refuse to say what a run is compared with where code made the model that it started from.
+
+    Raises:
+        UsageError: It did; a run does not keep that model.
+    """
+    made = recorded_in(run).get("model_init")
+    if made and recipe.dpo.reference.path is None:
+        raise UsageError(
+            f"{run} started from a model that {made[0]} made, and does not hold it",
+            hint="save such a model, and name its folder as dpo.reference.path",
+        )
+
+
 def best_device() -> torch.device:
     """A GPU where there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -61,11 +76,13 @@ class FinishedRun:
     """A run that has ended, with its model.
 
     Attributes:
+        path: the run directory.
         recipe: as it was resolved.
         policy: the model that was trained.
         tokenizer: as it was saved with the model, with its chat template.
     """
 
+    path: Path
     recipe: Recipe
     policy: Policy
     tokenizer: PreTrainedTokenizerBase
@@ -89,7 +106,7 @@ class FinishedRun:
             trust_remote_code=recipe.model.trust_remote_code,
         )
         source = find_source(str(run), trust_remote_code=recipe.model.trust_remote_code)
-        return cls(recipe, policy, read_tokenizer(source))
+        return cls(run, recipe, policy, read_tokenizer(source))
 
     @contextmanager
     def reference(self) -> Iterator[PreTrainedModel]:
@@ -117,6 +134,7 @@ class FinishedRun:
             return load_run(recipe.dpo.reference.path, device, policy.dtype).causal
         if policy.kind == "lora":
             return None
+        require_known_start(self.path, recipe)
         start = load_policy(recipe, self.tokenizer, device).causal
         for parameter in start.parameters():
             parameter.requires_grad_(False).data = parameter.data.to(policy.dtype)

@@ -6,6 +6,7 @@ import psutil
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor
 
@@ -34,6 +35,8 @@ def quiet_libraries() -> None:
 
 def build_accelerator(recipe: Recipe) -> Accelerator:
     """Join the other ranks, on GPUs if there are any, else on CPUs."""
+    # accelerate keeps the precision of a process's first run for all that follow; its process group stays.
+    AcceleratorState._reset_state()
     on_gpu = torch.cuda.is_available()
     dtype = resolve_dtype(recipe.model.dtype, torch.device("cuda" if on_gpu else "cpu"))
     return Accelerator(

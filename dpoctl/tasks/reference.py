@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 
 from dpoctl import console
 from dpoctl.core.batch import Batch
+from dpoctl.core.collator import collate
 from dpoctl.core.logps import Scorer
 from dpoctl.core.objective import LiveReference
 from dpoctl.core.planner import Lengths, Plan
@@ -75,6 +76,9 @@ class Reference:
             limit: how many records are asked for, the first ones; the others may be left at zero.
         """
         key = hashlib.sha256(f"{self._identity} {reader.store.key}".encode()).hexdigest()[:32]
+        if reader.collate is not collate:
+            # No key stands for code: what it computes is neither kept nor looked up.
+            return self._compute(reader, max_tokens)
         file = cache_dir() / "reference" / f"{key}.npy"
         known = torch.tensor(int(file.is_file()), device=self._accelerator.device)
         if int(self._accelerator.reduce(known)) < self._accelerator.num_processes:

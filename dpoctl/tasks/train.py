@@ -1,6 +1,7 @@
 """`dpoctl sft` and `dpoctl dpo`: wire a recipe's model, data, reference and loss together, and walk the plan."""
 
 import json
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,6 @@ from dpoctl import console
 from dpoctl.core.logps import Scorer
 from dpoctl.core.loop import Cadence, EvalSet, Outputs, Run, fit
 from dpoctl.core.objective import LiveReference, Objective
-from dpoctl.core.optim import build_optimizer, learning_rate
 from dpoctl.core.planner import Lengths, Plan
 from dpoctl.core.reader import Reader
 from dpoctl.data.prepare import PreparedData
@@ -25,14 +25,16 @@ from dpoctl.model.policy import Policy
 from dpoctl.model.probe import Verdict, probe
 from dpoctl.recipe.advice import advise, show_warnings
 from dpoctl.recipe.document import Document
-from dpoctl.recipe.schema import Recipe
+from dpoctl.recipe.schema import Recipe, TrainingSection
 from dpoctl.runs import checkpoint
 from dpoctl.runs.checkpoint import Checkpoint
 from dpoctl.runs.directory import RunDirectory
 from dpoctl.runs.environment import describe_environment
+from dpoctl.runs.report import refresh_report
 from dpoctl.runs.trackers import check_installed
 from dpoctl.tasks.check import facts_of
 from dpoctl.tasks.dry_run import show_plan
+from dpoctl.tasks.extensions import ENVIRONMENT, RECORD, Extensions, Listeners
 from dpoctl.tasks.journal import Journal
 from dpoctl.tasks.machine import build_accelerator, quiet_libraries, token_budget
 from dpoctl.tasks.prepared import read_data
@@ -41,6 +43,7 @@ from dpoctl.tasks.samples import Samples
 from dpoctl.tasks.self_check import check_first_step
 from dpoctl.tasks.task import Task, build_task
 
+NO_EXTENSIONS = Extensions()
 TRAIN = ""  # the name of the training store among the eval sets, whose names are never empty
 
 
@@ -53,7 +56,8 @@ def run(
     overwrite: bool = False,
     dry_run: bool = False,
     json_output: bool = False,
-) -> None:
+    extensions: Extensions = NO_EXTENSIONS,
+) -> dict[str, Any]:
     """Train as a recipe says; every rank calls this.
 
     Args:
@@ -64,37 +68,62 @@ def run(
         overwrite: delete what a run left in the directory.
         dry_run: show what would be done, and train nothing.
         json_output: print one JSON object at the end.
+        extensions: what code replaces.
+
+    Returns:
+        The run directory, the steps that were done, and the last value of every metric; nothing of a dry run.
     """
     quiet_libraries()
     if dry_run:
         show_plan(recipe, document=document, json_output=json_output)
-        return
+        return {}
     check_installed(recipe.training.report_to)
     accelerator = build_accelerator(recipe)
     with ExitStack() as stack:
-        directory = _open_directory(recipe, recipe_text, accelerator, stack, resume=resume, overwrite=overwrite)
+        directory = _open_directory(recipe, accelerator, stack, resume=resume, overwrite=overwrite)
+        with accelerator.main_process_first():
+            _write_beginning(directory, recipe, recipe_text, accelerator, extensions, resume=resume)
         tokenizer, data = read_data(recipe, accelerator)
         _write_data_report(directory, data, accelerator)
-        summary = _train(recipe, document, accelerator, directory, tokenizer, data)
+        summary = _train(recipe, document, accelerator, directory, tokenizer, data, extensions)
+        if accelerator.is_main_process:
+            refresh_report(directory.path)
     if json_output:
         console.emit(json.dumps(summary))
     else:
         console.say(f"done: {directory.path}")
+    return summary
 
 
 def _open_directory(
-    recipe: Recipe, text: str, accelerator: Accelerator, stack: ExitStack, *, resume: bool, overwrite: bool
+    recipe: Recipe, accelerator: Accelerator, stack: ExitStack, *, resume: bool, overwrite: bool
 ) -> RunDirectory:
-    """Take the run directory and write what is known before anything is loaded."""
+    """Take the run directory."""
     path = Path(recipe.training.output_dir)
     with accelerator.main_process_first():
         if not accelerator.is_main_process:
             return RunDirectory(path)
-        directory = stack.enter_context(RunDirectory.open(path, resume=resume, overwrite=overwrite))
-        directory.write_text(directory.resolved_recipe.name, recipe.to_yaml())
-        directory.write_text("recipe.yaml", text)
-        directory.write_json("env.json", describe_environment(world_size=accelerator.num_processes))
-        return directory
+        return stack.enter_context(RunDirectory.open(path, resume=resume, overwrite=overwrite))
+
+
+def _write_beginning(
+    directory: RunDirectory,
+    recipe: Recipe,
+    text: str,
+    accelerator: Accelerator,
+    extensions: Extensions,
+    *,
+    resume: bool,
+) -> None:
+    """Write what is known before anything is loaded."""
+    if not accelerator.is_main_process:
+        return
+    if resume:
+        extensions.check_resumed(directory.path)
+    directory.write_text(directory.resolved_recipe.name, recipe.to_yaml())
+    directory.write_text("recipe.yaml", text)
+    environment = describe_environment(world_size=accelerator.num_processes)
+    directory.write_json(ENVIRONMENT, environment | {RECORD: extensions.names()})
 
 
 def _write_data_report(directory: RunDirectory, data: PreparedData, accelerator: Accelerator) -> None:
@@ -110,10 +139,11 @@ def _train(
     directory: RunDirectory,
     tokenizer: PreTrainedTokenizerBase,
     data: PreparedData,
+    extensions: Extensions,
 ) -> dict[str, Any]:
     """Run the whole training, from loaded data to exported model, and return its summary."""
     newest = _newest_checkpoint(directory, accelerator)
-    policy = load_policy(recipe, tokenizer, accelerator.device)
+    policy = load_policy(recipe, tokenizer, accelerator.device, model_init=extensions.model_init)
     with accelerator.autocast():
         verdict = probe(policy.causal, max_length=recipe.data.max_length)
     lengths, task = Lengths.of(data.train), build_task(recipe)
@@ -121,16 +151,15 @@ def _train(
     plan = _plan(recipe, lengths, verdict, newest.extra["max_tokens"] if newest else budget, accelerator)
     _announce(policy, verdict, plan, checkpointing, accelerator)
     if accelerator.is_main_process:
-        findings = advise(recipe, document, facts_of(recipe, tokenizer, data, policy))
-        directory.write_json("advice.json", [finding.to_dict() for finding in findings])
-        show_warnings(findings)
+        _give_advice(recipe, document, directory, tokenizer, data, policy)
 
-    readers, live = _readers(recipe, accelerator, tokenizer, data, policy, plan, task, verdict)
+    readers = _readers(data, plan, accelerator, int(tokenizer.pad_token_id or 0), extensions)
+    readers, live = _with_reference(readers, recipe, accelerator, policy, plan, task, verdict)
     evals = {name: EvalSet(readers[name], plan.one_pass(Lengths.of(store))) for name, store in data.evals.items()}
     set_gradient_checkpointing(policy, checkpointing)
-    optimizer = build_optimizer(policy.model.named_parameters(), recipe.training)
+    optimizer = extensions.build_optimizer(policy, recipe.training)
     scorer, optimizer = accelerator.prepare(Scorer(policy.model, policy.causal, verdict).train(), optimizer)
-    objective = Objective(accelerator, scorer, task.loss, task.report, live)
+    objective = Objective(accelerator, scorer, task.loss, extensions.report(task.report), live)
     if newest is None and task.at_init is not None and recipe.dpo.reference.path is None:
         check_first_step(objective, plan, readers[TRAIN], task.at_init, policy.dtype)
     start = newest.step if newest else -1
@@ -140,19 +169,24 @@ def _train(
 
     training = recipe.training
     with Journal(recipe, directory, accelerator, policy, optimizer, plan, newest) as journal:
-        fit(
+        listeners = Listeners(extensions.callbacks, journal.log, accelerator)
+        done = fit(
             Run(
                 accelerator=accelerator,
                 objective=objective,
                 optimizer=optimizer,
                 plan=plan,
                 reader=readers[TRAIN],
-                learning_rate=learning_rate(training, plan.num_steps),
+                learning_rate=extensions.rates(training, plan.num_steps),
                 max_grad_norm=training.max_grad_norm,
-                outputs=Outputs(journal.log, journal.save, journal.advance, lambda step: samples.write(step, journal)),
-                cadence=Cadence(
-                    training.logging_steps, training.eval_steps, training.save_steps, training.eval_on_start
+                outputs=Outputs(
+                    listeners.log,
+                    journal.save,
+                    journal.advance,
+                    lambda step: samples.write(step, journal),
+                    listeners.ended,
                 ),
+                cadence=_cadence(training),
                 evals=evals,
                 start=max(start, 0),
             )
@@ -160,7 +194,7 @@ def _train(
     if accelerator.is_main_process:
         policy.export(directory.path, tokenizer)
     accelerator.wait_for_everyone()
-    return {"output_dir": str(directory.path), "steps": plan.num_steps, "metrics": journal.last}
+    return {"output_dir": str(directory.path), "steps": done, "metrics": journal.last}
 
 
 def _newest_checkpoint(directory: RunDirectory, accelerator: Accelerator) -> Checkpoint | None:
@@ -184,20 +218,44 @@ def _plan(recipe: Recipe, lengths: Lengths, verdict: Verdict, budget: int, accel
     )
 
 
-def _readers(
+def _cadence(training: TrainingSection) -> Cadence:
+    return Cadence(training.logging_steps, training.eval_steps, training.save_steps, training.eval_on_start)
+
+
+def _give_advice(
     recipe: Recipe,
-    accelerator: Accelerator,
+    document: Document | None,
+    directory: RunDirectory,
     tokenizer: PreTrainedTokenizerBase,
     data: PreparedData,
+    policy: Policy,
+) -> None:
+    findings = advise(recipe, document, facts_of(recipe, tokenizer, data, policy))
+    directory.write_json("advice.json", [finding.to_dict() for finding in findings])
+    show_warnings(findings)
+
+
+def _readers(
+    data: PreparedData, plan: Plan, accelerator: Accelerator, pad: int, extensions: Extensions
+) -> Mapping[str, Reader]:
+    """Return a reader for each store."""
+    stores = {TRAIN: data.train} | dict(data.evals)
+    return {
+        name: Reader(store, plan.layout, accelerator.device, pad, collate=extensions.collator)
+        for name, store in stores.items()
+    }
+
+
+def _with_reference(
+    readers: Mapping[str, Reader],
+    recipe: Recipe,
+    accelerator: Accelerator,
     policy: Policy,
     plan: Plan,
     task: Task,
     verdict: Verdict,
-) -> tuple[dict[str, Reader], LiveReference | None]:
-    """Return a reader for each store, with the reference in it, or the reference where it runs beside the policy."""
-    pad = int(tokenizer.pad_token_id or 0)
-    stores = {TRAIN: data.train} | dict(data.evals)
-    readers = {name: Reader(store, plan.layout, accelerator.device, pad) for name, store in stores.items()}
+) -> tuple[Mapping[str, Reader], LiveReference | None]:
+    """Put the reference into the readers, or return it where it runs beside the policy."""
     if not task.loss.needs_reference:
         return readers, None
     reference = Reference(recipe, policy, verdict, accelerator)

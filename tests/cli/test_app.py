@@ -15,7 +15,7 @@ from dpoctl.cli import failure
 from dpoctl.cli.app import main
 from dpoctl.errors import DataError, RunError, SetupError, StoppedError, UsageError
 
-COMMANDS = ("sft", "dpo", "check", "convert-data", "eval", "chat", "merge")
+COMMANDS = ("sft", "dpo", "check", "convert-data", "eval", "report", "chat", "merge")
 
 
 def call(*arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
@@ -65,6 +65,14 @@ def test_help_imports_nothing_heavy(arguments: tuple[str, ...]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_help_of_dpo_says_what_a_reward_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(monkeypatch, "dpo", "--help") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "summed over its tokens, not averaged; a higher beta keeps the policy closer" in said
 
 
 @pytest.mark.parametrize("command", COMMANDS)

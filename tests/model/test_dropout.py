@@ -11,9 +11,7 @@ from torch import nn
 from dpoctl.model.policy import Policy
 
 
-def test_dropout_is_off_in_train_mode(
-    save_base: Any, make_recipe: Any, load: Callable[..., Policy]
-) -> None:
+def test_dropout_is_off_in_train_mode(save_base: Any, make_recipe: Any, load: Callable[..., Policy]) -> None:
     for model_type, rates in {
         "llama": {"attention_dropout": 0.5},
         "gpt2": {"attn_pdrop": 0.5, "resid_pdrop": 0.5, "embd_pdrop": 0.5},

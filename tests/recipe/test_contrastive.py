@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dpoctl.recipe import RecipeError
+from dpoctl.recipe import RecipeError, parse_recipe
 from dpoctl.recipe.contrastive import load_contrastive, parse_contrastive
 from dpoctl.recipe.writer import write_yaml
 
@@ -48,7 +48,7 @@ def test_overrides_win_by_their_last_name() -> None:
         ({"learning_rate": 1e-3}, "unknown key 'learning_rate'"),
         ({"chosen": "harsh"}, "chosen: expected negative or positive, got 'harsh'"),
         ({"chosen": "negativ"}, "did you mean 'negative'?"),
-        ({"method": "dpo"}, "method: expected contrastive, got 'dpo'"),
+        ({"method": "kto"}, "method: expected contrastive, got 'kto'"),
         ({"items": 3}, "expected a file of items, or a mapping with its path, got 3"),
         ({"items": {}}, "missing key 'items.path'"),
         ({"splits": {"train": 0}}, "splits.train"),
@@ -80,6 +80,16 @@ def test_every_problem_has_its_line_and_column() -> None:
         (last - 1, 10),
         (last, 1),
     ]
+
+
+def test_a_recipe_for_another_command_is_told_from_its_method() -> None:
+    assert refusal({"method": "dpo", "data": {}}) == (
+        "r.yaml:1:1: error: this recipe trains a model; run `dpoctl dpo` on it\n    1 | method: dpo\n      | ^"
+    )
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe(write_yaml(LEAST), "r.yaml", command="dpo", losses={})
+    (problem,) = caught.value.problems
+    assert "run `dpoctl convert-data --format contrastive` on it" in problem.message
 
 
 def test_a_wrong_override_is_named() -> None:

@@ -145,6 +145,16 @@ def test_a_system_message_stands_first_and_needs_a_template(
     assert ask(run, capsys, prompt=QUESTION)
 
 
+def test_a_model_cannot_steer_the_terminal(
+    dpo_recipe: dict[str, Any], train: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(train(dpo_recipe, LORA)["training"]["output_dir"])
+    monkeypatch.setattr(chat, "stream", lambda *arguments: (piece for piece in ["ok\x1b[2J", "\a\tdone\n"]))
+    assert ask(run, capsys, prompt=QUESTION) == "ok\x1b[2J\a\tdone\n\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert ask(run, capsys, prompt=QUESTION) == "ok[2J\tdone\n\n"
+
+
 def test_the_commands_work_as_a_user_calls_them(
     dpo_recipe: dict[str, Any],
     train: Run,

@@ -181,7 +181,7 @@ def test_the_command_prints_findings_and_ends_with_two_when_there_is_an_error(re
     assert "Traceback" not in refused.stderr
 
 
-def test_every_run_prints_its_warnings_once_and_keeps_them(recipe_file: Path, dpo_recipe: dict[str, Any]) -> None:
+def test_every_run_says_its_warnings_once_and_reports_them(recipe_file: Path, dpo_recipe: dict[str, Any]) -> None:
     done = run_command(command("dpo", recipe_file))
     assert done.stderr.count("learning_rate 1e-3 is high") == 1
     assert f"{recipe_file}:" in done.stderr
@@ -189,3 +189,6 @@ def test_every_run_prints_its_warnings_once_and_keeps_them(recipe_file: Path, dp
     kept = json.loads((Path(dpo_recipe["training"]["output_dir"]) / "advice.json").read_text())
     assert {"lr-high-full", "few-steps", "eval-small"} == {one["code"] for one in kept}
     assert all(one["line"] for one in kept)
+    report = (Path(dpo_recipe["training"]["output_dir"]) / "report.html").read_text()
+    assert "learning_rate 1e-3 is high" in report
+    assert "Reward accuracy" in report

@@ -12,12 +12,9 @@ from tiny_runs import merge, write_rows
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dpoctl.cli.convert_data import convert_data
-from dpoctl.data import demo
 from dpoctl.data.formats import read
-from dpoctl.data.items import read_items
 from dpoctl.errors import DataError, UsageError, UserError
 from dpoctl.model.generate import Generation
-from dpoctl.recipe.contrastive import ItemsSection
 from dpoctl.recipe.writer import write_yaml
 from dpoctl.tasks import contrastive
 
@@ -249,18 +246,6 @@ def test_items_that_cannot_be_found_are_refused(
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(UserError, match=message):
         make(items=items)
-
-
-def test_items_are_taken_once_and_empty_ones_not_at_all(tmp_path: Path):
-    path = write_rows(tmp_path / "rows.jsonl", [{"t": text} for text in ("a", " a ", "", "b")] + [{"t": 3}])
-    items, left_out = read_items(ItemsSection(path=str(path), column="t"))
-    assert items == ["a", "b"]
-    assert left_out == {"duplicate_item": 1, "empty_item": 1, "no_item": 1}
-
-
-def test_titles_of_the_demo_need_no_column():
-    items, _ = read_items(ItemsSection(path="demo:reviewer2", split="unreviewed"))
-    assert items == demo.titles("unreviewed")
 
 
 def test_the_command_prints_its_counts_and_refuses_what_would_do_nothing(
