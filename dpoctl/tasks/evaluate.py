@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from accelerate import Accelerator
 from numpy.typing import NDArray
@@ -121,7 +122,8 @@ def _evaluate(
     policy = load_run(
         run,
         device,
-        resolve_dtype(recipe.model.dtype, device),
+        # Stored as in training: all weights in float32, or a frozen base in the dtype of the computation.
+        torch.float32 if recipe.lora is None else resolve_dtype(recipe.model.dtype, device),
         attn_implementation=recipe.model.attn_implementation,
         quantization=recipe.quantization,
         trust_remote_code=recipe.model.trust_remote_code,

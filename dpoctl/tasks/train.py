@@ -19,6 +19,7 @@ from dpoctl.core.optim import build_optimizer, learning_rate
 from dpoctl.core.planner import Lengths, Plan
 from dpoctl.core.reader import Reader
 from dpoctl.data.prepare import PreparedData
+from dpoctl.errors import UsageError
 from dpoctl.model.checkpointing import set_gradient_checkpointing
 from dpoctl.model.load import load_policy
 from dpoctl.model.policy import Policy
@@ -34,6 +35,7 @@ from dpoctl.tasks.journal import Journal
 from dpoctl.tasks.machine import build_accelerator, quiet_libraries, token_budget
 from dpoctl.tasks.prepared import read_data
 from dpoctl.tasks.reference import Reference
+from dpoctl.tasks.resume import refuse_other_recipe
 from dpoctl.tasks.self_check import check_first_step
 from dpoctl.tasks.task import Task, build_task
 
@@ -85,6 +87,8 @@ def _open_directory(
         if not accelerator.is_main_process:
             return RunDirectory(path)
         directory = stack.enter_context(RunDirectory.open(path, resume=resume, overwrite=overwrite))
+        if resume:
+            refuse_other_recipe(directory, recipe)
         directory.write_text(directory.resolved_recipe.name, recipe.to_yaml())
         directory.write_text("recipe.yaml", text)
         directory.write_json("env.json", describe_environment(world_size=accelerator.num_processes))
@@ -106,12 +110,20 @@ def _train(
 ) -> dict[str, Any]:
     """Run the whole training, from loaded data to exported model, and return its summary."""
     newest = _newest_checkpoint(directory, accelerator)
+    if newest and newest.extra["data"] != data.train.key:
+        raise UsageError(
+            f"{directory.path}: the training data, the tokenizer or the template is not what the run began with",
+            hint="put it back, or start anew with --overwrite",
+        )
     policy = load_policy(recipe, tokenizer, accelerator.device)
     with accelerator.autocast():
-        verdict = probe(policy.causal, max_length=recipe.data.max_length)
+        (verdict,) = broadcast_object_list([probe(policy.causal, max_length=recipe.data.max_length)])
     lengths, task = Lengths.of(data.train), build_task(recipe)
     budget, checkpointing = token_budget(recipe, policy, lengths, accelerator)
-    plan = _plan(recipe, lengths, verdict, newest.extra["max_tokens"] if newest else budget, accelerator)
+    if newest and recipe.training.max_tokens_per_device == "auto":
+        # The same cuts give the same bits.
+        budget = newest.extra["max_tokens"]
+    plan = _plan(recipe, lengths, verdict, budget, accelerator)
     _announce(policy, verdict, plan, checkpointing, accelerator)
 
     readers, live = _readers(recipe, accelerator, tokenizer, data, policy, plan, task, verdict)
@@ -126,7 +138,7 @@ def _train(
     torch.manual_seed(recipe.training.seed + accelerator.process_index)
 
     training = recipe.training
-    with Journal(recipe, directory, accelerator, policy, optimizer, plan, newest) as journal:
+    with Journal(recipe, directory, accelerator, policy, optimizer, plan, newest, data_key=data.train.key) as journal:
         fit(
             Run(
                 accelerator=accelerator,
