@@ -1,5 +1,6 @@
 """What can go wrong by the user's hand, and the exit code that says which kind it was."""
 
+
 class UserError(Exception):
     """An error that a user can mend: one line that says where, what and what to do.
 

@@ -15,7 +15,7 @@ class Batch:
 
     The flat layout holds all records in one row of T tokens, `S A B | S A B ...`, without padding; the padded one gives
     each of the R responses a row of L tokens. N rows predict a scored token. A token that all responses of a record
-    share is predicted once and counts for each of them, so N' >= N (token, response) pairs make up the responses.
+    share is predicted once and counts for each of them, so N' >= N entries make up the responses, one after another.
 
     Attributes:
         input_ids: `[1, T]` or `[R, L]`.
@@ -24,8 +24,7 @@ class Batch:
         segments: where the records stand in the flat layout, else `None`.
         score_pos: `[N]`, rows that predict, counted over the flattened batch.
         score_tgt: `[N]`, the token each of them must predict.
-        token_index: `[N']`, into the N predicted tokens.
-        response_of_token: `[N']`, the response each of those belongs to.
+        token_index: `[N']`, into the N predicted tokens, response by response.
         num_tokens: `[R]`, scored tokens of each response.
         pairs: `[M, 2]`, (winner, loser) among the responses.
         ref_logps: `[R]` float32, or `None`.
@@ -39,7 +38,6 @@ class Batch:
     score_pos: Tensor
     score_tgt: Tensor
     token_index: Tensor
-    response_of_token: Tensor
     num_tokens: Tensor
     pairs: Tensor
     ref_logps: Tensor | None = None
@@ -55,5 +53,5 @@ class Batch:
 
     def sum_per_response(self, token_logps: Tensor) -> Tensor:
         """Return `[R]` summed log-probabilities from those of the N predicted tokens."""
-        zeros = token_logps.new_zeros(len(self.num_tokens))
-        return zeros.index_add(0, self.response_of_token, token_logps[self.token_index])
+        # The tokens of a response stand together, so no scattered additions are needed: their order is fixed.
+        return torch.segment_reduce(token_logps[self.token_index], "sum", lengths=self.num_tokens, unsafe=True)

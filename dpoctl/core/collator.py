@@ -48,7 +48,6 @@ class _Targets:
     score_pos: list[Ints] = field(default_factory=list)
     score_tgt: list[Ints] = field(default_factory=list)
     token_index: list[Ints] = field(default_factory=list)
-    response_of_token: list[Ints] = field(default_factory=list)
     num_tokens: list[int] = field(default_factory=list)
     pairs: list[Ints] = field(default_factory=list)
     predicted: int = 0
@@ -64,7 +63,6 @@ class _Targets:
     def add_response(self, numbers: Ints) -> None:
         """Say which predicted tokens make up the next response."""
         self.token_index.append(numbers)
-        self.response_of_token.append(np.full(len(numbers), len(self.num_tokens)))
         self.num_tokens.append(len(numbers))
 
     def add_pairs(self, pairs: Ints) -> None:
@@ -77,7 +75,6 @@ class _Targets:
             "score_pos": _join(self.score_pos),
             "score_tgt": _join(self.score_tgt),
             "token_index": _join(self.token_index),
-            "response_of_token": _join(self.response_of_token),
             "num_tokens": torch.tensor(self.num_tokens),
             "pairs": _join(self.pairs).reshape(-1, 2),
         }

@@ -5,7 +5,8 @@ things: gradient, check, update, log, evaluate, save, stop.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,8 +103,8 @@ def fit(run: Run) -> int:
     with StopRequest() as stop:
         for number in range(run.start, plan.num_steps):
             step, rate, done = plan.step(number), run.learning_rate(number), number + 1
-            grad_norm = _update(run, step, rate, meter)
-            window.tokens += int(plan.lengths.tokens[list(step.records)].sum())
+            with window.measure(int(plan.lengths.tokens[list(step.records)].sum())):
+                grad_norm = _update(run, step, rate, meter)
             run.outputs.advance(done)
 
             saving = _due(cadence.save, done) or done == plan.num_steps
@@ -150,6 +151,11 @@ def _update(run: Run, step: Step, rate: float, meter: Meter) -> float:
         )
     run.optimizer.step()
     run.optimizer.zero_grad()
+    if run.accelerator.scaler is not None and run.accelerator.scaler.get_scale() < 1:
+        raise RunError(
+            f"step {step.number + 1}: the gradient overflows float16 at any scale",
+            hint="nothing is learned like this; set model.dtype: bfloat16 or float32",
+        )
     return float(norm)
 
 
@@ -172,13 +178,21 @@ def _add_up(accelerator: Accelerator, tensor: Tensor) -> Tensor:
 
 @dataclass
 class _Window:
-    """Tokens and time since the last log."""
+    """Tokens and time of the updates since the last log; evaluations and checkpoints do not count."""
 
     tokens: int = 0
-    since: float = field(default_factory=time.monotonic)
+    seconds: float = 0.0
+
+    @contextmanager
+    def measure(self, tokens: int) -> Iterator[None]:
+        """Count an update of so many tokens."""
+        began = time.monotonic()
+        yield
+        self.seconds += time.monotonic() - began
+        self.tokens += tokens
 
     def rate(self) -> float:
-        now = time.monotonic()
-        tokens, seconds = self.tokens, now - self.since
-        self.tokens, self.since = 0, now
-        return tokens / max(seconds, 1e-9)
+        """Return tokens per second, and start anew."""
+        rate = self.tokens / max(self.seconds, 1e-9)
+        self.tokens, self.seconds = 0, 0.0
+        return rate

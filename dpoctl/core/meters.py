@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ class Total:
     """A sum and the number of items in it."""
 
     sum: Tensor | float
-    count: Tensor | int
+    count: int
 
 
 class Meter:
@@ -23,13 +24,15 @@ class Meter:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._totals: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor | float] = {}
+        self._counts: dict[str, int] = {}
 
     def add(self, totals: Mapping[str, Total]) -> None:
         """Add the totals of a micro-batch."""
         for name, total in totals.items():
-            pair = torch.stack([self._number(total.sum), self._number(total.count)])
-            self._totals[name] = self._totals[name] + pair if name in self._totals else pair
+            term = total.sum.detach().double() if isinstance(total.sum, Tensor) else total.sum
+            self._sums[name] = self._sums.get(name, 0.0) + term
+            self._counts[name] = self._counts.get(name, 0) + total.count
 
     def read(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Return the means over all ranks and start anew.
@@ -37,12 +40,12 @@ class Meter:
         Args:
             reduce: adds a tensor up over ranks. Every rank must have added the same names.
         """
-        if not self._totals:
+        if not self._sums:
             return {}
-        names = list(self._totals)
-        sums, counts = reduce(torch.stack([self._totals[name] for name in names])).T.tolist()
-        self._totals = {}
-        return {name: sums[i] / counts[i] for i, name in enumerate(names) if counts[i]}
-
-    def _number(self, value: Tensor | float) -> Tensor:
-        return torch.as_tensor(value, device=self._device).detach().to(torch.float64)
+        names = list(self._sums)
+        options: dict[str, Any] = {"dtype": torch.float64, "device": self._device}
+        sums = torch.stack([torch.as_tensor(self._sums[name], **options) for name in names])
+        counts = torch.tensor([self._counts[name] for name in names], **options)
+        totals = reduce(torch.stack([sums, counts])).tolist()
+        self._sums, self._counts = {}, {}
+        return {name: total / count for name, total, count in zip(names, *totals, strict=True) if count}

@@ -48,7 +48,8 @@ def warmup_steps(training: TrainingSection, num_steps: int) -> int:
     if training.warmup_steps is not None:
         return training.warmup_steps
     ratio = 0.1 if training.warmup_ratio is None else training.warmup_ratio
-    return math.ceil(ratio * num_steps)
+    # 0.07 * 100 is a little more than 7 in floating point.
+    return math.ceil(round(ratio * num_steps, 6))
 
 
 def learning_rate(training: TrainingSection, num_steps: int) -> Callable[[int], float]:

@@ -123,7 +123,11 @@ class Plan:
     @cached_property
     def num_steps(self) -> int:
         """Steps in all."""
-        return self.max_steps if self.max_steps is not None else math.ceil(self.num_epochs * self.steps_per_epoch)
+        return (
+            self.max_steps
+            if self.max_steps is not None
+            else math.ceil(round(self.num_epochs * self.steps_per_epoch, 6))
+        )
 
     def __iter__(self) -> Iterator[Step]:
         return (self.step(number) for number in range(self.num_steps))
@@ -146,10 +150,11 @@ class Plan:
     def _schedule(self, records: Ints) -> tuple[tuple[tuple[int, ...], ...], ...]:
         """Lay records over `world_size * m` bins of about equal cost, with the smallest m that fits the budget."""
         total = int(self.lengths.tokens[records].sum())
-        m = min(len(records), max(1, total // (self.world_size * self.max_tokens)))
+        most = math.ceil(len(records) / self.world_size)
+        m = min(most, max(1, total // (self.world_size * self.max_tokens)))
         while True:
             bins = self._fill(records, self.world_size * m)
-            if m >= len(records) or all(self._fits(b) for b in bins):
+            if m >= most or all(self._fits(b) for b in bins):
                 return tuple(tuple(bins[rank :: self.world_size]) for rank in range(self.world_size))
             m += 1
 

@@ -79,12 +79,23 @@ class Head:
         if not torch.is_grad_enabled():
             return torch.cat([self._chunk(h, t) for h, t in chunks])
         if any(p.requires_grad for p in self.module.parameters()):
-            return torch.cat([cast(Tensor, checkpoint(self._chunk, h, t, use_reentrant=False)) for h, t in chunks])
+            with _separate_casts(hidden.device.type):
+                return torch.cat([cast(Tensor, checkpoint(self._chunk, h, t, use_reentrant=False)) for h, t in chunks])
         frozen: Any = _FrozenHead
         return torch.cat([frozen.apply(h, t, self._chunk) for h, t in chunks])
 
     def _chunk(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return select_logps(self.transform(self.module(hidden)), targets)
+
+
+def _separate_casts(device: str) -> torch.autocast:
+    """Autocast as it is around, but casting the head anew for each chunk: the chunks' gradients then add in float32."""
+    return torch.autocast(
+        device,
+        dtype=torch.get_autocast_dtype(device),
+        enabled=torch.is_autocast_enabled(device),
+        cache_enabled=False,
+    )
 
 
 class _FrozenHead(torch.autograd.Function):

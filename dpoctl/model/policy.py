@@ -90,10 +90,15 @@ class Policy:
         for name, tensor in self.causal.state_dict().items():
             if isinstance(tensor, Tensor) and not (self.active and f".{TRAINED}." in f"{name}."):
                 found[_plain_name(name)] = tensor
-        for name, module in self.causal.named_modules():
-            if isinstance(module, LoraLayer) and FROZEN in module.scaling:
-                found[f"{name}.{FROZEN}.scaling"] = torch.tensor(module.scaling[FROZEN])
+        found |= {name: scale for name, scale in self.adapter_scales() if name.endswith(f".{FROZEN}.scaling")}
         yield from sorted(found.items())
+
+    def adapter_scales(self) -> Iterator[tuple[str, Tensor]]:
+        """What each adapter is multiplied by, layer by layer: `r` and `lora_alpha` stand in no weight."""
+        for name, module in self.causal.named_modules():
+            if isinstance(module, LoraLayer):
+                for adapter, scale in module.scaling.items():
+                    yield f"{name}.{adapter}.scaling", torch.tensor(scale)
 
     def trainable_state(self) -> dict[str, Tensor]:
         """The trainable parameters by name: what a checkpoint holds. They share memory with the model."""

@@ -42,6 +42,8 @@ def _resolve(name: str, place: Place, known: list[Path]) -> Path:
         return path
     for end in range(len(path), 0, -1):
         matches = [candidate for candidate in known if candidate[-end:] == path[:end]]
+        # What only looks at a model yields a name to what trains it: `seed` is training.seed.
+        matches = [match for match in matches if match[0] != "eval"] or matches
         if len(matches) > 1:
             several = ", ".join(dotted(match) for match in matches)
             raise RecipeError([Problem(place, f"{name!r} could be any of {several}; write one in full")])

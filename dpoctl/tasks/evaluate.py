@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from accelerate import Accelerator
 from numpy.typing import NDArray
@@ -60,7 +61,8 @@ def run(run: Path, *, data: str | None = None, limit: int | None = None, json_ou
     if build_task(recipe).loss.needs_reference:
         require_known_start(run, recipe)
         tables = _reference_tables(recipe, accelerator, tokenizer, prepared.evals, limit)
-    finished = FinishedRun.load(run, accelerator.device)
+    # Stored as in training: all weights in float32, or a frozen base in the dtype of the computation.
+    finished = FinishedRun.load(run, accelerator.device, torch.float32 if recipe.lora is None else None)
     results = _evaluate(finished.policy, recipe, accelerator, tokenizer, prepared.evals, tables, limit)
     sampled, samples = sample_finished(finished, recipe, accelerator, prepared.evals, limit)
     if not accelerator.is_main_process:

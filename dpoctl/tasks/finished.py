@@ -88,8 +88,13 @@ class FinishedRun:
     tokenizer: PreTrainedTokenizerBase
 
     @classmethod
-    def load(cls, run: Path, device: torch.device) -> Self:
+    def load(cls, run: Path, device: torch.device, dtype: torch.dtype | None = None) -> Self:
         """Load a run as it was trained: in its precision, its base quantised as it was.
+
+        Args:
+            run: the run directory.
+            device: where to put it.
+            dtype: what to store it in, if not in the precision of its computation.
 
         Raises:
             UsageError: The folder is no run, or the run has not finished.
@@ -100,7 +105,7 @@ class FinishedRun:
         policy = load_run(
             run,
             device,
-            resolve_dtype(recipe.model.dtype, device),
+            dtype or resolve_dtype(recipe.model.dtype, device),
             attn_implementation=recipe.model.attn_implementation,
             quantization=recipe.quantization,
             trust_remote_code=recipe.model.trust_remote_code,

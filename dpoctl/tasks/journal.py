@@ -31,6 +31,7 @@ class Journal:
         optimizer: as accelerate prepared it.
         plan: of the run.
         resumed: the checkpoint to go on from.
+        data_key: of the training store; a checkpoint remembers it.
     """
 
     def __init__(
@@ -42,6 +43,8 @@ class Journal:
         optimizer: Any,
         plan: Plan,
         resumed: Checkpoint | None,
+        *,
+        data_key: str,
     ) -> None:
         self.last: Metrics = {}
         self._recipe, self._directory, self._accelerator = recipe, directory, accelerator
@@ -49,7 +52,7 @@ class Journal:
         self._metrics = MetricsFile(directory.metrics)
         self._progress = Progress(plan.num_steps, start=resumed.step if resumed else 0)
         self._trackers: Trackers | None = None
-        self._resumed = resumed
+        self._resumed, self._data_key = resumed, data_key
 
     def __enter__(self) -> Self:
         resumed = self._resumed
@@ -101,7 +104,7 @@ class Journal:
 
     def save(self, step: int) -> None:
         """Write a checkpoint; every rank calls this at the same step."""
-        extra: dict[str, Any] = {"max_tokens": self._plan.max_tokens}
+        extra: dict[str, Any] = {"max_tokens": self._plan.max_tokens, "data": self._data_key}
         if self._accelerator.scaler is not None:
             extra["scaler"] = self._accelerator.scaler.state_dict()
         checkpoint.save(

@@ -21,6 +21,8 @@ MIXED_PRECISION = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "
 PATIENCE = timedelta(hours=3)
 # Gradient and two moments of every trained parameter, in float32.
 BYTES_PER_TRAINED = 12
+# Autocast keeps the cast of every trained weight until the end of the forward.
+BYTES_PER_CAST = 2
 # On a CPU larger micro-batches bring no speed, only memory.
 CPU_TOKENS = 8192
 # A few tokens less than fit: allocators need room, and the head its chunk of logits.
@@ -45,7 +47,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=PATIENCE),
             # Experts that no token of a micro-batch visits get no gradient.
-            DistributedDataParallelKwargs(find_unused_parameters=_has_experts(recipe)),
+            DistributedDataParallelKwargs(find_unused_parameters=_has_experts(recipe), gradient_as_bucket_view=True),
         ],
     )
 
@@ -69,7 +71,9 @@ def token_budget(recipe: Recipe, policy: Policy, lengths: Lengths, accelerator: 
 
 def _fitting(policy: Policy, checkpointing: bool, accelerator: Accelerator) -> int:
     trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
-    free = _free_bytes(accelerator.device) * SLACK - trained * BYTES_PER_TRAINED
+    mixed = policy.dtype != torch.float32
+    states = trained * (BYTES_PER_TRAINED + (BYTES_PER_CAST if mixed else 0))
+    free = (_free_bytes(accelerator.device) - states) * SLACK
     per_token = activation_bytes_per_token(policy.causal.config, policy.dtype, checkpointing)
     tokens = max(1, int(free // per_token))
     if accelerator.device.type == "cpu":
@@ -80,6 +84,8 @@ def _fitting(policy: Policy, checkpointing: bool, accelerator: Accelerator) -> i
 
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
+        # What the allocator keeps for later use is free for us.
+        torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
 

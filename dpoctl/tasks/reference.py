@@ -56,7 +56,7 @@ class Reference:
         if recipe.dpo.reference.path is not None:
             other, verdict = _load_other(recipe, recipe.dpo.reference.path, policy.dtype, verdict, accelerator)
             self.scorer = Scorer(other.model, other.causal, verdict)
-            tensors = other.model.state_dict().items()
+            tensors = [*other.model.state_dict().items(), *other.adapter_scales()]
         else:
             self.scorer = Scorer(policy.model, policy.causal, verdict)
             tensors = policy.reference_tensors()
@@ -65,7 +65,8 @@ class Reference:
             else:
                 self._is_trained = True
         weights, config = fingerprint(tensors), describe_config(self.scorer.causal.config)
-        self._identity = f"{VERSION} {verdict.layout} {verdict.own_head} {policy.dtype} {weights} {config}"
+        run_by = verdict.layout if verdict.layout == "shared" else self.scorer.causal.config._attn_implementation
+        self._identity = f"{VERSION} {run_by} {verdict.own_head} {policy.dtype} {weights} {config}"
 
     def table(self, reader: Reader, max_tokens: int, limit: int | None = None) -> NDArray[np.float32]:
         """Return `[R]`, the log-probability of every response of a store, from disk if it is known there.
@@ -78,7 +79,7 @@ class Reference:
         key = hashlib.sha256(f"{self._identity} {reader.store.key}".encode()).hexdigest()[:32]
         if reader.collate is not collate:
             # No key stands for code: what it computes is neither kept nor looked up.
-            return self._compute(reader, max_tokens)
+            return self._compute(reader, max_tokens, limit)
         file = cache_dir() / "reference" / f"{key}.npy"
         known = torch.tensor(int(file.is_file()), device=self._accelerator.device)
         if int(self._accelerator.reduce(known)) < self._accelerator.num_processes:
@@ -129,8 +130,10 @@ def _load_other(
     other = load_run(
         path,
         accelerator.device,
-        dtype,
+        # Stored as the policy is stored: the same numbers must come out where both are the same model.
+        torch.float32 if recipe.lora is None else dtype,
         attn_implementation=section.attn_implementation,
+        quantization=recipe.quantization,
         trust_remote_code=section.trust_remote_code,
     )
     with accelerator.autocast():

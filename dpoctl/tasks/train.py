@@ -19,6 +19,7 @@ from dpoctl.core.objective import LiveReference, Objective
 from dpoctl.core.planner import Lengths, Plan
 from dpoctl.core.reader import Reader
 from dpoctl.data.prepare import PreparedData
+from dpoctl.errors import UsageError
 from dpoctl.model.checkpointing import set_gradient_checkpointing
 from dpoctl.model.load import load_policy
 from dpoctl.model.policy import Policy
@@ -39,6 +40,7 @@ from dpoctl.tasks.journal import Journal
 from dpoctl.tasks.machine import build_accelerator, quiet_libraries, token_budget
 from dpoctl.tasks.prepared import read_data
 from dpoctl.tasks.reference import Reference
+from dpoctl.tasks.resume import refuse_other_recipe
 from dpoctl.tasks.samples import Samples
 from dpoctl.tasks.self_check import check_first_step
 from dpoctl.tasks.task import Task, build_task
@@ -119,6 +121,7 @@ def _write_beginning(
     if not accelerator.is_main_process:
         return
     if resume:
+        refuse_other_recipe(directory, recipe)
         extensions.check_resumed(directory.path)
     directory.write_text(directory.resolved_recipe.name, recipe.to_yaml())
     directory.write_text("recipe.yaml", text)
@@ -142,17 +145,14 @@ def _train(
     extensions: Extensions,
 ) -> dict[str, Any]:
     """Run the whole training, from loaded data to exported model, and return its summary."""
-    newest = _newest_checkpoint(directory, accelerator)
+    newest = _newest_checkpoint(directory, accelerator, data.train.key)
     policy = load_policy(recipe, tokenizer, accelerator.device, model_init=extensions.model_init)
-    with accelerator.autocast():
-        verdict = probe(policy.causal, max_length=recipe.data.max_length)
-    lengths, task = Lengths.of(data.train), build_task(recipe)
-    budget, checkpointing = token_budget(recipe, policy, lengths, accelerator)
-    plan = _plan(recipe, lengths, verdict, newest.extra["max_tokens"] if newest else budget, accelerator)
+    verdict, plan, checkpointing = _lay_out(recipe, policy, Lengths.of(data.train), accelerator, newest)
     _announce(policy, verdict, plan, checkpointing, accelerator)
     if accelerator.is_main_process:
         _give_advice(recipe, document, directory, tokenizer, data, policy)
 
+    task = build_task(recipe)
     readers = _readers(data, plan, accelerator, int(tokenizer.pad_token_id or 0), extensions)
     readers, live = _with_reference(readers, recipe, accelerator, policy, plan, task, verdict)
     evals = {name: EvalSet(readers[name], plan.one_pass(Lengths.of(store))) for name, store in data.evals.items()}
@@ -168,7 +168,7 @@ def _train(
     torch.manual_seed(recipe.training.seed + accelerator.process_index)
 
     training = recipe.training
-    with Journal(recipe, directory, accelerator, policy, optimizer, plan, newest) as journal:
+    with Journal(recipe, directory, accelerator, policy, optimizer, plan, newest, data_key=data.train.key) as journal:
         listeners = Listeners(extensions.callbacks, journal.log, accelerator)
         done = fit(
             Run(
@@ -197,16 +197,31 @@ def _train(
     return {"output_dir": str(directory.path), "steps": done, "metrics": journal.last}
 
 
-def _newest_checkpoint(directory: RunDirectory, accelerator: Accelerator) -> Checkpoint | None:
+def _newest_checkpoint(directory: RunDirectory, accelerator: Accelerator, data_key: str) -> Checkpoint | None:
     """Return this rank's part of the newest good checkpoint, chosen by the first rank."""
     found = [checkpoint.newest(directory.checkpoints)] if accelerator.is_main_process else [None]
     (path,) = broadcast_object_list(found)
-    return None if path is None else checkpoint.load(path, accelerator.process_index)
+    newest = None if path is None else checkpoint.load(path, accelerator.process_index)
+    if newest and newest.extra["data"] != data_key:
+        raise UsageError(
+            f"{directory.path}: the training data, the tokenizer or the template is not what the run began with",
+            hint="put it back, or start anew with --overwrite",
+        )
+    return newest
 
 
-def _plan(recipe: Recipe, lengths: Lengths, verdict: Verdict, budget: int, accelerator: Accelerator) -> Plan:
+def _lay_out(
+    recipe: Recipe, policy: Policy, lengths: Lengths, accelerator: Accelerator, newest: Checkpoint | None
+) -> tuple[Verdict, Plan, bool]:
+    """Return how the model is run, the plan, and whether layers are recomputed: the same on all ranks."""
+    with accelerator.autocast():
+        (verdict,) = broadcast_object_list([probe(policy.causal, max_length=recipe.data.max_length)])
+    budget, checkpointing = token_budget(recipe, policy, lengths, accelerator)
+    if newest and recipe.training.max_tokens_per_device == "auto":
+        # The same cuts give the same bits.
+        budget = newest.extra["max_tokens"]
     training = recipe.training
-    return Plan(
+    plan = Plan(
         lengths,
         training.global_batch_size,
         accelerator.num_processes,
@@ -216,6 +231,7 @@ def _plan(recipe: Recipe, lengths: Lengths, verdict: Verdict, budget: int, accel
         training.num_train_epochs,
         training.max_steps,
     )
+    return verdict, plan, checkpointing
 
 
 def _cadence(training: TrainingSection) -> Cadence:

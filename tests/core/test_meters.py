@@ -35,7 +35,7 @@ def test_a_name_without_items_is_left_out() -> None:
 def test_ranks_are_added_before_the_division() -> None:
     meter = Meter(torch.device("cpu"))
     meter.add({"loss": Total(6.0, 2)})
-    assert meter.read(lambda tensor: tensor + torch.tensor([[3.0, 1.0]])) == {"loss": 3.0}
+    assert meter.read(lambda tensor: tensor + torch.tensor([[3.0], [1.0]])) == {"loss": 3.0}
 
 
 def test_sums_are_kept_in_double_precision() -> None:

@@ -95,6 +95,13 @@ def test_an_ambiguous_leaf_lists_what_it_could_be() -> None:
     assert str(problem.place) == "--set #1"
 
 
+def test_a_name_that_a_sample_setting_has_too_means_the_other_key() -> None:
+    recipe = parse("seed=7", "type=ipo", "eval_steps=3", "eval_size=0.1", "num=2")
+    assert (recipe.training.seed, recipe.dpo.loss["type"]) == (7, "ipo")
+    assert recipe.eval.samples is not None
+    assert (recipe.eval.samples.num, recipe.eval.samples.seed) == (2, 0)
+
+
 def test_the_last_of_two_overrides_wins_over_the_recipe() -> None:
     assert parse("r=4", "lora.r=2").lora.r == 2  # type: ignore[union-attr]
 

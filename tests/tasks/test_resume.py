@@ -12,7 +12,7 @@ import pytest
 from tiny_runs import command, metrics_of, run_command, write_recipe
 from transformers import AutoModelForCausalLM
 
-from dpoctl.errors import StoppedError
+from dpoctl.errors import StoppedError, UsageError
 
 Run = Callable[..., dict[str, Any]]
 FULL = {"model.disable_dropout": False, "training.num_train_epochs": 2, "training.save_steps": 2}
@@ -131,3 +131,29 @@ def kill_orphans(run: Path) -> None:
                     os.kill(int(entry.name), signal.SIGKILL)
             except OSError:
                 continue
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"training.global_batch_size": 4}, r"global_batch_size \(5 -> 4\)"),
+        ({"training.seed": 9, "dpo.loss.beta": 0.5}, r"dpo.loss.beta .*training.seed"),
+        ({"data.max_length": 100}, "data.max_length"),
+    ],
+)
+def test_a_run_never_goes_on_with_another_recipe(
+    changes: dict[str, Any], named: str, dpo_recipe: dict[str, Any], train: Run
+) -> None:
+    run = Path(train(dpo_recipe, {"training.save_steps": 2})["training"]["output_dir"])
+    before = (run / "recipe.resolved.yaml").read_text()
+    with pytest.raises(UsageError, match=named):
+        train(dpo_recipe, {"training.save_steps": 2} | changes, resume=True)
+    assert (run / "recipe.resolved.yaml").read_text() == before
+    train(dpo_recipe, {"training.save_steps": 3, "training.logging_steps": 2}, resume=True)
+
+
+def test_a_run_never_goes_on_with_other_data(dpo_recipe: dict[str, Any], pairs: Path, train: Run) -> None:
+    train(dpo_recipe, {"training.save_steps": 2})
+    pairs.write_text("\n".join(pairs.read_text().splitlines()[1:]))
+    with pytest.raises(UsageError, match="not what the run began with"):
+        train(dpo_recipe, {"training.save_steps": 2}, resume=True)
