@@ -71,13 +71,6 @@ def test_a_tracker_gets_the_flat_recipe_without_secrets_and_prefixed_numbers(mon
 
 
 @pytest.mark.parametrize("failing", ["start", "config", "log", "finish"])
-def test_a_text_is_sent_indented_so_that_markdown_shows_it_as_it_is(monkeypatch, tmp_path):
-    fake = Fake()
-    use(monkeypatch, wandb=fake)
-    Trackers(["wandb"], tmp_path, config={}).log_texts({"samples/1": "# one\n<b>two"}, 3)
-    assert fake.rows == [(3, {"samples/1": "    # one\n    <b>two"})]
-
-
 def test_a_tracker_that_raises_is_dropped_with_one_warning_and_the_others_go_on(monkeypatch, tmp_path, capsys, failing):
     bad, good = Fake(failing), Fake()
     use(monkeypatch, wandb=bad, trackio=good)
@@ -92,6 +85,13 @@ def test_a_tracker_that_raises_is_dropped_with_one_warning_and_the_others_go_on(
     assert [step for step, _ in good.rows] == [1, 2, 3]
     assert good.finished
     assert not bad.finished
+
+
+def test_a_text_is_sent_indented_so_that_markdown_shows_it_as_it_is(monkeypatch, tmp_path):
+    fake = Fake()
+    use(monkeypatch, wandb=fake)
+    Trackers(["wandb"], tmp_path, config={}).log_texts({"samples/1": "# one\n<b>two"}, 3)
+    assert fake.rows == [(3, {"samples/1": "    # one\n    <b>two"})]
 
 
 def test_a_missing_package_is_refused_with_the_line_that_installs_it(monkeypatch):
