@@ -1,6 +1,7 @@
 """Samples: both models on the same prompts, at each evaluation and after it all; training does not notice them."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,14 +115,14 @@ def test_prompts_that_were_cut_for_training_are_cut_for_samples(dpo_recipe: dict
 
 
 def test_a_resumed_run_forgets_samples_of_steps_to_come(dpo_recipe: dict[str, Any], train: Run) -> None:
-    run = Path(train(dpo_recipe, JUDGED)["training"]["output_dir"])
+    changes = JUDGED | {"training.save_steps": 2}
+    run = Path(train(dpo_recipe, changes)["training"]["output_dir"])
     expected = read(run, "step-000003.jsonl")
     (run / "samples" / "step-000099.jsonl").write_text("{}\n")
-    train(dpo_recipe, JUDGED | {"training.max_steps": 5}, resume=True)
+    shutil.rmtree(max((run / "checkpoints").iterdir()))
+    train(dpo_recipe, changes, resume=True)
     assert not (run / "samples" / "step-000099.jsonl").exists()
     assert read(run, "step-000003.jsonl") == expected
-    later = read(run, "step-000005.jsonl")
-    assert [row["reference"] for row in later] == [row["reference"] for row in expected]
 
 
 @pytest.mark.slow
