@@ -59,7 +59,9 @@ def _cells(values: Mapping[str, Any], above: tuple[str, ...]) -> Iterator[tuple[
         return
     for key, value in values.items():
         name = ".".join((*above, str(key)))
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value.keys() == {"share", "ci"}:
+            yield name, _cell(str(key), value["share"], value["ci"])
+        elif isinstance(value, Mapping):
             yield from _cells(value, (*above, str(key)))
         elif isinstance(value, int | float | str) and not str(key).endswith(INTERVAL):
             yield name, _cell(str(key), value, values.get(f"{key}{INTERVAL}"))
