@@ -152,7 +152,7 @@ def processes_asked_of_accelerate(command: Sequence[str], environment: Mapping[s
     Returns:
         The number, 1 where none is given, None where it cannot be known.
     """
-    if "launch" not in " ".join(command):
+    if not any(map(_is_launch, command)):
         return None
     options = _options_of_launcher(command)
     if "num_processes" in options:
@@ -164,9 +164,13 @@ def processes_asked_of_accelerate(command: Sequence[str], environment: Mapping[s
     return _processes_in(Path(config).expanduser())
 
 
+def _is_launch(word: str) -> bool:
+    return word == "launch" or word.endswith("accelerate-launch") or "accelerate.commands.launch" in word
+
+
 def _options_of_launcher(command: Sequence[str]) -> dict[str, str]:
     """The options before the program that accelerate runs; accelerate takes `-` and `_` alike."""
-    start = next((i for i, word in enumerate(command) if word == "launch" or "commands.launch" in word), 0)
+    start = next(i for i, word in enumerate(command) if _is_launch(word))
     words = list(command[start + 1 :])
     end = next(
         (i for i, word in enumerate(words) if word in ("-m", "--module") or Path(word).name.startswith("dpoctl")),

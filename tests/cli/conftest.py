@@ -20,6 +20,11 @@ def run(recipe, **options):
     rank, fate = int(os.environ.get("RANK", "0")), os.environ["FATE"]
     ranks = f"{os.environ.get('RANK')}/{os.environ.get('WORLD_SIZE')} omp {os.environ.get('OMP_NUM_THREADS')}"
     sys.stderr.write(f"RAN {ranks} seed {recipe.training.seed}\\n")
+    with open(f"here-{rank}", "w"):
+        pass
+    # Whoever starts the ranks ends all of them with the first that fails: each must have spoken by then.
+    while not all(os.path.exists(f"here-{r}") for r in range(int(os.environ.get("WORLD_SIZE") or 1))):
+        time.sleep(0.02)
     if fate == "data":
         if rank == 0:
             time.sleep(0.2)
