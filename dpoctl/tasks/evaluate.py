@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator
 from numpy.typing import NDArray
 from rich.table import Table
@@ -18,30 +17,26 @@ from transformers import PreTrainedTokenizerBase
 from dpoctl import console
 from dpoctl.core.logps import Scorer
 from dpoctl.core.loop import EvalSet, Metrics, evaluate
-from dpoctl.core.losses import LOSSES, Item
+from dpoctl.core.losses import Item
 from dpoctl.core.objective import Objective
 from dpoctl.core.planner import Lengths, Plan
 from dpoctl.core.reader import Reader
-from dpoctl.data.formats import FORMATS
 from dpoctl.data.sources import has_splits
 from dpoctl.data.store import TokenStore
 from dpoctl.errors import UsageError
 from dpoctl.model.load import load_policy
 from dpoctl.model.policy import Policy
 from dpoctl.model.probe import probe
-from dpoctl.recipe import Recipe, parse_recipe
-from dpoctl.runs.directory import RESOLVED_RECIPE
+from dpoctl.recipe import Recipe
 from dpoctl.runs.files import to_json, write_atomically
 from dpoctl.runs.report import refresh_report
-from dpoctl.tasks.finished import FinishedRun, require_known_start
+from dpoctl.tasks.finished import FinishedRun, recipe_of, require_known_start, require_model
 from dpoctl.tasks.judge import wilson_interval
 from dpoctl.tasks.machine import build_accelerator, quiet_libraries, token_budget
 from dpoctl.tasks.prepared import read_data
 from dpoctl.tasks.reference import Reference
 from dpoctl.tasks.samples import FOLDER, Sample, sample_finished, show, write
 from dpoctl.tasks.task import build_task
-
-MODELS = ("config.json", "adapter_config.json")
 
 
 def run(run: Path, *, data: str | None = None, limit: int | None = None, json_output: bool = False) -> None:
@@ -81,23 +76,16 @@ def run(run: Path, *, data: str | None = None, limit: int | None = None, json_ou
 
 
 def _recipe_of(run: Path, data: str | None) -> Recipe:
-    """Read the resolved recipe of a run, with its evaluation data replaced if asked for."""
-    path = run / RESOLVED_RECIPE
-    if not path.is_file():
-        raise UsageError(
-            f"{run} is not a run of dpoctl: it has no {RESOLVED_RECIPE}", hint="name the output_dir of a finished run"
-        )
-    if not any((run / name).is_file() for name in MODELS):
-        raise UsageError(f"{run} holds no trained model yet", hint="finish the run with --resume")
-    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    """Read the recipe of a finished run, with its evaluation data replaced if asked for."""
+    recipe = recipe_of(run)
+    require_model(run)
     if data is not None:
         source = {"path": data} | ({"split": "test"} if has_splits(data) else {})
-        document["data"] |= {"eval": {"eval": [source]}, "eval_size": None}
-        document["training"]["eval_steps"] = document["training"].get("eval_steps") or 1
-    if not document["data"].get("eval") and document["data"].get("eval_size") is None:
+        evals, cadence = json.dumps({"eval": [source]}), recipe.training.eval_steps or 1
+        return recipe_of(run, [f"data.eval={evals}", "data.eval_size=null", f"training.eval_steps={cadence}"])
+    if not recipe.data.eval and recipe.data.eval_size is None:
         raise UsageError(f"{run}: its recipe has no evaluation data", hint="name some with --data FILE")
-    text = yaml.safe_dump(document)
-    return parse_recipe(text, str(path), command=document["method"], losses=LOSSES, formats=FORMATS)
+    return recipe
 
 
 def _reference_tables(

@@ -1,6 +1,6 @@
 """A finished run, to be looked at: its recipe, its model with the saved tokenizer, and the reference it came from."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,8 +27,12 @@ from dpoctl.tasks.extensions import recorded_in
 MODEL_CONFIGS = ("config.json", ADAPTER_CONFIG)
 
 
-def recipe_of(run: Path) -> Recipe:
+def recipe_of(run: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read the resolved recipe of a run.
+
+    Args:
+        run: the run directory.
+        overrides: `key=value` texts that win over it.
 
     Raises:
         UsageError: The folder is no run of dpoctl.
@@ -39,7 +43,8 @@ def recipe_of(run: Path) -> Recipe:
     if not path.is_file():
         raise UsageError(f"{run} is not a run of dpoctl: it has no {RESOLVED_RECIPE}")
     text = path.read_text(encoding="utf-8")
-    return parse_recipe(text, str(path), command=yaml.safe_load(text).get("method"), losses=LOSSES, formats=FORMATS)
+    method = yaml.safe_load(text).get("method")
+    return parse_recipe(text, str(path), command=method, overrides=overrides, losses=LOSSES, formats=FORMATS)
 
 
 def require_model(run: Path) -> None:
@@ -49,7 +54,7 @@ def require_model(run: Path) -> None:
         UsageError: No model was exported.
     """
     if not any((run / name).is_file() for name in MODEL_CONFIGS):
-        raise UsageError(f"{run} holds no model: the run has not finished", hint="finish it with --resume")
+        raise UsageError(f"{run} holds no trained model yet: the run has not finished", hint="finish it with --resume")
 
 
 def require_known_start(run: Path, recipe: Recipe) -> None:
