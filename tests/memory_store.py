@@ -23,6 +23,9 @@ class MemoryStore:
         self.response_start = np.cumsum([0, *(len(e.suffixes) for e in examples)])
         self.pair_start = np.cumsum([0, *(len(e.pairs) for e in examples)])
         self.pairs = np.concatenate([e.pairs.reshape(-1, 2) for e in examples])
+        self.label = np.array([e.label for e in examples], dtype=np.int64)
+        self.target = np.array([e.target for e in examples], dtype=np.int64)
+        self.source = np.array([e.source for e in examples], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.examples)

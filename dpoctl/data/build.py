@@ -68,7 +68,7 @@ class RecordEncoder:
     def _lay_out(self, record: Record, item: Rendered, prompt: Ids, answers: list[Answer]) -> Encoded | Reject:
         try:
             prompt, prompt_cut, answers_cut = fit(prompt, answers, self._limits, self._encoder.bos)
-            example = build_example(prompt, answers, record.pairs, self.dtype)
+            example = build_example(prompt, answers, record, self.dtype)
         except Reject as reject:
             return reject
         return Encoded(

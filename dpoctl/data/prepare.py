@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from dpoctl.recipe.schema import Recipe, Source
 
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Raise it with any change that gives the same rows other tokens."""
 
 HELD_OUT_NAME = "eval"

@@ -1,7 +1,7 @@
 """What a row means once it is understood: a prompt, its responses, and which of them beat which."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 Row = dict[str, Any]
@@ -38,12 +38,24 @@ class Record:
     """(winner, loser), as indices of `responses`."""
     label: bool | None = None
     """Unpaired feedback on the only response."""
+    scores: tuple[float, ...] = ()
+    """What each response was rated, higher is better; empty where nobody did."""
+    target: int | None = None
+    """The response that a demonstration of this record would show, where the row says so."""
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    """What the chat template is told of callable functions."""
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further variables of the chat template, of this row alone."""
+    meta: dict[str, Any] = field(default_factory=dict)
+    """What the row says of itself; it survives conversion, and training does not look at it."""
     source: str = ""
     line: int = 0
 
     def to_fields(self) -> dict[str, Any]:
         """Write what the record means, without where it stood, as JSON values."""
-        return {"prompt": self.prompt, "responses": self.responses, "pairs": self.pairs, "label": self.label}
+        fields: dict[str, Any] = {"prompt": self.prompt, "responses": self.responses, "pairs": self.pairs}
+        optional = {name: getattr(self, name) for name in _OPTIONAL}
+        return fields | {name: value for name, value in optional.items() if value not in (None, (), [], {})}
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any], *, source: str, line: int) -> "Record":
@@ -52,25 +64,42 @@ class Record:
             prompt=fields["prompt"],
             responses=tuple(fields["responses"]),
             pairs=tuple((winner, loser) for winner, loser in fields["pairs"]),
-            label=fields["label"],
+            **{name: fields[name] for name in _OPTIONAL & fields.keys() if name != "scores"},
+            scores=tuple(fields.get("scores", ())),
             source=source,
             line=line,
         )
 
+    @property
+    def best(self) -> int | None:
+        """The response to imitate: the one that the row names, else the one that beats others and loses to none.
+
+        None where no response, or more than one, is unbeaten, and where the only one is labelled as bad.
+        """
+        if self.label is False:
+            return None
+        if self.target is not None:
+            return self.target
+        if not self.pairs:
+            top = [k for k, score in enumerate(self.scores) if score == max(self.scores)]
+            return 0 if len(self.responses) == 1 else (top[0] if len(top) == 1 else None)
+        unbeaten = {winner for winner, _ in self.pairs} - {loser for _, loser in self.pairs}
+        return unbeaten.pop() if len(unbeaten) == 1 else None
+
     def preferred(self) -> "Record":
-        """Keep the one response that beats others and is beaten by none, as a demonstration.
+        """Keep the best response alone, as a demonstration.
 
         Raises:
-            Reject: No response, or more than one, is unbeaten; or the only one is labelled as bad.
+            Reject: There is no best one; or the only one is labelled as bad.
         """
         if self.label is False:
             raise Reject("negative_label", "the completion is labelled as bad")
-        if not self.pairs:
-            return self
-        best = {winner for winner, _ in self.pairs} - {loser for _, loser in self.pairs}
-        if len(best) != 1:
-            raise Reject("no_best_response", f"{len(best)} responses are unbeaten")
-        return replace(self, responses=(self.responses[best.pop()],), pairs=())
+        if self.best is None:
+            raise Reject("no_best_response", "no response is unbeaten, or several are")
+        return replace(self, responses=(self.responses[self.best],), pairs=(), scores=(), target=None)
+
+
+_OPTIONAL = {"label", "scores", "target", "tools", "template_kwargs"}
 
 
 def squeeze(text: Text) -> str:

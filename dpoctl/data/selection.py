@@ -90,7 +90,7 @@ def prompt_number(seed: int, prompt: Text) -> float:
 
 def record_digest(record: Record) -> bytes:
     """Hash what a record means, to find it again: `(16,)` bytes."""
-    content = json.dumps([record.responses, record.pairs, record.label], sort_keys=True).encode()
+    content = json.dumps(record.to_fields() | {"prompt": None}, sort_keys=True).encode()
     return hashlib.sha256(_content(record.prompt) + b"\0" + content).digest()[:16]
 
 

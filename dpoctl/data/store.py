@@ -32,6 +32,9 @@ COLUMNS = (
     "num_tokens",
     "pair_start",
     "pairs",
+    "label",
+    "target",
+    "source",
     "text_start",
 )
 CONTENTS = ("ids.bin", "scored.bin", "records.jsonl", "rejects.jsonl", "report.json")
@@ -63,6 +66,12 @@ class TokenStore:
     """`(n + 1,)`: a ragged index into `pairs`."""
     pairs: Column
     """`(M, 2)`: (winner, loser), as indices of the record's responses."""
+    label: Column
+    """`(n,)`: unpaired feedback: 1 is good, 0 is bad, -1 is none."""
+    target: Column
+    """`(n,)`: the response to imitate, as an index of the record's responses; -1 is none."""
+    source: Column
+    """`(n,)`: the number of the source that the record comes from."""
     text_start: Column
     """`(n + 1,)`: where each record's line starts in the texts, in bytes."""
 
@@ -92,6 +101,9 @@ class TokenStore:
             suffixes=tuple(self._ids[part] for part in slices[1:]),
             suffixes_scored=tuple(self._scored[part] for part in slices[1:]),
             pairs=self.pairs[self.pair_start[index] : self.pair_start[index + 1]],
+            label=int(self.label[index]),
+            target=int(self.target[index]),
+            source=int(self.source[index]),
         )
 
     def texts(self, index: int) -> Record:
@@ -177,6 +189,9 @@ class StoreWriter:
         columns["token_start"].append(columns["token_start"][-1] + len(example.shared) + sum(lengths))
         columns["response_start"].append(len(columns["suffix_len"]))
         columns["pair_start"].append(len(columns["pairs"]) // 2)
+        columns["label"].append(example.label)
+        columns["target"].append(example.target)
+        columns["source"].append(at[0])
         line = json.dumps({"at": at, "record": record.to_fields()}, ensure_ascii=False).encode() + b"\n"
         self._records.write(line)
         columns["text_start"].append(columns["text_start"][-1] + len(line))

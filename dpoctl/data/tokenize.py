@@ -41,6 +41,12 @@ class Example:
     """K arrays."""
     pairs: npt.NDArray[np.int64]
     """`(M, 2)`: (winner, loser), as indices of the responses."""
+    label: int = -1
+    """Unpaired feedback on the only response: 1 is good, 0 is bad, -1 is none."""
+    target: int = 0
+    """The response to imitate where a loss has a supervised term; -1 is none."""
+    source: int = 0
+    """The number of the recipe's source that the record comes from."""
 
 
 @dataclass(slots=True)
@@ -184,7 +190,7 @@ def fit(prompt: Ids, answers: list[Answer], limits: Limits, bos: int | None) -> 
     return prompt, over, cut
 
 
-def build_example(prompt: Ids, answers: list[Answer], pairs: Sequence[tuple[int, int]], dtype: Any) -> Example:
+def build_example(prompt: Ids, answers: list[Answer], record: Record, dtype: Any) -> Example:
     """Lay out a record: the longest shared prefix, then the suffixes.
 
     Raises:
@@ -194,7 +200,7 @@ def build_example(prompt: Ids, answers: list[Answer], pairs: Sequence[tuple[int,
     flags = [np.asarray([False] * len(prompt) + answer.scored, dtype=bool) for answer in answers]
     for row in flags:
         row[0] = False
-    for winner, loser in pairs:
+    for winner, loser in record.pairs:
         if np.array_equal(rows[winner], rows[loser]):
             raise Reject("identical_tokens", "the answers are the same after truncation")
     shared = min(len(row) for row in rows) - 1
@@ -206,7 +212,9 @@ def build_example(prompt: Ids, answers: list[Answer], pairs: Sequence[tuple[int,
         shared_scored=flags[0][:shared],
         suffixes=tuple(row[shared:] for row in rows),
         suffixes_scored=tuple(flag[shared:] for flag in flags),
-        pairs=np.asarray(pairs, dtype=np.int64).reshape(-1, 2),
+        pairs=np.asarray(record.pairs, dtype=np.int64).reshape(-1, 2),
+        label=-1 if record.label is None else int(record.label),
+        target=-1 if record.best is None else record.best,
     )
 
 

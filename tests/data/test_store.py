@@ -12,7 +12,8 @@ PAIR = Record("p", (" a", " b"), ((0, 1),))
 
 
 def example(*answers, prompt=(1, 2), pairs=((0, 1),), dtype=np.uint16):
-    return build_example(list(prompt), [Answer(list(ids), [True] * len(ids)) for ids in answers], pairs, dtype)
+    rows = [Answer(list(ids), [True] * len(ids)) for ids in answers]
+    return build_example(list(prompt), rows, Record("p", ("a",) * len(rows), tuple(pairs)), dtype)
 
 
 def write(folder, examples, key="k", dtype=np.uint16, record=PAIR):

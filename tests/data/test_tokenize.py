@@ -164,7 +164,7 @@ def test_a_row_is_rejected_when_truncation_leaves_nothing_to_learn():
 
 def example(prompt, *answers, scored=None, pairs=((0, 1),)):
     rows = [Answer(list(ids), scored or [True] * len(ids)) for ids in answers]
-    return build_example(prompt, rows, pairs, np.uint16)
+    return build_example(prompt, rows, Record("p", ("a",) * len(rows), tuple(pairs)), np.uint16)
 
 
 def test_responses_share_their_longest_common_prefix_beyond_the_prompt():
@@ -184,7 +184,7 @@ def test_each_suffix_keeps_a_token_when_one_answer_starts_the_other():
 
 def test_tokens_with_other_flags_are_not_shared():
     rows = [Answer([3, 4, 5], [False, True, True]), Answer([3, 4, 6], [True, True, True])]
-    assert build_example([1], rows, ((0, 1),), np.uint16).shared.tolist() == [1]
+    assert build_example([1], rows, Record("p", ("a", "b"), ((0, 1),)), np.uint16).shared.tolist() == [1]
 
 
 def test_a_single_response_shares_all_but_its_last_token():
