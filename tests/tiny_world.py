@@ -77,6 +77,14 @@ def build_world(root: Path, tokenizer: PreTrainedTokenizerFast) -> dict[str, str
     ranked = [{**row, "responses": [row["rejected"], row["chosen"], "maybe"], "pairs": [[0, 2]]} for row in rows]
     write_rows(root / "ambiguous.jsonl", ranked)
     write_rows(root / "renamed.jsonl", [{**row, "best": row["rejected"]} for row in rows])
+    ranked = [{"prompt": row["prompt"], "responses": [row["chosen"], "maybe", row["rejected"]]} for row in rows]
+    write_rows(root / "rankings.jsonl", [{**row, "pairs": [[0, 1], [0, 2], [1, 2]]} for row in ranked])
+    answers = [row["rejected" if number % 2 else "chosen"] for number, row in enumerate(rows)]
+    labelled = zip(rows, answers, strict=True)
+    write_rows(
+        root / "labels.jsonl",
+        [{"prompt": row["prompt"], "completion": answer, "label": answer == row["chosen"]} for row, answer in labelled],
+    )
     write_rows(root / "turns.jsonl", [{"messages": DEMONSTRATION}] * 4)
     (root / "folder").mkdir()
     write_rows(root / "folder" / "one.jsonl", rows[:2])

@@ -27,7 +27,12 @@ class Batch:
         token_index: `[N']`, into the N predicted tokens, response by response.
         num_tokens: `[R]`, scored tokens of each response.
         pairs: `[M, 2]`, (winner, loser) among the responses.
+        starts: `[G + 1]`, where the responses of each record start, and R.
+        labels: `[G]`, 1 where a record's response is desirable, 0 where it is not, -1 where nobody said.
+        targets: `[G]`, the response that a record wants imitated, among all R; -1 for none.
+        sources: `[G]`, number of the data source of each record.
         ref_logps: `[R]` float32, or `None`.
+        ref_head_logps: `[R]` float32, or `None`; see `Scores`.
         is_filler: a batch that keeps ranks in step and counts for nothing.
     """
 
@@ -40,7 +45,12 @@ class Batch:
     token_index: Tensor
     num_tokens: Tensor
     pairs: Tensor
+    starts: Tensor
+    labels: Tensor
+    targets: Tensor
+    sources: Tensor
     ref_logps: Tensor | None = None
+    ref_head_logps: Tensor | None = None
     is_filler: bool = False
 
     def to(self, device: torch.device) -> Self:

@@ -43,13 +43,17 @@ def collate(
 
 @dataclass
 class _Targets:
-    """Which row predicts which token, and to which response that token belongs."""
+    """Which row predicts which token, to which response that token belongs, and what is known of the responses."""
 
     score_pos: list[Ints] = field(default_factory=list)
     score_tgt: list[Ints] = field(default_factory=list)
     token_index: list[Ints] = field(default_factory=list)
     num_tokens: list[int] = field(default_factory=list)
     pairs: list[Ints] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
     predicted: int = 0
 
     def predict(self, rows: Ints, tokens: Ints) -> Ints:
@@ -65,9 +69,14 @@ class _Targets:
         self.token_index.append(numbers)
         self.num_tokens.append(len(numbers))
 
-    def add_pairs(self, pairs: Ints) -> None:
-        """Add a record's pairs, before its responses."""
-        self.pairs.append(pairs.reshape(-1, 2) + len(self.num_tokens))
+    def add_record(self, example: Example) -> None:
+        """Add what a record says of its responses, before these."""
+        first = len(self.num_tokens)
+        self.pairs.append(example.pairs.reshape(-1, 2) + first)
+        self.starts.append(first)
+        self.labels.append(example.label)
+        self.targets.append(first + example.target if example.target >= 0 else -1)
+        self.sources.append(example.source)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the fields that a batch has of these."""
@@ -77,6 +86,10 @@ class _Targets:
             "token_index": _join(self.token_index),
             "num_tokens": torch.tensor(self.num_tokens),
             "pairs": _join(self.pairs).reshape(-1, 2),
+            "starts": torch.tensor([*self.starts, len(self.num_tokens)]),
+            "labels": torch.tensor(self.labels),
+            "targets": torch.tensor(self.targets),
+            "sources": torch.tensor(self.sources),
         }
 
 
@@ -97,7 +110,7 @@ class _Flat:
         self.segments.append((start, shared, lengths))
         self.rows += shared + sum(lengths)
 
-        self.targets.add_pairs(example.pairs)
+        self.targets.add_record(example)
         scored = np.flatnonzero(example.shared_scored)
         common = self.targets.predict(start + scored - 1, example.shared[scored])
         first = start + shared
@@ -128,7 +141,7 @@ class _Padded:
         self.targets = _Targets()
 
     def add(self, example: Example) -> None:
-        self.targets.add_pairs(example.pairs)
+        self.targets.add_record(example)
         for suffix, flags in zip(example.suffixes, example.suffixes_scored, strict=True):
             row, scored = np.concatenate([example.shared, suffix]), np.concatenate([example.shared_scored, flags])
             at = np.flatnonzero(scored)

@@ -4,14 +4,17 @@ DDP, FSDP, DeepSpeed and autocast wrap it and nothing else is called: a backbone
 unsynchronised gradients without an error.
 """
 
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpoctl.core.batch import Batch
 from dpoctl.model.attention import SHARED_PREFIX
-from dpoctl.model.head import Head, select_logps
+from dpoctl.model.head import Head
 from dpoctl.model.probe import Verdict, accepts, backbone
 
 
@@ -22,15 +25,18 @@ class Scorer(nn.Module):
         model: the module that owns all parameters: the causal model, or PEFT's wrapper around it.
         causal: the causal model inside it.
         verdict: the layout and the head to use.
+        confidence: score each token's confidence besides, as `dpoctl.model.head.score_targets` does.
     """
 
-    def __init__(self, model: nn.Module, causal: PreTrainedModel, verdict: Verdict) -> None:
+    def __init__(
+        self, model: nn.Module, causal: PreTrainedModel, verdict: Verdict, *, confidence: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self.verdict = verdict
         # Not registered a second time: `model` owns every parameter.
         self._causal = (causal,)
-        self._head = Head(causal)
+        self._head = Head(causal, confidence=confidence)
         self._takes_positions = accepts(backbone(causal), "position_ids")
         if verdict.layout == "shared":
             causal.set_attn_implementation(SHARED_PREFIX)
@@ -41,7 +47,7 @@ class Scorer(nn.Module):
         return self._causal[0]
 
     def forward(self, batch: Batch) -> Tensor:
-        """Return `[N]` float32 log-probabilities of the batch's predicted tokens, in nats."""
+        """Return `[N]` float32 log-probabilities of the predicted tokens, in nats, or `[N, 2]` with confidences."""
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         if self._takes_positions:
             inputs["position_ids"] = batch.position_ids
@@ -64,4 +70,51 @@ class Scorer(nn.Module):
         logits = cast(Tensor, self.causal(**inputs).logits)
         if logits.shape[1] == width:
             at = columns
-        return select_logps(logits[rows, at], batch.score_tgt)
+        return self._head.select(logits[rows, at], batch.score_tgt)
+
+
+@dataclass(frozen=True)
+class Responses:
+    """What a model says of each response of a batch.
+
+    Attributes:
+        logps: `[R]`, sum over its scored tokens.
+        token_logps: `[N']`, one for every scored token of every response.
+        head_logps: `[R]`, sum over the first m of them, m the number that the shortest response of the record has.
+        confidence: `[R]`, mean over its tokens, without gradient.
+    """
+
+    logps: Tensor
+    token_logps: Tensor
+    head_logps: Tensor | None = None
+    confidence: Tensor | None = None
+
+
+def per_response(batch: Batch, scored: Tensor, needs: Collection[str] = ()) -> Responses:
+    """Gather what the Scorer says of a batch's tokens by response.
+
+    Args:
+        batch: what was scored.
+        scored: the Scorer's output, `[N]` or `[N, 2]`.
+        needs: what a loss needs besides sums: `head`, `confidence`.
+    """
+    logps, confidence = (scored, None) if scored.dim() == 1 else scored.unbind(1)
+    if confidence is not None:
+        confidence = batch.sum_per_response(confidence.detach()) / batch.num_tokens
+    return Responses(
+        logps=batch.sum_per_response(logps),
+        token_logps=logps[batch.token_index],
+        head_logps=_head_sums(batch, logps) if "head" in needs else None,
+        confidence=confidence if "confidence" in needs else None,
+    )
+
+
+def _head_sums(batch: Batch, token_logps: Tensor) -> Tensor:
+    """`[R]`, sums over as many tokens of a response as the shortest of its record has."""
+    lengths, sizes = batch.num_tokens, batch.starts.diff()
+    record = torch.repeat_interleave(torch.arange(len(sizes), device=lengths.device), sizes)
+    shortest = lengths.new_zeros(len(sizes)).scatter_reduce(0, record, lengths, "amin", include_self=False)[record]
+    first = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+    position = torch.arange(len(first), device=lengths.device) - first
+    kept = position < torch.repeat_interleave(shortest, lengths)
+    return torch.segment_reduce(token_logps[batch.token_index[kept]], "sum", lengths=shortest, unsafe=True)

@@ -84,6 +84,8 @@ class Run:
     cadence: Cadence
     evals: Mapping[str, EvalSet] = field(default_factory=dict)
     start: int = 0
+    updated: Callable[[int], None] = lambda step: None
+    """Called after the update of each step, on every rank."""
 
 
 def fit(run: Run) -> int:
@@ -105,6 +107,7 @@ def fit(run: Run) -> int:
             step, rate, done = plan.step(number), run.learning_rate(number), number + 1
             with window.measure(int(plan.lengths.tokens[list(step.records)].sum())):
                 grad_norm = _update(run, step, rate, meter)
+                run.updated(done)
             run.outputs.advance(done)
 
             saving = _due(cadence.save, done) or done == plan.num_steps
@@ -140,7 +143,7 @@ def evaluate(objective: Objective, data: EvalSet) -> Metrics:
 def _update(run: Run, step: Step, rate: float, meter: Meter) -> float:
     """Take one optimizer step and return the norm of its gradient before clipping."""
     set_learning_rate(run.optimizer, rate)
-    run.objective.backward(step, run.reader, meter)
+    memory = run.objective.backward(step, run.reader, meter)
     bound = float("inf") if run.max_grad_norm is None else run.max_grad_norm
     norm = run.accelerator.clip_grad_norm_(run.objective.scorer.parameters(), bound)
     # With a loss scale (fp16) an overflow is expected now and then: the scaler skips that update itself.
@@ -151,6 +154,8 @@ def _update(run: Run, step: Step, rate: float, meter: Meter) -> float:
         )
     run.optimizer.step()
     run.optimizer.zero_grad()
+    if not run.accelerator.optimizer_step_was_skipped:
+        run.objective.memory = memory
     if run.accelerator.scaler is not None and run.accelerator.scaler.get_scale() < 1:
         raise RunError(
             f"step {step.number + 1}: the gradient overflows float16 at any scale",

@@ -61,7 +61,9 @@ class Lengths:
             items={
                 "pairs": np.diff(store.pair_start),
                 "responses": rows,
+                "records": np.ones_like(rows),
                 "tokens": np.add.reduceat(store.num_tokens, starts),
+                "target_tokens": np.where(store.target < 0, 0, store.num_tokens[starts + store.target.clip(0)]),
             },
         )
 

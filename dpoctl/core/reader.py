@@ -1,12 +1,13 @@
 """From record numbers to batches on a device: the token store, seen by the loop."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from dpoctl.core.batch import Batch
 from dpoctl.core.collator import Collate, collate
@@ -26,7 +27,9 @@ class Reader:
         device: where it goes.
         pad_token_id: fills padded rows.
         ref_logps: `[R]`, log-probabilities of all responses of the store under the reference, if known.
+        ref_head_logps: `[R]`, the same over the first tokens, as `Scores` has it; if known.
         collate: puts examples into a batch.
+        names: of the sources, by number, that have metrics of their own.
     """
 
     store: TokenStore
@@ -34,7 +37,9 @@ class Reader:
     device: torch.device
     pad_token_id: int = 0
     ref_logps: NDArray[np.float32] | None = None
+    ref_head_logps: NDArray[np.float32] | None = None
     collate: Collate = collate
+    names: Mapping[int, str] = field(default_factory=dict)
 
     def batch(self, records: Sequence[int]) -> Batch:
         """Return the batch of some records; of none, a filler."""
@@ -46,6 +51,8 @@ class Reader:
             ref_logps=None if self.ref_logps is None else self.ref_logps[self._responses(chosen)],
             is_filler=not records,
         )
+        if self.ref_head_logps is not None:
+            batch = replace(batch, ref_head_logps=torch.from_numpy(self.ref_head_logps[self._responses(chosen)]))
         return batch.to(self.device)
 
     def rows(self, records: Sequence[int]) -> Ints:
@@ -54,14 +61,23 @@ class Reader:
         counts: Ints = self.store.response_start[at + 1] - self.store.response_start[at]
         return counts
 
-    def outline(self, records: Sequence[int]) -> tuple[Ints, Ints]:
-        """Return the number of scored tokens `[R]` of the records' responses, and the pairs `[M, 2]` among those."""
-        rows = self.rows(records)
+    def outline(self, records: Sequence[int]) -> dict[str, Tensor]:
+        """Return what `Scores` says of the records' responses that no model is needed for, by its names."""
+        store, at, rows = self.store, np.asarray(records), self.rows(records)
+        starts = np.concatenate([[0], np.cumsum(rows)])
+        first, pair_start = starts[:-1], store.pair_start
         pairs = [
-            self.store.pairs[self.store.pair_start[record] : self.store.pair_start[record + 1]] + first
-            for record, first in zip(records, np.cumsum(rows) - rows, strict=True)
+            store.pairs[pair_start[r] : pair_start[r + 1]] + start for r, start in zip(records, first, strict=True)
         ]
-        return self.store.num_tokens[self._responses(records)].astype(np.int64), np.concatenate(pairs).reshape(-1, 2)
+        known = {
+            "num_tokens": store.num_tokens[self._responses(records)],
+            "pairs": np.concatenate(pairs).reshape(-1, 2),
+            "starts": starts,
+            "labels": store.label[at],
+            "targets": np.where(store.target[at] < 0, -1, first + store.target[at]),
+            "sources": store.source[at],
+        }
+        return {name: torch.from_numpy(values.astype(np.int64)).to(self.device) for name, values in known.items()}
 
     def _responses(self, records: Sequence[int]) -> Ints:
         starts = self.store.response_start

@@ -1,7 +1,7 @@
 """From hidden states to the log-probabilities of chosen tokens, in chunks, without ever holding all logits.
 
 `[N, vocabulary]` would be the largest tensor of a step by far. Here a chunk of rows passes through the head, its
-log-sum-exp is taken in float32, and only one number a row is kept.
+log-sum-exp is taken in float32, and only one number a row is kept, or two.
 """
 
 from collections.abc import Callable
@@ -54,21 +54,40 @@ def select_logps(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
 
+def score_targets(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return `[n, 2]` float32: log-probabilities of `targets` as `select_logps` has them, and their confidence.
+
+    The confidence of a token is log p(token) - log sum_v p(v)^2: above zero for a token that is likelier than one drawn
+    from the model would be on average, zero for any token of a uniform model. It carries no gradient.
+    """
+    logps = select_logps(logits, targets)
+    with torch.no_grad():
+        logits = logits.float() if logits.dtype != torch.float64 else logits
+        collision = (logits - logits.logsumexp(-1, keepdim=True)).mul_(2).logsumexp(-1)
+        confidence = logps - collision
+    return torch.stack([logps, confidence], dim=-1)
+
+
 class Head:
     """The output head of a causal model: log-probabilities of targets given hidden states.
 
     A frozen head costs two matrix products: d logp / d hidden is taken in the forward, chunk by chunk, and kept
     `[N, hidden]`; backward is then a product with the upstream gradient. A trainable one (or one with an adapter)
     is recomputed in backward, so that its own gradient flows.
+
+    Args:
+        causal: whose head it is.
+        confidence: return the confidence in each target besides, from the same logits; see `score_targets`.
     """
 
-    def __init__(self, causal: PreTrainedModel) -> None:
+    def __init__(self, causal: PreTrainedModel, *, confidence: bool = False) -> None:
         self.module = cast(nn.Module, causal.get_output_embeddings())
         self.transform = LogitTransform.of(causal.config)
         self.vocabulary = int(causal.config.vocab_size)
+        self.select = score_targets if confidence else select_logps
 
     def logps(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Return `[N]` log-probabilities.
+        """Return `[N]` log-probabilities, or `[N, 2]` with confidences.
 
         Args:
             hidden: `[N, hidden]`, rows that predict.
@@ -85,7 +104,7 @@ class Head:
         return torch.cat([frozen.apply(h, t, self._chunk) for h, t in chunks])
 
     def _chunk(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return select_logps(self.transform(self.module(hidden)), targets)
+        return self.select(self.transform(self.module(hidden)), targets)
 
 
 def _separate_casts(device: str) -> torch.autocast:
@@ -102,7 +121,7 @@ class _FrozenHead(torch.autograd.Function):
     """Log-probabilities whose gradient with respect to the hidden states is already known in the forward.
 
     A row's log-probability depends on that row alone, so one backward through the sum gives every row's gradient,
-    and what comes from above is a factor on it.
+    and what comes from above is a factor on it. A second column is known not to carry any.
     """
 
     @staticmethod
@@ -119,4 +138,5 @@ class _FrozenHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
+        upstream = upstream if upstream.dim() == 1 else upstream[:, 0]
         return upstream[:, None].to(gradient.dtype) * gradient, None, None

@@ -100,9 +100,13 @@ class Policy:
                 for adapter, scale in module.scaling.items():
                     yield f"{name}.{adapter}.scaling", torch.tensor(scale)
 
+    def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What is trained, by name."""
+        return ((name, p) for name, p in self.causal.named_parameters() if p.requires_grad)
+
     def trainable_state(self) -> dict[str, Tensor]:
         """The trainable parameters by name: what a checkpoint holds. They share memory with the model."""
-        return {name: parameter.detach() for name, parameter in self._trainable()}
+        return {name: parameter.detach() for name, parameter in self.trainable_parameters()}
 
     def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
         """Put the trainable parameters of a checkpoint back in place.
@@ -110,7 +114,7 @@ class Policy:
         Raises:
             RunError: the names or shapes are not those of this model.
         """
-        parameters = dict(self._trainable())
+        parameters = dict(self.trainable_parameters())
         if parameters.keys() != state.keys():
             odd = sorted(parameters.keys() ^ state.keys())
             raise RunError(f"the checkpoint is of another model: {len(odd)} weights differ, such as '{odd[0]}'")
@@ -132,9 +136,6 @@ class Policy:
             export_full(self.causal, self.dtype, self.original_config, folder, tokenizer)
         else:
             export_adapter(self, folder, tokenizer)
-
-    def _trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
-        return ((name, p) for name, p in self.causal.named_parameters() if p.requires_grad)
 
     def _activate(self, adapters: tuple[str, ...]) -> None:
         tuner: Any = self.model.base_model

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from dpoctl import console
-from dpoctl.recipe import rules_data, rules_training
+from dpoctl.recipe import rules_data, rules_loss, rules_training
 from dpoctl.recipe.document import Document
 from dpoctl.recipe.facts import Facts, Grade, Remark, Situation
 from dpoctl.recipe.problems import Place, Problem, dotted
 from dpoctl.recipe.schema import Recipe
 from dpoctl.recipe.validate import touches
 
-RULES = (*rules_training.RULES, *rules_data.RULES)
+RULES = (*rules_training.RULES, *rules_loss.RULES, *rules_data.RULES)
 STYLES = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 
 

@@ -1,13 +1,14 @@
 """What the keys of a recipe must be to one another."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 
 from dpoctl.recipe.expect import Path
 from dpoctl.recipe.inert import inert_keys
+from dpoctl.recipe.loss import Named
 from dpoctl.recipe.problems import dotted
-from dpoctl.recipe.schema import JudgeSection, Recipe
+from dpoctl.recipe.schema import LOSS, JudgeSection, Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,19 +28,33 @@ class Finding:
 
 Stands = Callable[[Path, tuple[Path, ...]], bool]
 QUANTIZATION: Path = ("quantization",)
-LOSS: Path = ("dpo", "loss")
 UNDECIDED = "undecided"
 """What a judge calls a text of no category."""
+ROWS = {
+    "hh": ("pairs",),
+    "trl-explicit": ("pairs",),
+    "trl-implicit": ("pairs",),
+    "ranking": ("pairs", "rankings"),
+    "prompt-completion": ("labels",),
+    "messages": (),
+}
+"""What rows of a format are to a loss of preferences; of other formats nothing is known before they are read."""
+JUDGED = {"pairs": "pairs of answers", "rankings": "rankings of answers", "labels": "labelled answers"}
+WAY_OUT = {
+    "pairs": "take other rows, or a loss of these",
+    "rankings": "write them in the format ranking",
+    "labels": "convert them with `dpoctl convert-data --to unpaired`",
+}
 
 
-def check(recipe: Recipe, command: str, stands: Stands, needs_reference: bool | None) -> Iterator[Finding]:
+def check(recipe: Recipe, command: str, stands: Stands, losses: Sequence[Named]) -> Iterator[Finding]:
     """Find every contradiction.
 
     Args:
         recipe: A recipe whose keys are right one by one.
         command: The command that reads it: `sft` or `dpo`.
         stands: Whether a key is written down, and was not overruled with one of the other keys.
-        needs_reference: Whether the loss compares with a reference; None where there is no loss to ask.
+        losses: Those of preferences; empty where there are none, or something is wrong with them.
     """
     if recipe.method != command:
         yield Finding(
@@ -52,8 +67,10 @@ def check(recipe: Recipe, command: str, stands: Stands, needs_reference: bool | 
     yield from _training(recipe)
     if recipe.eval.judge is not None:
         yield from _judge(recipe.eval.judge)
-    if needs_reference is not None:
-        yield from _reference(recipe, needs_reference)
+    if losses:
+        yield from _batch(recipe, losses)
+        yield from _formats(recipe, losses)
+        yield from _reference(recipe, losses)
 
 
 def _inert(recipe: Recipe, stands: Stands) -> Iterator[Finding]:
@@ -134,18 +151,63 @@ def _judge(judge: JudgeSection) -> Iterator[Finding]:
                 yield Finding((*path, name), f"{word!r} is a word of {seen[word.casefold()]!r} too; it decides nothing")
 
 
-def _reference(recipe: Recipe, needed: bool) -> Iterator[Finding]:
+def _batch(recipe: Recipe, losses: Sequence[Named]) -> Iterator[Finding]:
+    coupled = next((one for one in losses if one.loss.couples_batch), None)
+    if coupled is not None and recipe.training.global_batch_size == 1:
+        at: Path = ("training", "global_batch_size")
+        what = f"the loss {coupled.kind!r} compares the rows of a step, and global_batch_size: 1 is a step of one"
+        yield Finding(at, f"{what}; e.g. 64", (LOSS,))
+
+
+def _formats(recipe: Recipe, losses: Sequence[Named]) -> Iterator[Finding]:
+    judging = losses[0]
+    wanted = judging.loss.rows
+    for path, source in recipe.data.sources:
+        if wanted not in ROWS.get(source.format, (wanted,)):
+            yield Finding(
+                (*path, "format"),
+                f"the loss {judging.kind!r} judges {JUDGED[wanted]}, which rows of format {source.format} are not; "
+                f"{WAY_OUT[wanted]}",
+                (LOSS,),
+            )
+
+
+def _reference(recipe: Recipe, losses: Sequence[Named]) -> Iterator[Finding]:
     reference = recipe.dpo.reference
-    loss = f"the loss {recipe.dpo.loss['type']!r}"
+    needed = next((one for one in losses if one.loss.needs_reference), None)
     mode: Path = ("dpo", "reference", "mode")
     path: Path = ("dpo", "reference", "path")
     if needed and reference.mode == "none":
-        yield Finding(mode, f"{loss} needs a reference; use auto, or another loss", (LOSS,))
+        yield Finding(mode, f"the loss {needed.kind!r} needs a reference; use auto, or another loss", (LOSS,))
+    sync: Path = ("dpo", "reference", "sync_steps")
     if needed:
+        yield from _moving_reference(recipe, sync)
         return
-    for at, given in ((mode, reference.mode in ("cached", "live")), (path, reference.path is not None)):
+    standing = (
+        (mode, reference.mode in ("cached", "live")),
+        (path, reference.path is not None),
+        (sync, reference.sync_steps is not None),
+    )
+    for at, given in standing:
         if given:
-            yield Finding(at, f"{dotted(at)} would do nothing: {loss} is set to use no reference", (LOSS,))
+            unread = f"the loss {losses[0].kind!r}" if len(losses) == 1 else "every loss of the list"
+            yield Finding(at, f"{dotted(at)} would do nothing: {unread} is set to use no reference", (LOSS,))
+
+
+def _moving_reference(recipe: Recipe, sync: Path) -> Iterator[Finding]:
+    reference = recipe.dpo.reference
+    if reference.sync_steps is None:
+        return
+    if reference.mode == "cached":
+        mode: Path = ("dpo", "reference", "mode")
+        yield Finding(
+            mode, "mode: cached keeps a reference that stands still; with sync_steps use auto or live", (sync,)
+        )
+    if reference.path is not None:
+        path: Path = ("dpo", "reference", "path")
+        yield Finding(
+            path, "sync_steps mixes the policy into the model it started from; path names another model", (sync,)
+        )
 
 
 def _same_folder(name: str, output_dir: str) -> bool:

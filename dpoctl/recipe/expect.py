@@ -68,6 +68,8 @@ def describe(hint: Any) -> str:
         words = _choices([str(choice) for choice in get_args(kind)])
     elif get_origin(kind) is list:
         words = f"a list, each {describe(get_args(kind)[0])}"
+    elif get_origin(kind) in (Union, UnionType):
+        words = _choices([describe(member) for member in get_args(kind) if member is not NoneType])
     elif isinstance(kind, type) and issubclass(kind, BaseModel):
         words = f"a mapping with keys such as {', '.join(list(kind.model_fields)[:3])}"
     else:

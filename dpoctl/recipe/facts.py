@@ -44,7 +44,8 @@ class Facts:
         context_length: positions that the model knows.
         unmatched_targets: names in `lora.target_modules` that nothing in the model has.
         linear_layers: names that would do.
-        couples_batch: whether the loss compares the rows of a step with one another.
+        coupling: the losses that compare the rows of a step with one another.
+        labels: desirable and undesirable training rows, where they are labelled.
         troubles: what went wrong while looking.
     """
 
@@ -63,7 +64,8 @@ class Facts:
     context_length: int | None = None
     unmatched_targets: tuple[str, ...] = ()
     linear_layers: tuple[str, ...] = ()
-    couples_batch: bool = False
+    coupling: tuple[str, ...] = ()
+    labels: tuple[int, int] | None = None
     troubles: tuple[Remark, ...] = ()
 
 

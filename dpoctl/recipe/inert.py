@@ -32,6 +32,9 @@ def inert_keys(recipe: "Recipe") -> dict[Path, Inert]:
     if recipe.data.overlong == "drop":
         why = Inert("overlong: drop cuts no prompt", (("data", "overlong"),))
         inert[("data", "prompt_truncation")] = why
+    if recipe.method == "dpo" and recipe.dpo.reference.sync_steps is None:
+        why = Inert("sync_steps is not set, the reference stays where it is", (("dpo", "reference", "sync_steps"),))
+        inert[("dpo", "reference", "sync_alpha")] = why
     return inert | _of_the_model(recipe) | _of_the_adapter(recipe) | _of_the_training(recipe) | _of_the_samples(recipe)
 
 

@@ -7,34 +7,57 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
-from dpoctl.recipe.schema import Recipe
-from dpoctl.recipe.validate import loss_parameters
+from dpoctl.recipe.loss import SFT, loss_parameters
+from dpoctl.recipe.schema import DpoSection, Recipe
+
+DEFAULT = DpoSection().losses[0][1]["type"]
+SFT_MEANING = "The mean negative log-likelihood of the tokens of preferred responses, as one of several losses."
+WEIGHT_MEANING = "The weight of the loss in the sum of the list."
 
 
 def json_schema(losses: Mapping[str, Any]) -> dict[str, Any]:
     """Describe every key, its type, range, default and meaning.
 
     Args:
-        losses: A loss by its name; their hyperparameters become the keys of `dpo.loss`.
+        losses: A loss by its name; each becomes a mapping of its own that `dpo.loss` may be, or be a list of.
     """
     schema = Recipe.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    parameters: dict[str, Any] = {"type": {"enum": list(losses), "description": "Which loss."}}
-    for name, loss in losses.items():
-        meanings = _attribute_docstrings(loss)
-        for key, described in loss_parameters(loss).model_json_schema()["properties"].items():
-            known = parameters.setdefault(key, described | {"description": meanings.get(key, "Of the losses")})
-            known["description"] += f" [{name}]"
+    alone = {f"loss.{name}": _loss_schema(name, loss) for name, loss in losses.items()}
+    listed = {f"term.{name}": _loss_schema(name, loss, in_list=True) for name, loss in losses.items()}
+    listed[f"term.{SFT}"] = _loss_schema(SFT, None, in_list=True)
+    schema["$defs"] |= alone | listed
     section = schema["$defs"]["DpoSection"]["properties"]["loss"]
-    section |= {"properties": parameters, "additionalProperties": False}
+    section["anyOf"] = [*_references(alone), {"type": "array", "minItems": 1, "items": {"anyOf": _references(listed)}}]
     return schema
 
 
+def _references(definitions: Mapping[str, Any]) -> list[dict[str, str]]:
+    return [{"$ref": f"#/$defs/{name}"} for name in definitions]
+
+
+def _loss_schema(name: str, loss: Any, *, in_list: bool = False) -> dict[str, Any]:
+    """The mapping that a loss is written as."""
+    meanings = {} if loss is None else _attribute_docstrings(loss)
+    described = loss_parameters(loss, with_weight=in_list).model_json_schema()["properties"]
+    keys: dict[str, Any] = {"type": {"const": name, "description": "Which loss."}}
+    for key, values in described.items():
+        keys[key] = values | {"description": meanings.get(key, WEIGHT_MEANING)}
+    return {
+        "type": "object",
+        "description": SFT_MEANING if loss is None else inspect.cleandoc(loss.__doc__),
+        "properties": keys,
+        "required": [] if name == DEFAULT and not in_list else ["type"],
+        "additionalProperties": False,
+    }
+
+
 def _attribute_docstrings(kind: type) -> dict[str, str]:
-    """The text under each field of a class; pydantic reads it for its own classes only."""
+    """The text under each field of a class and of its bases; pydantic reads it for its own classes only."""
+    inherited = [_attribute_docstrings(base) for base in kind.__bases__ if hasattr(base, "__dataclass_fields__")]
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     assert isinstance(definition, ast.ClassDef)
-    return {
+    own = {
         field.target.id: text.value.value
         for field, text in pairwise(definition.body)
         if isinstance(field, ast.AnnAssign)
@@ -43,3 +66,4 @@ def _attribute_docstrings(kind: type) -> dict[str, str]:
         and isinstance(text.value, ast.Constant)
         and isinstance(text.value.value, str)
     }
+    return {key: meaning for meanings in (*inherited, own) for key, meaning in meanings.items()}

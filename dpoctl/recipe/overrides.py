@@ -77,6 +77,9 @@ def _step(node: Any, part: str | int, above: Path, place: Place) -> str | int:
         return str(part)
     if not isinstance(node, list):
         raise RecipeError([Problem(place, f"{dotted(above)} is {shown(node)}, which has no keys")])
-    if not (isinstance(part, int) and part < len(node)):
+    if not isinstance(part, int):
+        several = f"{dotted(above)} is a list of {len(node)}"
+        raise RecipeError([Problem(place, f"{several}; say which, e.g. {dotted(above)}.0.{part}")])
+    if part >= len(node):
         raise RecipeError([Problem(place, f"{dotted(above)} has {len(node)} items and no item {part!r}")])
     return part

@@ -1,7 +1,8 @@
-"""The rules of advice about the optimisation: its learning rate, its length, its loss.
+"""The rules of advice about the optimisation: its learning rate, its length, its reference.
 
-To add a rule: a generator of remarks here or in `rules_data.py`, its name in `RULES`, and a recipe that makes it in its
-test. A warning is for what most people would want to change; what is merely worth knowing is a note.
+To add a rule: a generator of remarks here, in `rules_loss.py` or in `rules_data.py`, its name in `RULES`, and a recipe
+that makes it in its test. A warning is for what most people would want to change; what is merely worth knowing is a
+note.
 """
 
 import math
@@ -23,6 +24,8 @@ USUAL_RATE = {
     ("sft", "lora"): "5e-5 to 2e-4",
     ("sft", "full"): "5e-6 to 2e-5",
 }
+# Losses that bear another rate when all weights are trained: the highest, and what is usual.
+RATE_OF_LOSS = {"simpo": (2e-6, "3e-7 to 1e-6"), "orpo": (2e-5, "5e-6 to 8e-6")}
 BILLION = 1e9
 # How much higher a rate may be while nobody knows how small the model is.
 UNKNOWN_SIZE = 20
@@ -31,17 +34,15 @@ LONG_WARMUP = 0.2
 FEW_STEPS = 10
 # Steps that somebody would be sorry to lose, of a model large enough to be slow.
 LONG_RUN, SLOW_MODEL = 200, 1e8
-HIGH_BETA, LOW_BETA = 1.0, 0.005
-SMALL_STATISTICS = 16
 
 
 def learning_rate(now: Situation) -> Iterator[Remark]:
     """A rate that ruins the model, or one that does not move it."""
-    recipe, rate = now.recipe, now.recipe.training.learning_rate
+    recipe, rate, own = now.recipe, now.recipe.training.learning_rate, _loss_of_its_own(now)
     of = (recipe.method, now.kind)
-    what = (
-        f"{'preferences' if recipe.method == 'dpo' else 'SFT'} with {'LoRA' if now.kind == 'lora' else 'all weights'}"
-    )
+    task = own or ("preferences" if recipe.method == "dpo" else "SFT")
+    what = f"{task} with {'LoRA' if now.kind == 'lora' else 'all weights'}"
+    usual = RATE_OF_LOSS[own][1] if own else USUAL_RATE[of]
     if rate == 0:
         yield Remark("warning", "lr-zero", LEARNING_RATE, "learning_rate is 0: nothing is learned")
     elif rate < LOW_RATE.get(of, 0):
@@ -49,7 +50,7 @@ def learning_rate(now: Situation) -> Iterator[Remark]:
             "warning",
             "lr-low",
             LEARNING_RATE,
-            f"learning_rate {short(rate)} is low for {what}: adapters hardly move; {USUAL_RATE[of]} is usual",
+            f"learning_rate {short(rate)} is low for {what}: adapters hardly move; {usual} is usual",
         )
     bound, known = _highest_rate(now)
     if rate <= bound:
@@ -61,13 +62,21 @@ def learning_rate(now: Situation) -> Iterator[Remark]:
         f"lr-high-{now.kind}",
         LEARNING_RATE,
         f"learning_rate {short(rate)} is high for {what}{size}: above {short(bound)} answers tend to fall apart"
-        + ("" if now.is_from_scratch else f"; {USUAL_RATE[of]} is usual for large models"),
+        + ("" if now.is_from_scratch else f"; {usual} is usual for large models"),
     )
+
+
+def _loss_of_its_own(now: Situation) -> str | None:
+    """The loss of all weights that bears another rate; None where there is none."""
+    if now.recipe.method != "dpo" or now.kind == "lora":
+        return None
+    return next((spec["type"] for _, spec in now.recipe.dpo.losses if spec["type"] in RATE_OF_LOSS), None)
 
 
 def _highest_rate(now: Situation) -> tuple[float, bool]:
     """The bound, and whether the size that it depends on is known."""
-    bound = HIGH_RATE[now.recipe.method, now.kind]
+    own = _loss_of_its_own(now)
+    bound = RATE_OF_LOSS[own][0] if own else HIGH_RATE[now.recipe.method, now.kind]
     if now.is_from_scratch:
         return HIGH_RATE_FROM_SCRATCH, True
     if now.kind == "lora":
@@ -165,40 +174,6 @@ def adapter(now: Situation) -> Iterator[Remark]:
         )
 
 
-def loss(now: Situation) -> Iterator[Remark]:
-    """A beta on the wrong scale, and statistics over few rows."""
-    if now.recipe.method != "dpo":
-        return
-    spec, size = now.recipe.dpo.loss, now.recipe.training.global_batch_size
-    beta, path = spec.get("beta"), ("dpo", "loss", "beta")
-    if spec.get("type") in ("sigmoid", "hinge") and isinstance(beta, float):
-        told = "rewards are sums over an answer's tokens, not means, and a higher beta keeps the policy closer to"
-        if beta > HIGH_BETA:
-            yield Remark(
-                "warning",
-                "beta-high",
-                path,
-                f"beta {beta:g} is high: {told} the reference; 0.01 to 0.5 is usual",
-            )
-        elif beta < LOW_BETA:
-            yield Remark(
-                "warning",
-                "beta-low",
-                path,
-                f"beta {beta:g} is low: {told} the reference, a lower one lets it drift, and the loss hardly "
-                "leaves its first value; 0.01 to 0.5 is usual",
-            )
-    if now.facts.couples_batch:
-        grade: Grade = "warning" if size < SMALL_STATISTICS else "note"
-        yield Remark(
-            grade,
-            "statistics-batch",
-            ("training", "global_batch_size"),
-            f"the loss {spec['type']!r} compares the rows of a step with one another: its statistics are those of "
-            f"{size:,} rows, however they are spread over micro-batches and processes",
-        )
-
-
 def reference(now: Situation) -> Iterator[Remark]:
     """A reference that costs a second model for nothing, or that is another model."""
     recipe = now.recipe
@@ -237,4 +212,4 @@ def short(number: float) -> str:
     return f"{mantissa}e{int(exponent)}" if exponent else mantissa
 
 
-RULES: tuple[Rule, ...] = (learning_rate, length_of_run, warmup, checkpoints, adapter, loss, reference)
+RULES: tuple[Rule, ...] = (learning_rate, length_of_run, warmup, checkpoints, adapter, reference)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from dpoctl.recipe.expect import Expect
+from dpoctl.recipe.expect import Expect, Path
 from dpoctl.recipe.inert import inert_keys
 from dpoctl.recipe.values import (
     auto_or_count,
@@ -19,12 +19,14 @@ from dpoctl.recipe.values import (
     held_out,
     lora_targets,
     name_list,
+    one_or_several,
     source_list,
     source_path,
     typed_config,
 )
 from dpoctl.recipe.writer import write_yaml
 
+LOSS: Path = ("dpo", "loss")
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Text = Annotated[str, MinLen(1)]
 Count = Annotated[int, Ge(1)]
@@ -68,7 +70,7 @@ class ModelSection(Section):
     from_scratch: FromScratch | None = None
     """Build a new model instead of loading one."""
     dtype: DType = "auto"
-    """The precision of the computation; auto is bfloat16 where the hardware has it, else float16 or float32."""
+    """The precision of the computation; auto is bfloat16 where the GPU has it, else float16; float32 without one."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """The attention that transformers is asked for where the shared-prefix attention cannot serve."""
     chat_template: Text | None = Field(default=None, examples=["zephyr"])
@@ -181,12 +183,21 @@ class DataSection(Section):
     chat_template_kwargs: dict[str, Any] = {}
     """Further variables for the chat template."""
 
+    @property
+    def sources(self) -> list[tuple[Path, Source]]:
+        """Every source of training and evaluation, and where in the recipe it stands."""
+        sets: list[tuple[Path, list[Source]]] = [(("data", "train"), self.train)]
+        sets += [(("data", "eval", name), sources) for name, sources in self.eval.items()]
+        return [((*path, index), source) for path, sources in sets for index, source in enumerate(sources)]
+
 
 class SftSection(Section):
     """Supervised fine-tuning."""
 
     loss_on: Literal["assistant", "last"] = "assistant"
     """Train on every assistant turn, or on the last one."""
+    average: Literal["tokens", "responses"] = "tokens"
+    """The loss is the mean over tokens; or the mean over rows of their sums, in which longer answers weigh more."""
 
 
 class ReferenceSection(Section):
@@ -196,15 +207,35 @@ class ReferenceSection(Section):
     """Computed once and kept on disk (cached), at every step (live), not at all (none), or as fits (auto)."""
     path: Text | None = Field(default=None, examples=["runs/sft"])
     """Another model as the reference, instead of the policy before training."""
+    sync_steps: Count | None = Field(default=None, examples=[512])
+    """Move the reference towards the policy every so many optimizer steps (TR-DPO); null leaves it where it is."""
+    sync_alpha: Annotated[float, Gt(0), Le(1)] = 0.6
+    """How far it moves: to sync_alpha * policy + (1 - sync_alpha) * reference; of an adapter, factor by factor."""
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it is computed at every step, because the recipe says so or because it moves."""
+        return self.mode == "live" or self.sync_steps is not None
 
 
 class DpoSection(Section):
     """Preference optimisation."""
 
-    loss: Annotated[dict[str, Any], Expect("a mapping such as {type: sigmoid, beta: 0.1}")] = {"type": "sigmoid"}
-    """The loss by `type`, and the hyperparameters of that loss."""
+    loss: Annotated[
+        dict[str, Any] | list[dict[str, Any]],
+        BeforeValidator(one_or_several, json_schema_input_type=dict[str, Any] | list[dict[str, Any]]),
+        Expect("a mapping such as {type: sigmoid, beta: 0.1}, or a list of them"),
+    ] = {"type": "sigmoid"}
+    """The loss by `type`, and the hyperparameters of that loss; or a list of losses, each with its weight in a sum."""
     reference: ReferenceSection = ReferenceSection()
     """The reference model."""
+
+    @property
+    def losses(self) -> list[tuple[Path, dict[str, Any]]]:
+        """Each loss, and where in the recipe it stands."""
+        if isinstance(self.loss, dict):
+            return [(LOSS, self.loss)]
+        return [((*LOSS, index), spec) for index, spec in enumerate(self.loss)]
 
 
 class TrainingSection(Section):

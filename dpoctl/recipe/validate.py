@@ -1,40 +1,29 @@
 """From a document to a recipe: every key by itself, then the loss, then the keys among one another."""
 
 import copy
-import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, get_type_hints
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from pydantic import BaseModel, ValidationError, create_model
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from dpoctl.recipe.checks import LOSS, check
+from dpoctl.recipe.checks import check
 from dpoctl.recipe.document import Document
 from dpoctl.recipe.expect import Path, hints, unwrap
-from dpoctl.recipe.problems import Problem, dotted, shown
-from dpoctl.recipe.schema import DpoSection, Recipe, Section, Source
-from dpoctl.recipe.suggest import Suggester, closest
+from dpoctl.recipe.loss import complete_losses, hyperparameters, unknown_choice
+from dpoctl.recipe.problems import Problem
+from dpoctl.recipe.schema import LOSS, Recipe
+from dpoctl.recipe.suggest import Suggester
 from dpoctl.recipe.wording import explain, field_at
 
 ROUNDS = 6
 
 
-def loss_parameters(loss: Any) -> type[Section]:
-    """The section that a loss's hyperparameters make: as strict as every other."""
-    annotations = get_type_hints(loss, include_extras=True)
-    fields: dict[str, Any] = {
-        field.name: (annotations[field.name], ... if field.default is dataclasses.MISSING else field.default)
-        for field in dataclasses.fields(loss)
-    }
-    return create_model(str(loss.__name__), __base__=Section, **fields)
-
-
 def known_paths(losses: Mapping[str, Any]) -> list[Path]:
     """Every key of the schema, with the hyperparameters of all losses; not the keys inside lists."""
     paths = list(keys_of(Recipe))
-    parameters = dict.fromkeys(field.name for loss in losses.values() for field in dataclasses.fields(loss))
     at = paths.index(LOSS) + 1
-    paths[at:at] = [(*LOSS, name) for name in ("type", *parameters)]
+    paths[at:at] = [(*LOSS, name) for name in ("type", *hyperparameters(losses))]
     return paths
 
 
@@ -73,10 +62,10 @@ def validate(
         if not (error["type"] == "missing" and problem.path in misspelt)
     ]
     if recipe is not None:
-        recipe, needs_reference, found = _with_loss(recipe, document, losses, suggester)
+        recipe, named, found = complete_losses(recipe, document, losses, suggester)
         problems += found
         problems += _unknown_formats(recipe, document, formats)
-        findings = list(check(recipe, command, document.stands, needs_reference))
+        findings = list(check(recipe, command, document.stands, named))
         problems += [
             Problem(document.key_place(finding.path), finding.message, finding.path)
             for finding in findings
@@ -123,70 +112,12 @@ def _inside(data: Any, path: Path) -> dict[str | int, Any] | None:
     return data if isinstance(data, dict) else None
 
 
-def _with_loss(
-    recipe: Recipe, document: Document, losses: Mapping[str, Any], suggester: Suggester
-) -> tuple[Recipe, bool | None, list[Problem]]:
-    """Complete the loss with its defaults; say whether it needs a reference, and what is wrong with it."""
-    if recipe.method != "dpo":
-        return recipe, None, []
-    given = dict(recipe.dpo.loss)
-    kind = given.pop("type", DpoSection.model_fields["loss"].default["type"])
-    if not (isinstance(kind, str) and kind in losses):
-        return recipe, None, [_unknown_choice(document, (*LOSS, "type"), kind, losses)]
-    parameters = loss_parameters(losses[kind])
-    try:
-        chosen = parameters.model_validate(given).model_dump()
-    except ValidationError as error:
-        return (
-            recipe,
-            None,
-            [
-                _explain_loss(one, kind, parameters, document, losses, suggester)
-                for one in error.errors(include_url=False)
-            ],
-        )
-    completed = recipe.dpo.model_copy(update={"loss": {"type": kind, **chosen}})
-    needs_reference = bool(losses[kind](**chosen).needs_reference)
-    return recipe.model_copy(update={"dpo": completed}), needs_reference, []
-
-
-def _explain_loss(
-    error: ErrorDetails,
-    kind: str,
-    parameters: type[Section],
-    document: Document,
-    losses: Mapping[str, Any],
-    suggester: Suggester,
-) -> Problem:
-    key = error["loc"][0]
-    owners = [name for name, loss in losses.items() if key in {f.name for f in dataclasses.fields(loss)}]
-    if error["type"] != "extra_forbidden" or not owners:
-        return explain(error, parameters, LOSS, document, suggester)
-    path = (*LOSS, key)
-    message = (
-        f"the loss {kind!r} has no {key!r} ({', '.join(owners)} has); "
-        f"it takes {', '.join(parameters.model_fields) or 'no parameters'}"
-    )
-    return Problem(document.key_place(path), message, path)
-
-
 def _unknown_formats(recipe: Recipe, document: Document, formats: Mapping[str, Any] | None) -> Iterator[Problem]:
     if formats is None:
         return
-    sets: list[tuple[Path, list[Source]]] = [(("data", "train"), recipe.data.train)]
-    sets += [(("data", "eval", name), sources) for name, sources in recipe.data.eval.items()]
-    for path, sources in sets:
-        for index, source in enumerate(sources):
-            if source.format != "auto" and source.format not in formats:
-                at = (*path, index, "format")
-                yield _unknown_choice(document, at, source.format, ["auto", *formats])
-
-
-def _unknown_choice(document: Document, path: Path, given: object, allowed: Iterable[str]) -> Problem:
-    match = closest(given, allowed) if isinstance(given, str) else None
-    meant = f", did you mean {match!r}?" if match else ""
-    message = f"{dotted(path)}: expected one of {', '.join(allowed)}, got {shown(given)}{meant}"
-    return Problem(document.value_place(path), message, path)
+    for path, source in recipe.data.sources:
+        if source.format != "auto" and source.format not in formats:
+            yield unknown_choice(document, (*path, "format"), source.format, ["auto", *formats])
 
 
 def _is_echo(problem: Problem, refused: list[Problem]) -> bool:

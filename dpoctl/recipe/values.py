@@ -42,6 +42,13 @@ def name_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def one_or_several(value: Any) -> Any:
+    """Take a mapping, or a list of mappings."""
+    if isinstance(value, dict) or (isinstance(value, list) and value and all(isinstance(one, dict) for one in value)):
+        return value
+    raise refuse("a mapping such as {type: sigmoid, beta: 0.1}, or a list of them")
+
+
 def lora_targets(value: Any) -> Any:
     """Take all-linear, or a list of names."""
     if value == "all-linear" or (

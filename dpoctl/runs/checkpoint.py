@@ -41,6 +41,8 @@ class Checkpoint:
     """What `dpoctl.runs.rng.capture` returned; empty when read by a rank that did not exist at the save."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Anything else that is plain data: counters, the token budget, the recipe's fingerprint."""
+    reference: dict[str, Tensor] = field(default_factory=dict)
+    """The tensors of a reference that moves with the run, by name; empty where it stays what it was."""
     world_size: int = 1
     """How many processes wrote it; set by `load`."""
 
@@ -136,6 +138,7 @@ def load(path: Path, rank: int = 0) -> Checkpoint:
             optimizer=read_tree(path, f"optimizer{shard}"),
             rng=read_tree(path, f"rng-rank-{rank}") if known else {},
             extra=state["extra"],
+            reference=read_tree(path, f"reference{shard}") if (path / f"reference{shard}.json").exists() else {},
             world_size=about["world_size"],
         )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -183,6 +186,8 @@ def _write_part(folder: Path, checkpoint: Checkpoint, rank: int, sharded: bool) 
     if rank == 0 or sharded:
         names += write_tree(folder, f"weights{_suffix(rank, sharded)}", checkpoint.weights)
         names += write_tree(folder, f"optimizer{_suffix(rank, sharded)}", checkpoint.optimizer)
+        if checkpoint.reference:
+            names += write_tree(folder, f"reference{_suffix(rank, sharded)}", checkpoint.reference)
     if rank == 0:
         names += write_tree(folder, "state", {"step": checkpoint.step, "extra": checkpoint.extra})
     # Written last, so that rank 0 takes a missing one for a rank that failed.
@@ -229,7 +234,7 @@ def _retire(checkpoints: Path, final: Path, keep: int | None) -> None:
 
 def _failure(temporary: Path, checkpoint: Checkpoint, problem: str) -> RunError:
     gib = 2**30
-    needed = tree_bytes([checkpoint.weights, checkpoint.optimizer, checkpoint.rng]) / gib
+    needed = tree_bytes([checkpoint.weights, checkpoint.optimizer, checkpoint.reference, checkpoint.rng]) / gib
     folder = next(parent for parent in temporary.parents if parent.exists())
     free = shutil.disk_usage(folder).free / gib
     return RunError(

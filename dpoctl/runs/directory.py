@@ -14,7 +14,7 @@ from dpoctl.runs.lock import RunLock
 RESOLVED_RECIPE = "recipe.resolved.yaml"
 OWN_FILES = (
     *("README.md", "recipe.yaml", RESOLVED_RECIPE, "env.json", "data_report.json", "rejects.jsonl"),
-    *("advice.json", "report.html"),
+    *("advice.json", "health.json", "report.html"),
     *("metrics.jsonl", "eval.json", "trackers.json", "error.log", "run_status.json", checkpoint.LATEST),
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),

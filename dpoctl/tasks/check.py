@@ -19,7 +19,7 @@ from dpoctl.model.skeleton import build_skeleton
 from dpoctl.model.tokenizer import load_tokenizer
 from dpoctl.recipe.expect import Path as KeyPath
 from dpoctl.recipe.facts import Facts, Remark
-from dpoctl.recipe.schema import Recipe, Source
+from dpoctl.recipe.schema import Recipe
 from dpoctl.tasks.machine import quiet_libraries
 
 LOOK_AT = 200
@@ -51,7 +51,7 @@ def look(recipe: Recipe, *, is_sound: bool) -> Facts:
             data = prepare(recipe, tokenizer, cache_dir=cache_dir())
         with _noting(troubles, recipe):
             skeleton = build_skeleton(recipe, tokenizer)
-    facts = Facts(couples_batch=_couples_batch(recipe))
+    facts = Facts(coupling=_coupling(recipe))
     if tokenizer is not None and data is not None:
         facts = facts_of(recipe, tokenizer, data)
     elif not any(trouble.path[0] == "data" for trouble in troubles):
@@ -92,7 +92,8 @@ def facts_of(
         plain_text=not as_messages and not marked and bool(template),
         split_tokens=_split_tokens(tokenizer, template) if as_messages else (),
         ends_turns="eos_token" in template or str(tokenizer.eos_token) in template,
-        couples_batch=_couples_batch(recipe),
+        coupling=_coupling(recipe),
+        labels=_labels(data),
         **({} if policy is None else _of_the_model(recipe, policy.causal)),
     )
 
@@ -107,8 +108,16 @@ def _of_the_model(recipe: Recipe, causal: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def _couples_batch(recipe: Recipe) -> bool:
-    return recipe.method == "dpo" and LOSSES[recipe.dpo.loss["type"]].couples_batch
+def _coupling(recipe: Recipe) -> tuple[str, ...]:
+    """The losses that compare the rows of a step."""
+    kinds = [spec["type"] for _, spec in recipe.dpo.losses] if recipe.method == "dpo" else []
+    return tuple(kind for kind in kinds if kind in LOSSES and LOSSES[kind].couples_batch)
+
+
+def _labels(data: PreparedData) -> tuple[int, int] | None:
+    """Desirable and undesirable training rows, where they are labelled."""
+    label = data.train.label
+    return (int((label == 1).sum()), int((label == 0).sum())) if label.max(initial=-1) >= 0 else None
 
 
 def _split_tokens(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[str, ...]:
@@ -153,13 +162,9 @@ def _noting(troubles: list[Remark], recipe: Recipe) -> Iterator[None]:
 
 def _path_of(error: UserError, recipe: Recipe) -> KeyPath:
     """The key that an error is about, by what it says."""
-    data = recipe.data
-    sets: list[tuple[KeyPath, list[Source]]] = [(("data", "train"), data.train)]
-    sets += [(("data", "eval", name), sources) for name, sources in data.eval.items()]
-    for path, sources in sets:
-        for index, source in enumerate(sources):
-            if str(Path(source.path)) in error.message:
-                return (*path, index)
+    for path, source in recipe.data.sources:
+        if str(Path(source.path)) in error.message:
+            return path
     if isinstance(error, DataError):
         return ("model", "chat_template") if "template" in error.message else ("data", "train")
     for key, path in (

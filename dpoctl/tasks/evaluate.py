@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from numpy.typing import NDArray
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
@@ -34,7 +32,7 @@ from dpoctl.tasks.finished import FinishedRun, recipe_of, require_known_start, r
 from dpoctl.tasks.judge import wilson_interval
 from dpoctl.tasks.machine import build_accelerator, quiet_libraries, token_budget
 from dpoctl.tasks.prepared import read_data
-from dpoctl.tasks.reference import Reference
+from dpoctl.tasks.reference import Columns, Reference, with_columns
 from dpoctl.tasks.samples import FOLDER, Sample, sample_finished, show, write
 from dpoctl.tasks.task import build_task
 
@@ -53,8 +51,9 @@ def run(run: Path, *, data: str | None = None, limit: int | None = None, json_ou
     accelerator = build_accelerator(recipe)
     tokenizer, prepared = read_data(recipe, accelerator, only_eval=True)
     tables = {}
-    if build_task(recipe).loss.needs_reference:
+    if build_task(recipe).needs_reference:
         require_known_start(run, recipe)
+        _say_where_the_reference_stood(recipe)
         tables = _reference_tables(recipe, accelerator, tokenizer, prepared.evals, limit)
     # Stored as in training: all weights in float32, or a frozen base in the dtype of the computation.
     finished = FinishedRun.load(run, accelerator.device, torch.float32 if recipe.lora is None else None)
@@ -88,18 +87,23 @@ def _recipe_of(run: Path, data: str | None) -> Recipe:
     return recipe
 
 
+def _say_where_the_reference_stood(recipe: Recipe) -> None:
+    if recipe.dpo.reference.sync_steps is not None:
+        console.note("the reference moved in training; the model is compared with the one that training started from")
+
+
 def _reference_tables(
     recipe: Recipe,
     accelerator: Accelerator,
     tokenizer: PreTrainedTokenizerBase,
     stores: Mapping[str, TokenStore],
     limit: int | None,
-) -> dict[str, NDArray[np.float32]]:
+) -> dict[str, Columns]:
     """Return the reference's log-probabilities of every evaluation set; the model is freed again."""
     policy = load_policy(recipe, tokenizer, accelerator.device)
     with accelerator.autocast():
         verdict = probe(policy.causal, max_length=recipe.data.max_length)
-    reference = Reference(recipe, policy, verdict, accelerator)
+    reference = Reference(recipe, policy, verdict, accelerator, build_task(recipe).needs)
     pad = int(tokenizer.pad_token_id or 0)
     tables = {}
     for name, store in stores.items():
@@ -114,7 +118,7 @@ def _evaluate(
     accelerator: Accelerator,
     tokenizer: PreTrainedTokenizerBase,
     stores: Mapping[str, TokenStore],
-    tables: Mapping[str, NDArray[np.float32]],
+    tables: Mapping[str, Columns],
     limit: int | None,
 ) -> dict[str, dict[str, Any]]:
     """Return the metrics of every evaluation set."""
@@ -122,10 +126,11 @@ def _evaluate(
     results = {}
     with accelerator.autocast():
         verdict = probe(policy.causal, max_length=recipe.data.max_length)
-        objective = Objective(accelerator, Scorer(policy.model, policy.causal, verdict), task.loss, task.report)
+        scorer = Scorer(policy.model, policy.causal, verdict, confidence="confidence" in task.needs)
+        objective = Objective(accelerator, scorer, task.terms, task.report, seed=recipe.training.seed)
         for name, store in stores.items():
             lengths = Lengths.of(store).first(limit)
-            reader = Reader(store, verdict.layout, device, pad, tables.get(name))
+            reader = with_columns(Reader(store, verdict.layout, device, pad), tables.get(name))
             budget, _ = token_budget(recipe, policy, lengths, accelerator)
             batch_size = recipe.training.global_batch_size
             plan = Plan(lengths, batch_size, accelerator.num_processes, budget, verdict.layout)
@@ -136,8 +141,11 @@ def _evaluate(
 
 def _describe(metrics: Metrics, counts: Mapping[Item, int]) -> dict[str, Any]:
     """Add to the means how many items they are over, and what that leaves uncertain."""
+    if "rewards/chosen" not in metrics:
+        nats = metrics.get("nll_loss", metrics["loss"])
+        return {**metrics, "perplexity": math.exp(nats), "num_tokens": counts["tokens"]}
     if "rewards/accuracies" not in metrics:
-        return {**metrics, "perplexity": math.exp(metrics["loss"]), "num_tokens": counts["tokens"]}
+        return {**metrics, "num_records": counts["records"]}
     low, high = wilson_interval(metrics["rewards/accuracies"], counts["pairs"])
     return {**metrics, "rewards/accuracies_ci": [low, high], "num_pairs": counts["pairs"]}
 

@@ -1,7 +1,7 @@
 """What a recipe cannot say because it is code: the arguments of `dpoctl.sft` and `dpoctl.dpo`, in one value."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ from dpoctl.core.collator import Collate, collate
 from dpoctl.core.loop import Metrics
 from dpoctl.core.losses import Scores
 from dpoctl.core.meters import Total
-from dpoctl.core.objective import Report
+from dpoctl.core.objective import Judged, Report
 from dpoctl.core.optim import build_optimizer, learning_rate
 from dpoctl.errors import UsageError
 from dpoctl.model.policy import Policy
 from dpoctl.recipe.schema import TrainingSection
 
 Callback = Callable[[int, Metrics], object]
+ExtraMetrics = Callable[[Scores, Tensor], Mapping[str, Total]]
 ENVIRONMENT, RECORD = "env.json", "extensions"
 
 
@@ -35,7 +36,7 @@ class Extensions:
     callbacks: tuple[Callback, ...] = ()
     optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = None
     learning_rate: Callable[[int], float] | None = None
-    extra_metrics: Report | None = None
+    extra_metrics: ExtraMetrics | None = None
 
     def names(self) -> dict[str, list[str]]:
         """What is replaced, and the qualified names of the code: kept with the run, for a run cannot keep the code."""
@@ -82,9 +83,9 @@ class Extensions:
         if extra is None:
             return own
 
-        def both(scores: Scores, values: Tensor) -> Mapping[str, Total]:
-            task, more = own(scores, values), extra(scores, values)
-            if clash := sorted(task.keys() & more.keys()):
+        def both(scores: Scores, judged: Sequence[Judged], names: Mapping[int, str]) -> Mapping[str, Total]:
+            task, more = own(scores, judged, names), extra(scores, judged[0].values)
+            if clash := sorted({"loss", *task} & more.keys()):
                 raise UsageError(f"extra_metrics: {clash[0]} is a metric already", hint="give it another name")
             return {**task, **more}
 

@@ -23,6 +23,7 @@ from dpoctl.model.tokenizer import read_tokenizer
 from dpoctl.recipe import Recipe, parse_recipe
 from dpoctl.runs.directory import RESOLVED_RECIPE
 from dpoctl.tasks.extensions import recorded_in
+from dpoctl.tasks.reference import load_named
 
 MODEL_CONFIGS = ("config.json", ADAPTER_CONFIG)
 
@@ -141,7 +142,7 @@ class FinishedRun:
         recipe, policy = self.recipe, self.policy
         device = policy.causal.device
         if recipe.method == "dpo" and recipe.dpo.reference.path is not None:
-            return load_run(recipe.dpo.reference.path, device, policy.dtype).causal
+            return load_named(recipe, device, policy.dtype).causal
         if policy.kind == "lora":
             return None
         require_known_start(self.path, recipe)

@@ -1,6 +1,7 @@
 """What is written while the loop walks: metrics, progress, checkpoints; and how a run takes them up again."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Self
 
@@ -9,15 +10,18 @@ from accelerate import Accelerator
 
 from dpoctl import console
 from dpoctl.core.loop import Metrics
+from dpoctl.core.objective import Objective
 from dpoctl.core.planner import Plan
 from dpoctl.model.policy import Policy
 from dpoctl.recipe.schema import Recipe
 from dpoctl.runs import checkpoint, rng
 from dpoctl.runs.checkpoint import Checkpoint
 from dpoctl.runs.directory import RunDirectory
+from dpoctl.runs.health import Expectation, Health
 from dpoctl.runs.metrics import MetricsFile
 from dpoctl.runs.progress import Progress
 from dpoctl.runs.trackers import Trackers
+from dpoctl.tasks.reference import Live
 
 
 class Journal:
@@ -30,8 +34,11 @@ class Journal:
         policy: whose trained weights a checkpoint holds.
         optimizer: as accelerate prepared it.
         plan: of the run.
+        objective: whose losses carry a memory from step to step.
         resumed: the checkpoint to go on from.
         data_key: of the training store; a checkpoint remembers it.
+        live: the reference that runs beside the policy.
+        expected: what a healthy run would look like.
     """
 
     def __init__(
@@ -42,22 +49,29 @@ class Journal:
         policy: Policy,
         optimizer: Any,
         plan: Plan,
+        objective: Objective,
         resumed: Checkpoint | None,
         *,
         data_key: str,
+        live: Live | None = None,
+        expected: Expectation,
     ) -> None:
         self.last: Metrics = {}
         self._recipe, self._directory, self._accelerator = recipe, directory, accelerator
         self._policy, self._optimizer, self._plan = policy, optimizer.optimizer, plan
+        self._objective = objective
         self._metrics = MetricsFile(directory.metrics)
         self._progress = Progress(plan.num_steps, start=resumed.step if resumed else 0)
         self._trackers: Trackers | None = None
-        self._resumed, self._data_key = resumed, data_key
+        self._resumed, self._data_key, self._live = resumed, data_key, live
+        self._health = Health(expected)
 
     def __enter__(self) -> Self:
         resumed = self._resumed
         if self._accelerator.is_main_process:
             self._metrics.truncate_after(resumed.step if resumed else -1)
+            for row in self._metrics.rows():
+                self._health.watch(row)
         if resumed is not None:
             self._restore(resumed)
         if self._accelerator.is_main_process:
@@ -85,6 +99,7 @@ class Journal:
         if not self._accelerator.is_main_process:
             return
         self._metrics.append({"step": step, **metrics})
+        self._examine({"step": step, **metrics})
         if self._trackers is not None:
             plain = {name.removeprefix("eval_"): value for name, value in metrics.items()}
             self._trackers.log(plain, step, prefix="eval" if evaluation else "train")
@@ -92,6 +107,14 @@ class Journal:
             console.say("  ".join([f"eval at step {step}", *(f"{n} {v:.4g}" for n, v in metrics.items())]))
         else:
             self._progress.update(step, metrics)
+
+    def _examine(self, row: Metrics) -> None:
+        """Say what is new in a row that a healthy run would not show, and keep it with the run."""
+        symptoms = self._health.watch(row)
+        for symptom in symptoms:
+            console.warn(f"{symptom}; {symptom.hint}")
+        if symptoms:
+            self._directory.write_json("health.json", [asdict(symptom) for symptom in self._health.symptoms])
 
     def log_texts(self, step: int, texts: Mapping[str, str]) -> None:
         """Send texts to the trackers."""
@@ -104,12 +127,17 @@ class Journal:
 
     def save(self, step: int) -> None:
         """Write a checkpoint; every rank calls this at the same step."""
-        extra: dict[str, Any] = {"max_tokens": self._plan.max_tokens, "data": self._data_key}
+        extra: dict[str, Any] = {
+            "max_tokens": self._plan.max_tokens,
+            "data": self._data_key,
+            "memory": list(self._objective.memory),
+        }
         if self._accelerator.scaler is not None:
             extra["scaler"] = self._accelerator.scaler.state_dict()
+        moved = {} if self._live is None else self._live.state()
         checkpoint.save(
             self._directory.checkpoints,
-            Checkpoint(step, self._policy.trainable_state(), self._optimizer.state_dict(), rng.capture(), extra),
+            Checkpoint(step, self._policy.trainable_state(), self._optimizer.state_dict(), rng.capture(), extra, moved),
             rank=self._accelerator.process_index,
             world_size=self._accelerator.num_processes,
             barrier=self._accelerator.wait_for_everyone,
@@ -119,6 +147,9 @@ class Journal:
     def _restore(self, resumed: Checkpoint) -> None:
         self._policy.load_trainable_state(resumed.weights)
         self._optimizer.load_state_dict(resumed.optimizer)
+        self._objective.memory = tuple(resumed.extra.get("memory", self._objective.memory))
+        if self._live is not None:
+            self._live.load_state(resumed.reference)
         if self._accelerator.scaler is not None and "scaler" in resumed.extra:
             self._accelerator.scaler.load_state_dict(resumed.extra["scaler"])
         if resumed.rng:

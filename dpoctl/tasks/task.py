@@ -1,8 +1,8 @@
-"""What tells one task from another: its loss and what is reported of it. Everything else is shared."""
+"""What tells one task from another: its losses and what is reported of them. Everything else is shared."""
 
 from dataclasses import dataclass
 
-from dpoctl.core.losses import Loss
+from dpoctl.core.losses import Need, PreferenceLoss, Term
 from dpoctl.core.objective import Report
 from dpoctl.recipe.schema import Recipe
 from dpoctl.tasks import dpo, sft
@@ -10,22 +10,42 @@ from dpoctl.tasks import dpo, sft
 
 @dataclass(frozen=True)
 class Task:
-    """A loss handed to the loop.
+    """Losses handed to the loop.
 
     Attributes:
-        loss: judges items.
-        report: metrics of some scores and their loss values.
-        at_init: value of the loss while policy and reference are equal, if that is known.
+        terms: the losses and their weights.
+        report: metrics of some scores.
     """
 
-    loss: Loss
+    terms: tuple[Term, ...]
     report: Report
-    at_init: float | None = None
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the losses need besides log-probabilities."""
+        return frozenset[Need]().union(*(term.loss.needs for term in self.terms))
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any loss compares the policy with a reference."""
+        return any(term.loss.needs_reference for term in self.terms)
+
+    @property
+    def at_init(self) -> float | None:
+        """The loss while policy and reference are equal; `None` where it depends on the data."""
+        total = 0.0
+        for term in self.terms:
+            value = term.loss.at_init() if isinstance(term.loss, PreferenceLoss) else None
+            if value is None:
+                return None
+            total += term.weight * value
+        return total
 
 
 def build_task(recipe: Recipe) -> Task:
-    """Pick the loss that the recipe names."""
+    """Pick the losses that the recipe names."""
     if recipe.method == "sft":
-        return Task(sft.build_loss(), sft.report)
-    loss = dpo.build_loss(recipe.dpo.loss)
-    return Task(loss, dpo.Report(loss.beta), loss.at_init())
+        return Task((Term(1.0, sft.build_loss(recipe.sft.average)),), sft.report)
+    terms = dpo.build_terms(recipe.dpo.loss)
+    (judging, *_) = (term.loss for term in terms if isinstance(term.loss, PreferenceLoss))
+    return Task(terms, dpo.Report(judging))

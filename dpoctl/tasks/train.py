@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from dpoctl import console
 from dpoctl.core.logps import Scorer
 from dpoctl.core.loop import Cadence, EvalSet, Outputs, Run, fit
-from dpoctl.core.objective import LiveReference, Objective
+from dpoctl.core.objective import Objective
+from dpoctl.core.optim import warmup_steps
 from dpoctl.core.planner import Lengths, Plan
 from dpoctl.core.reader import Reader
 from dpoctl.data.prepare import PreparedData
@@ -31,6 +31,7 @@ from dpoctl.runs import checkpoint
 from dpoctl.runs.checkpoint import Checkpoint
 from dpoctl.runs.directory import RunDirectory
 from dpoctl.runs.environment import describe_environment
+from dpoctl.runs.health import Expectation
 from dpoctl.runs.report import refresh_report
 from dpoctl.runs.trackers import check_installed
 from dpoctl.tasks.check import facts_of
@@ -39,7 +40,7 @@ from dpoctl.tasks.extensions import ENVIRONMENT, RECORD, Extensions, Listeners
 from dpoctl.tasks.journal import Journal
 from dpoctl.tasks.machine import build_accelerator, quiet_libraries, token_budget
 from dpoctl.tasks.prepared import read_data
-from dpoctl.tasks.reference import Reference
+from dpoctl.tasks.reference import Live, Reference
 from dpoctl.tasks.resume import refuse_other_recipe
 from dpoctl.tasks.samples import Samples
 from dpoctl.tasks.self_check import check_first_step
@@ -158,9 +159,11 @@ def _train(
     evals = {name: EvalSet(readers[name], plan.one_pass(Lengths.of(store))) for name, store in data.evals.items()}
     set_gradient_checkpointing(policy, checkpointing)
     optimizer = extensions.build_optimizer(policy, recipe.training)
-    scorer, optimizer = accelerator.prepare(Scorer(policy.model, policy.causal, verdict).train(), optimizer)
-    objective = Objective(accelerator, scorer, task.loss, extensions.report(task.report), live)
-    if newest is None and task.at_init is not None and recipe.dpo.reference.path is None:
+    plain = Scorer(policy.model, policy.causal, verdict, confidence="confidence" in task.needs)
+    scorer, optimizer = accelerator.prepare(plain.train(), optimizer)
+    report = extensions.report(task.report)
+    objective = Objective(accelerator, scorer, task.terms, report, live, recipe.training.seed)
+    if newest is None and task.needs_reference and recipe.dpo.reference.path is None:
         check_first_step(objective, plan, readers[TRAIN], task.at_init, policy.dtype)
     start = newest.step if newest else -1
     samples = Samples(recipe, directory.path, accelerator, tokenizer, policy, data.evals, start)
@@ -168,7 +171,19 @@ def _train(
     torch.manual_seed(recipe.training.seed + accelerator.process_index)
 
     training = recipe.training
-    with Journal(recipe, directory, accelerator, policy, optimizer, plan, newest, data_key=data.train.key) as journal:
+    with Journal(
+        recipe,
+        directory,
+        accelerator,
+        policy,
+        optimizer,
+        plan,
+        objective,
+        newest,
+        data_key=data.train.key,
+        live=live,
+        expected=_expectation(recipe, plan, task),
+    ) as journal:
         listeners = Listeners(extensions.callbacks, journal.log, accelerator)
         done = fit(
             Run(
@@ -189,6 +204,7 @@ def _train(
                 cadence=_cadence(training),
                 evals=evals,
                 start=max(start, 0),
+                updated=live.follow if live is not None else lambda step: None,
             )
         )
     if accelerator.is_main_process:
@@ -234,6 +250,14 @@ def _lay_out(
     return verdict, plan, checkpointing
 
 
+def _expectation(recipe: Recipe, plan: Plan, task: Task) -> Expectation:
+    # Only a reference that is the policy before training fixes the first loss.
+    is_known = recipe.dpo.reference.path is None and task.needs_reference
+    return Expectation(
+        plan.num_steps, warmup_steps(recipe.training, plan.num_steps), task.at_init if is_known else None
+    )
+
+
 def _cadence(training: TrainingSection) -> Cadence:
     return Cadence(training.logging_steps, training.eval_steps, training.save_steps, training.eval_on_start)
 
@@ -270,16 +294,15 @@ def _with_reference(
     plan: Plan,
     task: Task,
     verdict: Verdict,
-) -> tuple[Mapping[str, Reader], LiveReference | None]:
+) -> tuple[Mapping[str, Reader], Live | None]:
     """Put the reference into the readers, or return it where it runs beside the policy."""
-    if not task.loss.needs_reference:
+    if not task.needs_reference:
         return readers, None
-    reference = Reference(recipe, policy, verdict, accelerator)
-    if recipe.dpo.reference.mode == "live":
+    reference = Reference(recipe, policy, verdict, accelerator, task.needs)
+    if recipe.dpo.reference.is_live:
         return readers, reference.live()
     # No graph is held in that pass, so more fits.
-    tables = {name: reference.table(reader, 4 * plan.max_tokens) for name, reader in readers.items()}
-    return {name: replace(reader, ref_logps=tables[name]) for name, reader in readers.items()}, None
+    return {name: reference.read_into(reader, 4 * plan.max_tokens) for name, reader in readers.items()}, None
 
 
 def _announce(policy: Policy, verdict: Verdict, plan: Plan, checkpointing: bool, accelerator: Accelerator) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dpoctl.core.meters import Meter, Total
+from dpoctl.core.meters import Meter, Tally, Total, by_source
 
 
 def read(meter: Meter) -> dict[str, float]:
@@ -49,3 +49,16 @@ def test_a_total_holds_no_graph() -> None:
     meter = Meter(torch.device("cpu"))
     meter.add({"loss": Total(torch.ones(3, requires_grad=True).sum(), 3)})
     assert read(meter) == {"loss": 1.0}
+
+
+def test_sources_are_averaged_apart_and_those_of_one_name_together() -> None:
+    tally = Tally.of(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0, 0, 1, 2]))
+    meter = Meter(torch.device("cpu"))
+    meter.add(by_source({"reward": tally}, torch.tensor([5, 7, 9]), {5: "a", 7: "b", 9: "b", 11: "c"}))
+    assert read(meter) == {"reward": 2.5, "a/reward": 1.5, "b/reward": 3.5}
+
+
+def test_items_that_are_left_out_count_for_nothing() -> None:
+    tally = Tally.of(torch.tensor([1.0, 2.0, 6.0]), torch.arange(3), torch.tensor([True, False, True]))
+    total = tally.total()
+    assert (float(total.sum), int(total.count)) == (7.0, 2)

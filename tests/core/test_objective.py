@@ -1,8 +1,8 @@
 """The plan counts, the loss judges, the loop divides: schedules change no gradient and no metric."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,25 +12,24 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dpoctl.core.logps import Scorer
-from dpoctl.core.losses import Item, Loss, Scores, Sigmoid, TokenNLL, log_sigmoid
+from dpoctl.core.loop import Cadence, EvalSet, Outputs, Run, fit
+from dpoctl.core.losses import Loss, Memory, PreferenceLoss, Scores, Sigmoid, TargetNLL, Term, TokenNLL, log_sigmoid
 from dpoctl.core.meters import Meter, Total
-from dpoctl.core.objective import Objective
+from dpoctl.core.objective import Judged, Objective
 from dpoctl.core.planner import Lengths, Plan
 from dpoctl.core.reader import Reader
+from dpoctl.errors import RunError
 from dpoctl.model.probe import Layout, Verdict
 from dpoctl.tasks import dpo, sft
 
 BUDGETS = [60, 200, 1 << 62]
 
 
-@dataclass(frozen=True)
-class BatchCentred:
+@dataclass(frozen=True, kw_only=True)
+class BatchCentred(PreferenceLoss):
     """A loss of the whole step: each margin is compared with the step's mean and spread, which carry gradient."""
 
-    beta: float = 0.1
-    item: ClassVar[Item] = "pairs"
     couples_batch: ClassVar[bool] = True
-    needs_reference: ClassVar[bool] = True
 
     def __call__(self, scores: Scores) -> Tensor:
         margins = scores.margins
@@ -44,8 +43,8 @@ def accelerator() -> Accelerator:
     return Accelerator(cpu=True)
 
 
-def report(scores: Scores, values: Tensor) -> Mapping[str, Total]:
-    return {"loss": Total(values.sum(), len(values))}
+def report(scores: Scores, judged: Sequence[Judged], names: Mapping[int, str]) -> Mapping[str, Total]:
+    return {}
 
 
 def gradient(
@@ -63,8 +62,8 @@ def gradient(
     ref = np.linspace(-90, -30, int(store.response_start[-1]), dtype=np.float32)
     reader = Reader(store, layout, torch.device("cpu"), 3, ref if loss.needs_reference else None)  # type: ignore[arg-type]
     scorer = Scorer(model, model, Verdict(layout, True, ""))
-    full = dpo.Report(0.1) if loss.item == "pairs" else sft.report
-    objective = Objective(accelerator(), scorer, loss, full)
+    full = dpo.Report(loss) if isinstance(loss, PreferenceLoss) else sft.report
+    objective = Objective(accelerator(), scorer, (Term(1.0, loss),), full)
     meter = Meter(torch.device("cpu"))
     plan = Plan(Lengths.of(store), batch_size, 1, max_tokens, layout, seed=0)  # type: ignore[arg-type]
     objective.backward(plan.step(0), reader, meter)
@@ -159,9 +158,8 @@ def test_fillers_count_for_nothing(tiny_llama: PreTrainedModel) -> None:
     reader = Reader(store, "shared", torch.device("cpu"))  # type: ignore[arg-type]
     filler = reader.batch(())
     assert filler.is_filler
-    objective = Objective(
-        accelerator(), Scorer(tiny_llama, tiny_llama, Verdict("shared", True, "")), Sigmoid(reference_free=True), report
-    )
+    terms = (Term(1.0, Sigmoid(reference_free=True)),)
+    objective = Objective(accelerator(), Scorer(tiny_llama, tiny_llama, Verdict("shared", True, "")), terms, report)
     step = Plan(Lengths.of(store), 1, seed=0).step(0)  # type: ignore[arg-type]
     meter = Meter(torch.device("cpu"))
     object.__setattr__(step, "schedule", ((step.records, ()),))
@@ -176,11 +174,80 @@ def test_evaluation_is_exact_for_any_budget(tiny_llama: PreTrainedModel) -> None
     from dpoctl.core.loop import EvalSet, evaluate
 
     store = MemoryStore(random_pairs(7))
-    objective = Objective(
-        accelerator(), Scorer(tiny_llama, tiny_llama, Verdict("shared", True, "")), Sigmoid(reference_free=True), report
-    )
+    terms = (Term(1.0, Sigmoid(reference_free=True)),)
+    objective = Objective(accelerator(), Scorer(tiny_llama, tiny_llama, Verdict("shared", True, "")), terms, report)
     reader, lengths = Reader(store, "shared", torch.device("cpu")), Lengths.of(store)  # type: ignore[arg-type]
     means = [
         evaluate(objective, EvalSet(reader, Plan(lengths, size, 1, b)))["loss"] for size in (2, 7) for b in BUDGETS
     ]
     assert means == pytest.approx([means[0]] * len(means), rel=1e-6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counting(PreferenceLoss):
+    """A loss of the whole step that remembers how many steps it was shown."""
+
+    couples_batch: ClassVar[bool] = True
+
+    def settle(self, scores: Scores, memory: Memory, *, step: int, seed: int) -> tuple[Loss, Memory]:
+        return self, {"steps": memory.get("steps", 0.0) + 1}
+
+    def __call__(self, scores: Scores) -> Tensor:
+        return -log_sigmoid(scores.differences(self.beta * scores.logps))
+
+
+def objective_of(model: PreTrainedModel, *losses: Loss) -> Objective:
+    terms = tuple(Term(1.0, loss) for loss in losses)
+    return Objective(accelerator(), Scorer(model, model, Verdict("shared", True, "")), terms, report)
+
+
+def test_a_step_without_items_of_a_term_adds_nothing_of_it(tiny_llama: PreTrainedModel) -> None:
+    store = MemoryStore([replace(example, target=-1) for example in random_pairs(3)])
+    reader: Any = Reader(store, "shared", torch.device("cpu"))  # type: ignore[arg-type]
+    step = Plan(Lengths.of(store), 3).step(0)  # type: ignore[arg-type]
+    gradients = []
+    for losses in ((Sigmoid(reference_free=True),), (Sigmoid(reference_free=True), TargetNLL())):
+        tiny_llama.zero_grad()
+        meter = Meter(torch.device("cpu"))
+        objective_of(tiny_llama, *losses).backward(step, reader, meter)
+        gradients.append(torch.cat([p.grad.flatten() for p in tiny_llama.parameters() if p.grad is not None]))
+        assert meter.read(lambda t: t)["loss"] > 0
+    assert torch.equal(*gradients)
+
+
+def test_memory_moves_with_applied_steps_alone(tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryStore(random_pairs(3))
+    reader: Any = Reader(store, "shared", torch.device("cpu"))  # type: ignore[arg-type]
+    plan = Plan(Lengths.of(store), 3)  # type: ignore[arg-type]
+    objective = objective_of(tiny_llama, Counting())
+    optimizer = objective.accelerator.prepare(torch.optim.SGD(tiny_llama.parameters(), 0.0))
+    outputs = Outputs(lambda *_: None, lambda _: None, lambda _: None)
+    run = Run(objective.accelerator, objective, optimizer, plan, reader, lambda _: 0.0, 1.0, outputs, Cadence())
+    run.evals = {"eval": EvalSet(reader, plan)}
+    fit(run)
+    assert objective.memory == ({"steps": 1.0},)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "optimizer_step_was_skipped", True)  # as after an overflow in float16
+        fit(run)
+    assert objective.memory == ({"steps": 1.0},)
+
+    with torch.no_grad():
+        next(tiny_llama.parameters()).fill_(float("nan"))
+    with pytest.raises(RunError, match="not finite"):
+        fit(run)
+    assert objective.memory == ({"steps": 1.0},)
+
+
+@pytest.mark.parametrize("layout", ["shared", "padded"])
+def test_the_plan_knows_of_records_what_their_batch_says(layout: Layout) -> None:
+    examples = random_pairs(6)
+    examples = [replace(e, label=n % 2, target=n % 3 - 1, source=n) for n, e in enumerate(examples)]
+    reader = Reader(MemoryStore(examples), layout, torch.device("cpu"))  # type: ignore[arg-type]
+    batch = reader.batch((5, 3, 1))
+    assert batch.starts.tolist() == [0, 2, 4, 6]
+    assert batch.targets.tolist() == [1, -1, 4]
+    assert batch.labels.tolist() == [1, 1, 1]
+    assert batch.sources.tolist() == [5, 3, 1]
+    for name, value in reader.outline((5, 3, 1)).items():
+        assert torch.equal(getattr(batch, name), value), name

@@ -1,6 +1,7 @@
 """The plan: every record once an epoch, budgets kept, ranks in step, and nothing that depends on the machine."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,6 +27,15 @@ def test_lengths_count_shared_tokens_once() -> None:
         assert lengths.items["tokens"][record] == scored
     assert lengths.items["pairs"].tolist() == [1, 1, 1]
     assert lengths.items["responses"].tolist() == [2, 2, 2]
+    assert lengths.items["records"].tolist() == [1, 1, 1]
+
+
+def test_tokens_to_imitate_are_those_of_each_record_s_target() -> None:
+    examples = [replace(e, target=target) for e, target in zip(random_pairs(3), (1, -1, 0), strict=True)]
+    store = MemoryStore(examples)
+    expected = [store.num_tokens[1], 0, store.num_tokens[4]]
+    assert Lengths.of(store).items["target_tokens"].tolist() == expected
+    assert Plan(Lengths.of(store), 2).step(0).counts["target_tokens"] == store.num_tokens[1]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -2,9 +2,8 @@
 
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import yaml
@@ -104,6 +103,29 @@ ADVICE = {
     ),
     "a beta for means": (GOOD.replace("0.1", "5.0"), "beta-high", "warning", 7, "rewards are sums"),
     "a beta that lets go": (GOOD.replace("0.1", "0.001"), "beta-low", "warning", 7, "keeps the policy closer"),
+    "a beta of sums for a loss of means": (
+        GOOD.replace("beta: 0.1", "type: simpo, beta: 0.1"), "beta-low", "warning", 7, "rewards are means over",
+    ),
+    "a beta of means for a loss of sums": (
+        GOOD.replace("beta: 0.1", "type: kto, beta: 2.0"), "beta-high", "warning", 7, "0.01 to 0.5 is usual",
+    ),
+    "a beta for DPO in SPPO": (
+        GOOD.replace("beta: 0.1", "type: sppo_hard, beta: 0.1"), "beta-high", "warning", 7, "0.0005 to 0.005 is usual",
+    ),
+    "a beta for DPO around SimPO": (
+        GOOD.replace("beta: 0.1", "type: beta_dpo, base: simpo"), "beta-low", "warning", 7, "for the loss 'simpo'",
+    ),
+    "a beta in a list": (
+        GOOD.replace("loss: {beta: 0.1}", "loss: [{type: ipo}, {type: apo_zero, beta: 5.0}]"),
+        "beta-high", "warning", 7, "for the loss 'apo_zero'",
+    ),
+    "a rate of DPO for SimPO": (
+        rate(FULL, "4e-6").replace("beta: 0.1", "type: simpo"), "lr-high-full", "warning", 10,
+        "for simpo with all weights of 7 B parameters: above 2e-6 answers tend to fall apart; 3e-7 to 1e-6 is usual",
+    ),
+    "a rate too high even for ORPO": (
+        rate(FULL, "3e-5").replace("beta: 0.1", "type: orpo"), "lr-high-full", "warning", 10, "5e-6 to 8e-6 is usual",
+    ),
     "preferences from scratch": (
         FULL.replace("{model_name_or_path: some/model-7b}", SCRATCH), "dpo-from-scratch", "warning", 2, "dpoctl sft",
     ),
@@ -126,8 +148,8 @@ ADVICE = {
 }  # fmt: skip
 
 
-def examine(text: str, *overrides: str, losses: dict[str, Any] = LOSSES) -> Examined:
-    return examine_recipe(text, "r.yaml", overrides=overrides, losses=losses, formats=FORMATS)
+def examine(text: str, *overrides: str) -> Examined:
+    return examine_recipe(text, "r.yaml", overrides=overrides, losses=LOSSES, formats=FORMATS)
 
 
 def findings(text: str, *overrides: str, **facts: Any) -> list[Finding]:
@@ -277,8 +299,14 @@ FACTS = {
         GOOD, {"split_tokens": ("<|im_start|>",), "ends_turns": False}, "control-tokens", "several tokens each",
     ),
     "rows longer than the model reads": (GOOD, {"context_length": 512}, "context", "1,024 is more than the 512"),
+    "quantiles of few rows": (
+        training(GOOD, "global_batch_size: 24"), {"coupling": ("aot",)}, "statistics-batch", "those of 24 rows",
+    ),
+    "rows of one label": (
+        GOOD.replace("beta: 0.1", "type: kto"), {"labels": (0, 900)}, "one-label", "every training row is undesirable",
+    ),
     "statistics over few rows": (
-        training(GOOD, "global_batch_size: 4"), {"couples_batch": True}, "statistics-batch", "those of 4 rows",
+        training(GOOD, "global_batch_size: 4"), {"coupling": ("aot",)}, "statistics-batch", "those of 4 rows",
     ),
 }  # fmt: skip
 
@@ -322,16 +350,43 @@ def test_a_template_whose_turns_end_with_a_known_token_is_only_noted() -> None:
 
 
 def test_a_loss_that_couples_the_batch_says_over_how_many_rows() -> None:
-    @dataclass(frozen=True, kw_only=True)
-    class Coupled:
-        beta: float = 0.1
-        couples_batch: ClassVar[bool] = True
-        needs_reference: ClassVar[bool] = True
-
-    seen = examine(GOOD.replace("beta: 0.1", "type: coupled"), losses={"coupled": Coupled})
-    (found,) = advise(seen.accept(), seen.document, Facts(couples_batch=Coupled.couples_batch))
+    text = GOOD.replace("beta: 0.1", "type: beta_dpo")
+    (found,) = findings(text, coupling=("beta_dpo",))
     assert (found.grade, found.code) == ("note", "statistics-batch")
+    assert "the loss 'beta_dpo' compares" in found.message
     assert "64 rows, however they are spread" in found.message
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_loss_is_warned_of_its_own_defaults(name: str) -> None:
+    assert findings(GOOD.replace("beta: 0.1", f"type: {name}")) == []
+
+
+def test_the_usual_rate_of_orpo_is_not_too_high_for_it() -> None:
+    text = rate(FULL, "8e-6")
+    assert told(findings(text)) == {("warning", "lr-high-full")}
+    assert told(findings(text.replace("beta: 0.1", "type: orpo"))) == set()
+
+
+@pytest.mark.parametrize(
+    ("labels", "weights", "said"),
+    [
+        ((300, 300), "", None),
+        ((400, 300), "", None),
+        ((300, 600), "", "300 desirable and 600 undesirable rows weigh 300 to 600; its authors keep the first between"),
+        ((300, 600), "", "e.g. by desirable_weight: 2"),
+        ((800, 300), "", "e.g. by undesirable_weight: 2"),
+        ((300, 600), ", desirable_weight: 2.0", None),
+        ((800, 300), ", undesirable_weight: 2.0", None),
+        ((400, 300), ", desirable_weight: 3.0", "weigh 1,200 to 300"),
+    ],
+)
+def test_labels_that_outweigh_one_another_are_noted_with_the_weight_that_levels_them(
+    labels: tuple[int, int], weights: str, said: str | None
+) -> None:
+    found = findings(GOOD.replace("beta: 0.1", f"type: kto{weights}"), labels=labels)
+    assert told(found) == ({("note", "kto-balance")} if said else set())
+    assert all(str(said) in one.message and one.line == 7 for one in found)
 
 
 def test_what_stands_in_for_a_wrong_value_gets_no_advice() -> None:

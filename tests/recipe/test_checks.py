@@ -80,6 +80,23 @@ CONTRADICTIONS = {
         11,
         "dpo.reference.path would do nothing",
     ),
+    "moving reference where none is used": (
+        GOOD + DPO.format("{reference_free: true}", "{sync_steps: 8}"),
+        11,
+        "dpo.reference.sync_steps would do nothing",
+    ),
+    "moving reference that is kept": (GOOD + DPO.format("{}", "{mode: cached, sync_steps: 8}"), 11, "stands still"),
+    "moving reference that is left out": (GOOD + DPO.format("{}", "{mode: none, sync_steps: 8}"), 11, "needs a ref"),
+    "moving reference that is another model": (
+        GOOD + DPO.format("{}", "{path: other, sync_steps: 8}"),
+        11,
+        "path names another model",
+    ),
+    "share of a reference that does not move": (
+        GOOD + DPO.format("{}", "{sync_alpha: 0.5}"),
+        11,
+        "sync_steps is not set",
+    ),
     "section of the other method": (GOOD + "sft: {loss_on: last}\n", 11, "the method is dpo"),
     "run directory over the model": (
         GOOD.replace("some/model", "./runs/x"),

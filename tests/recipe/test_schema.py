@@ -1,5 +1,6 @@
 """Every key of the schema: documented, suggested when misspelt, refused with its path when wrong; and back to YAML."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import yaml
 from pydantic import BaseModel
 
 from dpoctl.core.losses import LOSSES
+from dpoctl.data.formats import FORMATS
 from dpoctl.recipe import Recipe, RecipeError, json_schema, load_recipe, parse_recipe
 from dpoctl.recipe.document import read_document
 from dpoctl.recipe.expect import hints, unwrap
@@ -15,6 +17,8 @@ from dpoctl.recipe.schema import Source
 from dpoctl.recipe.writer import write_yaml
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+# A specification of data to make stands there too.
+SHIPPED = [file for file in sorted(RECIPES.glob("*.yaml")) if "training:" in file.read_text(encoding="utf-8")]
 LEAST: dict[str, Any] = {
     "method": "dpo",
     "model": {"model_name_or_path": "some/model"},
@@ -79,12 +83,33 @@ def _resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
     return node
 
 
-def test_the_json_schema_knows_the_hyperparameters_of_the_losses() -> None:
-    loss = json_schema(LOSSES)["$defs"]["DpoSection"]["properties"]["loss"]
-    assert set(loss["properties"]) == {"type", "beta", "label_smoothing", "reference_free", "average"}
-    assert loss["properties"]["beta"]["exclusiveMinimum"] == 0
-    assert loss["properties"]["type"]["enum"] == list(LOSSES)
-    assert loss["additionalProperties"] is False
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_json_schema_documents_each_loss_with_its_own_keys(name: str) -> None:
+    definitions = json_schema(LOSSES)["$defs"]
+    alone, listed = definitions[f"loss.{name}"], definitions[f"term.{name}"]
+    assert set(alone["properties"]) == {"type", *(field.name for field in fields(LOSSES[name]))}
+    assert set(listed["properties"]) == {"weight", *alone["properties"]}
+    assert alone["properties"]["type"]["const"] == name
+    assert alone["properties"]["beta"]["exclusiveMinimum"] == 0
+    assert alone["properties"]["beta"]["default"] == LOSSES[name]().beta
+    assert alone["required"] == ([] if name == "sigmoid" else ["type"])
+    assert listed["required"] == ["type"]
+    assert (alone["additionalProperties"], listed["additionalProperties"]) == (False, False)
+    for described in (alone, listed, *alone["properties"].values(), *listed["properties"].values()):
+        assert len(described["description"]) > 5
+
+
+def test_the_json_schema_takes_a_loss_or_a_list_of_losses_with_weights() -> None:
+    schema = json_schema(LOSSES)
+    *alone, several = schema["$defs"]["DpoSection"]["properties"]["loss"]["anyOf"]
+    assert alone == [{"$ref": f"#/$defs/loss.{name}"} for name in LOSSES]
+    assert several["items"]["anyOf"] == [{"$ref": f"#/$defs/term.{name}"} for name in (*LOSSES, "sft")]
+    assert set(schema["$defs"]["term.sft"]["properties"]) == {"type", "weight"}
+    texts = {
+        name: kind["properties"]["beta"]["description"] for name, kind in schema["$defs"].items() if "loss." in name
+    }
+    assert "the paper's tau" in texts["loss.ipo"].lower()
+    assert texts["loss.robust"] == "Scale of the reward, per nat: higher keeps the policy closer to the reference."
 
 
 @pytest.mark.parametrize("path", KEYS + SOURCE_KEYS, ids=".".join)
@@ -184,6 +209,11 @@ training: {output_dir: o, learning_rate: 1, eval_steps: 5, report_to: tensorboar
     [
         [],
         ["dpo.loss={type: ipo, beta: 0.3}"],
+        ["dpo.loss={type: beta_dpo, base: {type: simpo, gamma_beta_ratio: 0.3}, beta: 2, beta_max: 9}"],
+        ["dpo.loss={type: f_dpo, divergence: alpha, alpha: 0.3}"],
+        ["dpo.loss=[{type: sigmoid, weight: 0.8}, {type: bco_pair, weight: 0.2}, {type: sft}]"],
+        ["dpo.loss=[{type: sigmoid}, {type: sigmoid, beta: 0.3, sft_weight: 0.1}]", "dpo.loss.1.weight=0.5"],
+        *([f"dpo.loss.type={name}"] for name in LOSSES),
         ["lora.start=continue"],
         ["data.eval={a: x, b: [{path: y, weight: 0.5}]}", "eval_steps=5"],
         ["eval_size=0.1", "eval_steps=5", "eval_on_start=false"],
@@ -199,11 +229,32 @@ def test_a_resolved_recipe_loads_back_equal(overrides: list[str]) -> None:
 
 def test_the_loss_is_completed_with_its_defaults() -> None:
     recipe = parse_recipe(write_yaml(LEAST), "r", command="dpo", losses=LOSSES)
-    assert recipe.dpo.loss == {"type": "sigmoid", "beta": 0.1, "label_smoothing": 0.0, "reference_free": False}
+    rest = {"label_smoothing": 0.0, "reference_free": False}
+    assert recipe.dpo.loss == {"type": "sigmoid", "beta": 0.1, "sft_weight": 0.0, **rest}
+    several = parse_recipe(
+        write_yaml(LEAST),
+        "r",
+        command="dpo",
+        losses=LOSSES,
+        overrides=["dpo.loss=[{type: hinge, weight: 2}, {type: sft}]"],
+    )
+    assert several.dpo.loss == [
+        {"type": "hinge", "weight": 2.0, "beta": 0.1, "sft_weight": 0.0},
+        {"type": "sft", "weight": 1.0},
+    ]
 
 
-@pytest.mark.parametrize("name", ["mistral7b-lora", "mistral7b-sft", "gpt2-smoke"])
-def test_the_shipped_recipes_load_back_equal(name: str) -> None:
-    command = "sft" if name.endswith("sft") else "dpo"
-    recipe = load_recipe(RECIPES / f"{name}.yaml", command=command, losses=LOSSES)
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
+def test_the_shipped_recipes_load_back_equal(file: Path) -> None:
+    command = yaml.safe_load(file.read_text(encoding="utf-8"))["method"]
+    recipe = load_recipe(file, command=command, losses=LOSSES, formats=FORMATS)
     assert parse_recipe(recipe.to_yaml(), "resolved", command=command, losses=LOSSES) == recipe
+
+
+def test_beta_dpo_is_shipped_in_its_published_settings() -> None:
+    loss = load_recipe(RECIPES / "pythia28-hh-beta-dpo.yaml", command="dpo", losses=LOSSES).dpo.loss
+    assert isinstance(loss, dict)
+    published = {"type": "beta_dpo", "beta": 0.1, "alpha": 0.6, "filter_ratio": 0.2, "momentum": 0.9}
+    assert loss | published == loss
+    # What the released code hard-codes besides.
+    assert (loss["beta_min"], loss["beta_max"], loss["gap_scale"], loss["base"]) == (1e-3, None, "raw", "sigmoid")

@@ -60,7 +60,7 @@ WRONG = {
     "hyperparameter of another loss": (
         GOOD + "dpo: {loss: {type: ipo, label_smoothing: 0.1}}\n",
         "9:25",
-        "sigmoid has",
+        "the loss 'ipo' has no 'label_smoothing' (sigmoid, robust, exo_pair have it); it takes beta, sft_weight, avera",
     ),
     "duplicate key": (with_lines("seed: 1", "seed: 2"), "8:3", "first set on line 7"),
     "missing key": (GOOD.replace("  learning_rate: 5e-7\n", ""), "6:1", "learning_rate: 5.0e-06"),

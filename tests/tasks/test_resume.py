@@ -17,7 +17,8 @@ from dpoctl.errors import StoppedError, UsageError
 Run = Callable[..., dict[str, Any]]
 FULL = {"model.disable_dropout": False, "training.num_train_epochs": 2, "training.save_steps": 2}
 LORA = FULL | {"lora": {"r": 4, "lora_dropout": 0.2}}
-KINDS = {"full": FULL, "lora": LORA}
+REMEMBERING = FULL | {"dpo.loss": {"type": "beta_dpo", "filter_ratio": 0.4}, "training.max_tokens_per_device": 100}
+KINDS = {"full": FULL, "lora": LORA, "remembering": REMEMBERING}
 TIMINGS = {"tokens_per_second"}
 
 

@@ -155,9 +155,9 @@ def test_a_wrong_reference_stops_the_run_before_its_first_step(
 
     table = Reference.table
 
-    def shifted(self: Reference, reader: Any, budget: int) -> Any:
-        right = table(self, reader, budget)
-        return right - np.arange(len(right), dtype=np.float32)
+    def shifted(self: Reference, *arguments: Any) -> Any:
+        right = table(self, *arguments)
+        return {name: column - np.arange(len(column), dtype=np.float32) for name, column in right.items()}
 
     monkeypatch.setattr(Reference, "table", shifted)
     with pytest.raises(RunError, match="self-check"):
