@@ -38,7 +38,10 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The precision to compute in; `auto` is the fastest that the hardware does itself.
+    """The precision to compute in; `auto` is the fastest that a GPU does itself, and float32 elsewhere.
+
+    A CPU keeps float32 even where it knows bfloat16: runs there are for trying out and testing, and must not give other
+    numbers on the next machine.
 
     Args:
         name: `auto`, `float32`, `bfloat16` or `float16`.
@@ -48,10 +51,6 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
         return _DTYPES[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    if device.type == "cpu":
-        # Without these units a CPU emulates bfloat16, several times slower than float32.
-        native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-        return torch.bfloat16 if native else torch.float32
     return torch.float32
 
 

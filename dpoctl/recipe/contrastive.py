@@ -46,7 +46,7 @@ class WriterSection(Section):
     revision: Text | None = Field(default=None, examples=["main"])
     """The branch, tag or commit of a hub id; a folder has none."""
     dtype: DType = "auto"
-    """The precision of the computation; auto is bfloat16 where the hardware has it, else float16 or float32."""
+    """The precision of the computation; auto is bfloat16 where the GPU has it, else float16; float32 without one."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """The attention that transformers is asked for."""
     chat_template: Text | None = Field(default=None, examples=["zephyr"])

@@ -11,8 +11,9 @@ from pydantic_core import ErrorDetails
 from dpoctl.recipe.checks import LOSS, check
 from dpoctl.recipe.document import Document
 from dpoctl.recipe.expect import Path, hints, unwrap
+from dpoctl.recipe.inert import sources_of
 from dpoctl.recipe.problems import Problem, dotted, shown
-from dpoctl.recipe.schema import DpoSection, Recipe, Section, Source
+from dpoctl.recipe.schema import DpoSection, Recipe, Section
 from dpoctl.recipe.suggest import Suggester, closest
 from dpoctl.recipe.wording import explain, field_at
 
@@ -173,13 +174,9 @@ def _explain_loss(
 def _unknown_formats(recipe: Recipe, document: Document, formats: Mapping[str, Any] | None) -> Iterator[Problem]:
     if formats is None:
         return
-    sets: list[tuple[Path, list[Source]]] = [(("data", "train"), recipe.data.train)]
-    sets += [(("data", "eval", name), sources) for name, sources in recipe.data.eval.items()]
-    for path, sources in sets:
-        for index, source in enumerate(sources):
-            if source.format != "auto" and source.format not in formats:
-                at = (*path, index, "format")
-                yield _unknown_choice(document, at, source.format, ["auto", *formats])
+    for path, source in sources_of(recipe):
+        if source.format != "auto" and source.format not in formats:
+            yield _unknown_choice(document, (*path, "format"), source.format, ["auto", *formats])
 
 
 def _unknown_choice(document: Document, path: Path, given: object, allowed: Iterable[str]) -> Problem:

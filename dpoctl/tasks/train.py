@@ -131,6 +131,8 @@ def _write_beginning(
 
 def _write_data_report(directory: RunDirectory, data: PreparedData, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
+        # With the formats that were found, so that reading it again cannot mean something else.
+        directory.write_text(directory.resolved_recipe.name, data.recipe.to_yaml())
         directory.write_json("data_report.json", data.report)
         directory.write_text(directory.rejects.name, data.rejects.read_text(encoding="utf-8"))
 
