@@ -5,12 +5,22 @@ Rich is imported on first use, so that `--help` does not pay for it.
 """
 
 import os
+import re
 import sys
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
+
+
+_UNSAFE = re.compile("[\0-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters, those that turn the direction of writing, and bytes of file names that are no text."""
+
+
+def printable(text: str, *, keep: str = "\n\t") -> str:
+    """Spell out what could steer a terminal: data and file names are made by strangers."""
+    return _UNSAFE.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
 
 
 def is_main_process() -> bool:
@@ -33,7 +43,7 @@ def stderr() -> "Console":
 def say(message: "RenderableType", **kwargs: Any) -> None:
     """Tell the user something; silent on all ranks but the first."""
     if is_main_process():
-        stderr().print(message, **kwargs)
+        stderr().print(printable(message) if isinstance(message, str) else message, **kwargs)
 
 
 def note(message: str) -> None:
@@ -61,4 +71,4 @@ def emit(text: str, *, end: str = "\n") -> None:
 def _graded(grade: str, style: str, message: str) -> None:
     from rich.text import Text  # noqa: PLC0415 - start-up time
 
-    say(Text.assemble((f"{grade}: ", style), message))
+    say(Text.assemble((f"{grade}: ", style), printable(message)))

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "dpoctl").rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 RECIPES = sorted((ROOT / "recipes").rglob("*.y*ml"))
-COMMANDS = {"sft", "dpo", "check", "convert-data", "eval", "report", "chat", "merge"}
+COMMANDS = {"sft", "dpo", "check", "convert-data", "eval", "report", "chat", "merge", "inspect"}
 
 
 @cache

@@ -60,6 +60,25 @@ def fill_hub_cache(cache: Path, revisions: dict[str, Path]) -> None:
         shutil.copytree(folder, repository / "snapshots" / commit)
 
 
+def two_turns(row: dict[str, Any]) -> dict[str, Any]:
+    """A pair of answers of two turns each."""
+    more = [{"role": "user", "content": "yes?"}, {"role": "assistant", "content": "world of method"}]
+    return row | {side: row[side] + more for side in ("chosen", "rejected")}
+
+
+def rated(row: dict[str, Any], number: int) -> dict[str, Any]:
+    """Three answers with ratings; of the first row all are equal, of the last ones they differ a lot."""
+    answers = [*(row[side] for side in ("chosen", "rejected")), [{"role": "assistant", "content": "maybe"}]]
+    return {"prompt": row["prompt"], "responses": answers, "scores": [2 * number, number, 0]}
+
+
+def safety(row: dict[str, Any], number: int) -> dict[str, Any]:
+    """Two answers, of which the better one is not always the safer one."""
+    answers = {f"response_{k}": row[side][0]["content"] for k, side in enumerate(("chosen", "rejected"))}
+    ids = {"better_response_id": 0, "safer_response_id": number % 2}
+    return {"prompt": row["prompt"][0]["content"]} | answers | ids
+
+
 def build_world(root: Path, tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
     """Write everything, and return where it is by name."""
     greeting = PreTrainedTokenizerFast.from_pretrained(save_llama(root / "tiny", tokenizer))
@@ -86,6 +105,9 @@ def build_world(root: Path, tokenizer: PreTrainedTokenizerFast) -> dict[str, str
         [{"prompt": row["prompt"], "completion": answer, "label": answer == row["chosen"]} for row, answer in labelled],
     )
     write_rows(root / "turns.jsonl", [{"messages": DEMONSTRATION}] * 4)
+    write_rows(root / "sides.jsonl", [two_turns(row) for row in rows])
+    write_rows(root / "rated.jsonl", [rated(row, number) for number, row in enumerate(rows)])
+    write_rows(root / "safety.jsonl", [safety(row, number) for number, row in enumerate(rows)])
     (root / "folder").mkdir()
     write_rows(root / "folder" / "one.jsonl", rows[:2])
     write_rows(root / "folder" / "two.jsonl", rows[2:])

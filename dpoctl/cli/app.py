@@ -14,6 +14,7 @@ from dpoctl.cli.check import check
 from dpoctl.cli.convert_data import convert_data
 from dpoctl.cli.dpo import dpo
 from dpoctl.cli.eval import evaluate
+from dpoctl.cli.inspect import inspect
 from dpoctl.cli.merge import merge
 from dpoctl.cli.report import report
 from dpoctl.cli.sft import sft
@@ -35,6 +36,7 @@ for command, name, panel, summary in (
     (dpo, "dpo", "Train", "Train on preferences."),
     (check, "check", "Train", "Advice on a recipe: what is wrong in it, what is unusual."),
     (convert_data, "convert-data", "Data", "Turn any known data format into canonical JSONL."),
+    (inspect, "inspect", "Data", "Rows as the model will see them, and whether they are right."),
     (evaluate, "eval", "Measure", "Measure a finished run on held-out data."),
     (report, "report", "Measure", "One HTML file that shows a run: curves, samples, advice."),
     (chat, "chat", "Use", "Talk with a finished run."),

@@ -67,7 +67,7 @@ def report(error: Exception, *, as_json: bool, debug: bool) -> int:
 
 def show(failure: Failure, *, as_json: bool) -> None:
     """Print a failure on stderr, and on stdout where a machine reads."""
-    text = failure.text if failure.rank == 0 else f"[rank {failure.rank}] {failure.text}"
+    text = console.printable(failure.text if failure.rank == 0 else f"[rank {failure.rank}] {failure.text}")
     if sys.stderr.isatty():
         from rich.text import Text
 
@@ -88,7 +88,7 @@ def _describe(error: Exception, log: Path | None) -> Failure:
         return Failure(2, text, {"code": 2, "message": message}, rank)
     if isinstance(error, UserError):
         details = {"code": error.exit_code, "message": error.message, "hint": error.hint} | _places(error)
-        text = str(error) if "problems" in details else f"error: {error}"
+        text = str(error) if "problems" in details else f"error: {console.printable(str(error), keep='')}"
         return Failure(error.exit_code, text, details, rank)
     message = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
     where = f"traceback in {log}" if log else "pass --debug for the traceback"

@@ -1,22 +1,23 @@
 """One pass from records to a store: render, tokenize, fit, write; every row counted."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
 
-import numpy as np
-
+from dpoctl.data.gaps import GapFinder, Gaps, GapTally
+from dpoctl.data.grouping import Votes
 from dpoctl.data.records import Record, Reject
 from dpoctl.data.rows import Found, Place, RowCount, Selection, find_rows
 from dpoctl.data.selection import record_digest
+from dpoctl.data.shaping import check_ranking
+from dpoctl.data.spread import Lengths
 from dpoctl.data.store import StoreWriter
 from dpoctl.data.template import Rendered, Renderer
 from dpoctl.data.tokenize import Answer, Encoder, Example, Ids, Limits, build_example, fit
 
 BATCH = 2048
-PERCENTILES = (50, 90, 99)
 
 
 class Encoded(NamedTuple):
@@ -29,6 +30,7 @@ class Encoded(NamedTuple):
     answers_cut: int
     eos_added: bool
     notes: tuple[str, ...]
+    gaps: Gaps
 
 
 class RecordEncoder:
@@ -37,17 +39,22 @@ class RecordEncoder:
     Args:
         renderer: Messages to text.
         encoder: Text to tokens.
-        limits: How long a record may be.
+        limits: How long a record may be, one a source.
     """
 
-    def __init__(self, renderer: Renderer, encoder: Encoder, limits: Limits) -> None:
+    def __init__(self, renderer: Renderer, encoder: Encoder, limits: Sequence[Limits]) -> None:
         self._renderer = renderer
         self._encoder = encoder
         self._limits = limits
+        self._gaps = GapFinder(encoder)
         self.dtype = encoder.dtype
 
-    def encode(self, records: Sequence[Record]) -> list[Encoded | Reject]:
+    def encode(self, records: Sequence[Record], sources: Sequence[int]) -> list[Encoded | Reject]:
         """Encode a batch, each record on its own account.
+
+        Args:
+            records: What is encoded.
+            sources: The number of the source that each comes from.
 
         Raises:
             DataError: The chat template is missing, or moves boundaries in a way that is not known.
@@ -55,8 +62,8 @@ class RecordEncoder:
         rendered = [self._render(record) for record in records]
         tokens = iter(self._encoder.encode([item for item in rendered if isinstance(item, Rendered)]))
         return [
-            item if isinstance(item, Reject) else self._lay_out(record, item, *next(tokens))
-            for record, item in zip(records, rendered, strict=True)
+            item if isinstance(item, Reject) else self._lay_out(record, item, self._limits[source], *next(tokens))
+            for record, source, item in zip(records, sources, rendered, strict=True)
         ]
 
     def _render(self, record: Record) -> Rendered | Reject:
@@ -65,9 +72,11 @@ class RecordEncoder:
         except Reject as reject:
             return reject
 
-    def _lay_out(self, record: Record, item: Rendered, prompt: Ids, answers: list[Answer]) -> Encoded | Reject:
+    def _lay_out(
+        self, record: Record, item: Rendered, limits: Limits, prompt: Ids, answers: list[Answer]
+    ) -> Encoded | Reject:
         try:
-            prompt, prompt_cut, answers_cut = fit(prompt, answers, self._limits, self._encoder.bos)
+            prompt, prompt_cut, answers_cut = fit(prompt, answers, limits, self._encoder.bos)
             example = build_example(prompt, answers, record, self.dtype)
         except Reject as reject:
             return reject
@@ -79,6 +88,7 @@ class RecordEncoder:
             answers_cut=answers_cut,
             eos_added=not isinstance(record.prompt, str) and any(text.needs_eos for text in item.completions),
             notes=item.notes,
+            gaps=self._gaps.find(example, record),
         )
 
 
@@ -86,64 +96,112 @@ class RecordEncoder:
 class Tally:
     """What became of the rows that were found, and how long they are."""
 
-    used: int = 0
+    used: Counter[int] = field(default_factory=Counter)
+    """Rows of each source, by its number."""
+    rejected: dict[int, Counter[str]] = field(default_factory=dict)
+    """Rows by the reason, by the number of their source."""
+    first_rejected: dict[str, tuple[Place, str]] = field(default_factory=dict)
     duplicates: int = 0
+    tied_pairs: int = 0
+    outvoted_pairs: int = 0
     prompts_cut: int = 0
     answers_cut: int = 0
     rows_without_eos: int = 0
     eos_added: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
-    first_rejected: dict[str, tuple[Place, str]] = field(default_factory=dict)
+    most_answers: int = 0
     notes: Counter[str] = field(default_factory=Counter)
-    prompt_tokens: list[int] = field(default_factory=list)
-    answer_tokens: dict[str, list[int]] = field(default_factory=dict)
+    gaps: GapTally = field(default_factory=GapTally)
+    lengths: Lengths = field(default_factory=Lengths)
 
-    def reject(self, reject: Reject, at: Place) -> None:
-        """Count a row that is not used."""
-        self.rejected[reject.reason] += 1
-        self.first_rejected.setdefault(reject.reason, (at, reject.detail))
+    def reject(self, reject: Reject, places: Sequence[Place]) -> None:
+        """Count rows that are not used."""
+        self.rejected.setdefault(places[0][0], Counter())[reject.reason] += len(places)
+        self.first_rejected.setdefault(reject.reason, (places[0], reject.detail))
 
-    def use(self, encoded: Encoded) -> None:
-        """Count a row that is used."""
-        self.used += 1
+    def use(self, encoded: Encoded, found: Found, record: Record) -> None:
+        """Count a record that is used."""
+        self.used[found.places[0][0]] += len(found.places)
+        self.tied_pairs += found.tied_pairs
         self.prompts_cut += encoded.prompt_cut
         self.answers_cut += encoded.answers_cut
         self.rows_without_eos += encoded.answers_cut > 0
         self.eos_added += encoded.eos_added
+        self.most_answers = max(self.most_answers, len(record.responses))
         self.notes.update(encoded.notes)
-        self.prompt_tokens.append(encoded.prompt_tokens)
-        names = ("chosen", "rejected") if len(encoded.answer_tokens) == 2 else ("answer",) * len(encoded.answer_tokens)
-        for name, length in zip(names, encoded.answer_tokens, strict=True):
-            self.answer_tokens.setdefault(name, []).append(length)
+        self.gaps.count(encoded.gaps)
+        self.lengths.add(encoded.prompt_tokens, encoded.answer_tokens, record.pairs)
 
 
 def build(
-    selection: Selection, encoder: RecordEncoder, writer: StoreWriter, *, drop_duplicates: bool
+    selection: Selection,
+    encoder: RecordEncoder,
+    writer: StoreWriter,
+    *,
+    drop_duplicates: bool,
+    votes: Votes,
+    settle: bool,
 ) -> dict[str, Any]:
     """Write every selected row, or its rejection, and return the report.
 
+    Args:
+        selection: What is read.
+        encoder: To tokens.
+        writer: Where they go.
+        drop_duplicates: Reject records that stand further up.
+        votes: Of several verdicts on one pair: filled, or used where `settle` is true.
+        settle: Drop pairs that the majority of the votes speaks against.
+
     Raises:
+        UsageError: A source has an option that its format does not have.
         DataError: The sources cannot be read, or a boundary between prompt and answer cannot be verified.
         SetupError: The hub cannot be reached.
     """
     count, tally = RowCount(), Tally()
-    rows = _without_duplicates(find_rows(selection, count), tally, drop=drop_duplicates)
+    found = find_rows(selection, count)
+    voted = _settled(found, votes, tally, selection) if settle else _counted(found, votes)
+    rows = _without_duplicates(voted, tally, drop=drop_duplicates)
     while batch := list(islice(rows, BATCH)):
-        encoded = iter(encoder.encode([found.outcome for found in batch if isinstance(found.outcome, Record)]))
-        for found in batch:
-            _write(found, found.outcome if isinstance(found.outcome, Reject) else next(encoded), writer, tally)
+        sound = [one for one in batch if isinstance(one.outcome, Record)]
+        records = [one.outcome for one in sound if isinstance(one.outcome, Record)]
+        encoded = iter(encoder.encode(records, [one.places[0][0] for one in sound]))
+        for one in batch:
+            _write(one, one.outcome if isinstance(one.outcome, Reject) else next(encoded), writer, tally)
     return _report(count, tally, writer)
 
 
 def _write(found: Found, encoded: Encoded | Reject, writer: StoreWriter, tally: Tally) -> None:
     if isinstance(encoded, Reject):
-        tally.reject(encoded, found.at)
-        writer.reject(encoded, found.at)
+        tally.reject(encoded, found.places)
+        for place in found.places:
+            writer.reject(encoded, place)
         return
     assert isinstance(found.outcome, Record)
-    tally.use(encoded)
+    tally.use(encoded, found, found.outcome)
     for _ in range(found.copies):
-        writer.add(encoded.example, found.outcome, found.at)
+        writer.add(encoded.example, found.outcome, found.places[0])
+
+
+def _counted(rows: Iterable[Found], votes: Votes) -> Iterator[Found]:
+    for found in rows:
+        if isinstance(found.outcome, Record):
+            votes.add(found.outcome)
+        yield found
+
+
+def _settled(rows: Iterable[Found], votes: Votes, tally: Tally, selection: Selection) -> Iterator[Found]:
+    for found in rows:
+        if isinstance(found.outcome, Reject):
+            yield found
+            continue
+        try:
+            record = votes.settle(found.outcome)
+            if selection.wants == "rankings":
+                check_ranking(record)
+        except Reject as reject:
+            yield found._replace(outcome=reject)
+            continue
+        tally.outvoted_pairs += len(found.outcome.pairs) - len(record.pairs)
+        yield found._replace(outcome=record)
 
 
 def _without_duplicates(rows: Iterator[Found], tally: Tally, *, drop: bool) -> Iterator[Found]:
@@ -161,36 +219,33 @@ def _without_duplicates(rows: Iterator[Found], tally: Tally, *, drop: bool) -> I
 
 def _report(count: RowCount, tally: Tally, writer: StoreWriter) -> dict[str, Any]:
     num_tokens = writer.column("num_tokens")
+    rejected = sum(tally.rejected.values(), Counter[str]())
     return {
         "rows": count.rows,
-        "used": tally.used,
-        "rejected": dict(sorted(tally.rejected.items())),
+        "used": tally.used.total(),
+        "rejected": dict(sorted(rejected.items())),
         "held_out": count.held_out,
         "unsampled": count.unsampled,
         "duplicates": tally.duplicates,
         "records": len(writer.column("shared_len")),
+        "pairs": len(writer.column("pairs")),
+        "tied_pairs": tally.tied_pairs,
+        "outvoted_pairs": tally.outvoted_pairs,
+        "most_answers": tally.most_answers,
         "prompts_truncated": tally.prompts_cut,
         "answers_truncated": tally.answers_cut,
         "rows_without_eos": tally.rows_without_eos,
         "eos_added": tally.eos_added,
         "template": dict(sorted(tally.notes.items())),
+        "gaps": tally.gaps.report(),
         "tokens": {
             "total": int(writer.column("token_start")[-1]),
             "scored": int(num_tokens.sum()),
-            "prompt": _lengths(tally.prompt_tokens),
-            **{name: _lengths(lengths) for name, lengths in tally.answer_tokens.items()},
+            **tally.lengths.summary(),
         },
-        "sources": count.formats,
+        "sources": [
+            facts | {"used": tally.used[number], "rejected": dict(sorted(tally.rejected.get(number, {}).items()))}
+            for number, facts in enumerate(count.sources)
+        ],
         "first_rejected": {reason: [at, detail] for reason, (at, detail) in tally.first_rejected.items()},
-    }
-
-
-def _lengths(values: list[int]) -> dict[str, float]:
-    if not values:
-        return {}
-    percentiles = np.percentile(values, PERCENTILES, method="lower")
-    return {
-        "mean": round(float(np.mean(values)), 1),
-        **{f"p{percent}": int(value) for percent, value in zip(PERCENTILES, percentiles, strict=True)},
-        "max": max(values),
     }

@@ -80,6 +80,12 @@ def until_user(messages: list[Message]) -> list[Message]:
     return messages[: users[0]] if users else messages
 
 
+def through_answer(messages: list[Message]) -> list[Message]:
+    """Leave out what follows the assistant's last turn."""
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    return messages[: turns[-1] + 1] if turns else messages
+
+
 def shared_turns(one: list[Any], other: list[Any]) -> int:
     """Count the leading turns that two conversations share."""
     count = 0

@@ -1,12 +1,11 @@
 """The items that a model is to write about: lines of a text file, or a column of any source of rows."""
 
-import gzip
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpoctl.data.readers import suffix_of
+from dpoctl.data.readers import read_text, suffix_of
 from dpoctl.data.records import Reject, Row
 from dpoctl.data.sources import read_rows
 from dpoctl.errors import DataError, UsageError
@@ -32,7 +31,7 @@ def read_items(section: "ItemsSection") -> tuple[list[str], Counter[str]]:
         raise UsageError(f"{section.path}: items.column would do nothing: a text file has one item a line")
     left_out: Counter[str] = Counter()
     items: dict[str, None] = {}
-    for text in _lines(Path(section.path)) if is_text else _column(section):
+    for text in _text_lines(Path(section.path)) if is_text else _column(section):
         if isinstance(text, Reject):
             left_out[text.reason] += 1
         elif not (item := text.strip()):
@@ -46,15 +45,8 @@ def read_items(section: "ItemsSection") -> tuple[list[str], Counter[str]]:
     return list(items), left_out
 
 
-def _lines(path: Path) -> Iterator[str]:
-    opened = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opened(path, "rt", encoding="utf-8-sig") as file:
-            yield from (line for line in file if line.strip())
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason})", hint="save the file as UTF-8") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+def _text_lines(path: Path) -> Iterator[str]:
+    return (line for line in read_text(path) if line.strip())
 
 
 def _column(section: "ItemsSection") -> Iterator[str | Reject]:

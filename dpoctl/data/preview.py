@@ -1,6 +1,7 @@
 """Rows as the model will see them: what is given dim, what is trained on bright, and in brackets for plain text."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -16,8 +17,15 @@ SHOWN_CHARACTERS = 1200
 VISIBLE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"}
 VISIBLE |= dict.fromkeys(range(0x7F, 0xA0), "\N{REPLACEMENT CHARACTER}")
 """Control characters in data must not reach the terminal."""
+BOX = "⟨", "⟩"
 
-Run = tuple[str, bool]
+
+class Run(NamedTuple):
+    """Tokens of one kind that stand together."""
+
+    text: str
+    kind: bool | None
+    ids: list[int]
 
 
 def mask_preview(store: TokenStore, tokenizer: "PreTrainedTokenizerBase", rows: int = 2) -> "RenderableType":
@@ -30,39 +38,102 @@ def mask_preview(store: TokenStore, tokenizer: "PreTrainedTokenizerBase", rows: 
     """
     from rich.console import Group
 
-    return Group(*(_record(store, tokenizer, index) for index in range(min(rows, len(store)))))
+    return Group(*(show_record(store, tokenizer, index) for index in range(min(rows, len(store)))))
 
 
-def _record(store: TokenStore, tokenizer: "PreTrainedTokenizerBase", index: int) -> "Text":
+def show_record(
+    store: TokenStore,
+    tokenizer: "PreTrainedTokenizerBase",
+    index: int,
+    *,
+    boxes: bool = False,
+    ids: bool = False,
+) -> "Text":
+    """Show one record, decoded from its tokens.
+
+    Args:
+        store: The tokens, and the flags that say which of them are trained on.
+        tokenizer: What they were made with.
+        index: The record's number in the store.
+        boxes: Put control tokens in boxes, so that text that reads the same is told apart.
+        ids: Show the ids of the tokens too.
+    """
     from rich.text import Text
 
     example, record = store.example(index), store.texts(index)
+    control = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder) if boxes else set()
+    rows = [
+        (np.concatenate([example.shared, suffix]).tolist(), np.concatenate([example.shared_scored, flags]).tolist())
+        for suffix, flags in zip(example.suffixes, example.suffixes_scored, strict=True)
+    ]
+    start = min(len(example.shared), *(scored.index(True) for _, scored in rows))
     text = Text(f"{record.source}:{record.line}\n", style="bold")
-    for number, (suffix, flags) in enumerate(zip(example.suffixes, example.suffixes_scored, strict=True)):
-        ids = np.concatenate([example.shared, suffix]).tolist()
-        scored = np.concatenate([example.shared_scored, flags])
-        runs = decode_runs(tokenizer, ids, scored.tolist())
-        if number == 0 and not runs[0][1]:
-            text.append(f"prompt, {int(scored.argmax()):,} tokens\n", style="bold")
-            text.append(shown(runs[0][0]) + "\n", style="dim")
-        name = "answer" if len(example.suffixes) == 1 else ("chosen", "rejected")[number] if number < 2 else f"{number}"
-        text.append(f"{name}, {int(scored.sum()):,} tokens trained on\n", style="bold")
-        for piece, is_scored in runs if runs[0][1] else runs[1:]:
-            visible = shown(piece)
-            text.append(f"⟦{visible}⟧" if is_scored else visible, style="bright_green" if is_scored else "dim")
+    if start > 0:
+        tokens = rows[0][0][:start]
+        text.append(f"prompt, {start:,} tokens\n", style="bold")
+        _append(text, tokenizer, tokens, str(tokenizer.decode(tokens)), control, "dim")
         text.append("\n")
+        _append_ids(text, tokens if ids else [])
+    for number, (tokens, scored) in enumerate(rows):
+        text.append(f"{name_of(number, len(rows))}, {sum(scored):,} tokens trained on\n", style="bold")
+        _append_answer(text, tokenizer, tokens, scored, start, control)
+        text.append("\n")
+        _append_ids(text, tokens[start:] if ids else [])
     return text
 
 
-def decode_runs(tokenizer: "PreTrainedTokenizerBase", ids: list[int], scored: list[bool]) -> list[Run]:
-    """Decode tokens into runs that are trained on or not; together they are the decoded whole."""
-    ends = [end for end in range(1, len(ids)) if scored[end] != scored[end - 1]] + [len(ids)]
-    runs, done = [], ""
+def _append_answer(
+    text: "Text",
+    tokenizer: "PreTrainedTokenizerBase",
+    tokens: list[int],
+    scored: list[bool],
+    start: int,
+    control: set[int],
+) -> None:
+    """Append what follows the prompt of `start` tokens, in brackets where it is trained on."""
+    for run in decode_runs(tokenizer, tokens, [None] * start + [*scored[start:]]):
+        if run.kind:
+            text.append("⟦", style="bright_green")
+            _append(text, tokenizer, run.ids, run.text, control, "bright_green")
+            text.append("⟧", style="bright_green")
+        elif run.kind is not None:
+            _append(text, tokenizer, run.ids, run.text, control, "dim")
+
+
+def name_of(number: int, count: int) -> str:
+    """Name a response by its place among `count`."""
+    if count == 1:
+        return "answer"
+    return ("chosen", "rejected")[number] if number < 2 else f"{number}"
+
+
+def _append(
+    text: "Text", tokenizer: "PreTrainedTokenizerBase", ids: list[int], decoded: str, control: set[int], style: str
+) -> None:
+    """Append decoded tokens, control tokens in boxes."""
+    is_control = [token in control for token in ids]
+    if not any(is_control):
+        text.append(shown(decoded), style=style)
+        return
+    for run in decode_runs(tokenizer, ids, is_control):
+        opening, closing = BOX if run.kind else ("", "")
+        text.append(f"{opening}{shown(run.text)}{closing}", style=f"{style} reverse" if run.kind else style)
+
+
+def _append_ids(text: "Text", ids: Sequence[int]) -> None:
+    if ids:
+        text.append(" ".join(map(str, ids)) + "\n", style="cyan")
+
+
+def decode_runs(tokenizer: "PreTrainedTokenizerBase", ids: list[int], kinds: Sequence[bool | None]) -> list[Run]:
+    """Decode tokens in runs of one kind, such as trained on or not; together they are the decoded whole."""
+    ends = [end for end in range(1, len(ids)) if kinds[end] != kinds[end - 1]] + [len(ids)]
+    runs, done, start = [], "", 0
     for end in ends:
         # A piece decoded alone may lose the blank before its first word.
         text = str(tokenizer.decode(ids[:end], skip_special_tokens=False))
-        runs.append((text[len(done) :], scored[end - 1]))
-        done = text
+        runs.append(Run(text[len(done) :], kinds[end - 1], ids[start:end]))
+        done, start = text, end
     return runs
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dpoctl.data.records import Record, Text
+from dpoctl.data.records import Record, Text, squeeze
 
 if TYPE_CHECKING:
     from dpoctl.recipe.schema import Source
@@ -86,6 +86,11 @@ def prompt_number(seed: int, prompt: Text) -> float:
     """Map a prompt to a number in [0, 1) that depends on nothing but the seed and its content."""
     digest = hashlib.sha256(f"{seed} ".encode() + _content(prompt)).digest()
     return int.from_bytes(digest[:6]) / 2**48
+
+
+def prompt_digest(prompt: Text) -> bytes:
+    """Hash what a prompt says, white space aside, to see where it stands again: `(16,)` bytes."""
+    return hashlib.sha256(squeeze(prompt).encode()).digest()[:16]
 
 
 def record_digest(record: Record) -> bytes:

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpoctl.data.records import Record, Reject
+from dpoctl.data.selection import prompt_digest
 from dpoctl.data.sources import location
 from dpoctl.data.tokenize import Example
 
@@ -35,6 +36,7 @@ COLUMNS = (
     "label",
     "target",
     "source",
+    "prompt_hash",
     "text_start",
 )
 CONTENTS = ("ids.bin", "scored.bin", "records.jsonl", "rejects.jsonl", "report.json")
@@ -72,6 +74,8 @@ class TokenStore:
     """`(n,)`: the response to imitate, as an index of the record's responses; -1 is none."""
     source: Column
     """`(n,)`: the number of the source that the record comes from."""
+    prompt_hash: Column
+    """`(n,)`: equal where prompts are equal, white space aside."""
     text_start: Column
     """`(n + 1,)`: where each record's line starts in the texts, in bytes."""
 
@@ -192,6 +196,7 @@ class StoreWriter:
         columns["label"].append(example.label)
         columns["target"].append(example.target)
         columns["source"].append(at[0])
+        columns["prompt_hash"].append(int.from_bytes(prompt_digest(record.prompt)[:8], signed=True))
         line = json.dumps({"at": at, "record": record.to_fields()}, ensure_ascii=False).encode() + b"\n"
         self._records.write(line)
         columns["text_start"].append(columns["text_start"][-1] + len(line))

@@ -5,7 +5,7 @@ ids are what follows them when both are tokenized together. Where a token would 
 is tokenized as a continuation of its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -99,34 +99,49 @@ class Encoder:
         self._backend.no_truncation()
         self.eos: int = tokenizer.eos_token_id
         self.bos: int | None = tokenizer.bos_token_id
+        self._anchors = _anchors(tokenizer)
         self.adds_bos = self._backend.encode("a").ids[:1] == [self.bos]
-        largest = max(self._backend.get_vocab(with_added_tokens=True).values())
+        self.unk: int | None = tokenizer.unk_token_id
+        largest = max(self.vocabulary().values())
         self.dtype = np.uint16 if largest < 2**16 else np.uint32
 
     def state(self) -> str:
         """Everything that decides which ids a text becomes."""
         return self._backend.to_str()
 
+    def vocabulary(self) -> dict[str, int]:
+        """Every token and its id."""
+        vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        return vocabulary
+
     def encode(self, rendered: Sequence[Rendered]) -> list[tuple[Ids, list[Answer]]]:
         """Tokenize records: the ids of each prompt, and of each of its answers."""
-        texts = [text for item in rendered for text in _texts(item)]
+        tails = [self._tail(item.prompt) for item in rendered]
+        texts = [text for item, (at, _) in zip(rendered, tails, strict=True) for text in _texts(item, at)]
         # Offsets cost a fifth of the time, and only a row with several spans needs them.
         inner = any(len(completion.spans) > 1 for item in rendered for completion in item.completions)
         encode = self._backend.encode_batch if inner else self._backend.encode_batch_fast
         encodings = iter(encode(texts, add_special_tokens=False))
         rows = []
-        for item in rendered:
+        for item, (at, anchor) in zip(rendered, tails, strict=True):
             prompt = next(encodings).ids
             if BREAK in item.prompt:
                 prompt = self._pieces(item.prompt, (), start=True)[0]
-            answers = [self._answer(item.prompt, prompt, answer, next(encodings)) for answer in item.completions]
+            tail = item.prompt[at:], prompt if anchor is None else prompt[_last(prompt, anchor) :]
+            answers = [self._answer(*tail, completion, next(encodings)) for completion in item.completions]
             rows.append((self._with_bos(prompt), answers))
         return rows
 
-    def _answer(self, prompt: str, prompt_ids: Ids, completion: Completion, joint: Any) -> Answer:
+    def _tail(self, prompt: str) -> tuple[int, int | None]:
+        """Find where the last control token of a prompt starts, and its id: what follows is tokenized by itself."""
+        found = ((prompt.rfind(text), token) for text, token in self._anchors.items())
+        at, anchor = max(found, default=(-1, None))
+        return (0, None) if at < 0 else (at, anchor)
+
+    def _answer(self, tail: str, tail_ids: Ids, completion: Completion, joint: Any) -> Answer:
         tokens = None
-        if BREAK not in prompt and BREAK not in completion.text:
-            tokens = _after_prompt(prompt, prompt_ids, completion, joint)
+        if BREAK not in tail and BREAK not in completion.text:
+            tokens = _after_prompt(tail, tail_ids, completion, joint)
         ids, scored = tokens or self._pieces(completion.text, completion.spans)
         if completion.needs_eos:
             ids, scored = [*ids, self.eos], [*scored, True]
@@ -140,21 +155,22 @@ class Encoder:
         for left, right in pairwise(cuts):
             is_scored = any(begin <= left and right <= end for begin, end in spans)
             for piece in filter(None, text[left:right].split(BREAK)):
-                new = self._plain(piece) if start and not ids else self._continuation(piece)
+                new = self.plain(piece) if start and not ids else self._continuation(piece)
                 ids += new
                 scored += [is_scored] * len(new)
         return ids, scored
 
-    def _plain(self, text: str) -> Ids:
+    def plain(self, text: str) -> Ids:
+        """Tokenize a text by itself."""
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def _continuation(self, text: str) -> Ids:
         """Tokenize a text as it reads after another: without the blank that some put before a first word."""
         for anchor in ("\n", ":", "x"):
-            head, joint = self._plain(anchor), self._plain(anchor + text)
+            head, joint = self.plain(anchor), self.plain(anchor + text)
             if joint[: len(head)] == head:
                 return joint[len(head) :]
-        return self._plain(text)
+        return self.plain(text)
 
     def _with_bos(self, ids: Ids) -> Ids:
         if self.bos is None:
@@ -246,8 +262,33 @@ def render_prompt(
     return render_prompts(tokenizer, [prompt], template_kwargs)[0]
 
 
-def _texts(item: Rendered) -> list[str]:
-    return [item.prompt, *(item.prompt + completion.text for completion in item.completions)]
+def _anchors(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
+    """Control tokens that split every text: what follows one is tokenized as if the text began with it.
+
+    A token whose characters may be part of another's is none, nor is one that depends on what stands around it.
+    """
+    added = {token.content: (number, token) for number, token in tokenizer.added_tokens_decoder.items()}
+    used = str(tokenizer.chat_template) + "".join(str(token) for token in tokenizer.special_tokens_map.values())
+    return {
+        text: number
+        for text, (number, token) in added.items()
+        if text in used and token.special and not (token.single_word or token.normalized)
+        if not _overlaps(text, added.keys() - {text})
+    }
+
+
+def _overlaps(text: str, others: Set[str]) -> bool:
+    heads = tuple(text[:end] for end in range(1, len(text)))
+    tails = tuple(text[start:] for start in range(1, len(text)))
+    return any(text in other or other.endswith(heads) or other.startswith(tails) for other in others)
+
+
+def _last(ids: Ids, token: int) -> int:
+    return len(ids) - 1 - ids[::-1].index(token)
+
+
+def _texts(item: Rendered, at: int) -> list[str]:
+    return [item.prompt, *(item.prompt[at:] + completion.text for completion in item.completions)]
 
 
 def _after_prompt(prompt: str, prompt_ids: Ids, completion: Completion, joint: Any) -> tuple[Ids, list[bool]] | None:
@@ -255,6 +296,9 @@ def _after_prompt(prompt: str, prompt_ids: Ids, completion: Completion, joint: A
     ids = joint.ids
     if ids[: len(prompt_ids)] != prompt_ids:
         return None
+    if completion.spans == ((0, len(completion.text)),):
+        answer = ids[len(prompt_ids) :]
+        return answer, [True] * len(answer)
     scored = [False] * len(ids)
     for span in completion.spans:
         begin, end = (_token_at(joint, len(prompt), len(prompt_ids), completion.text, at) for at in span)

@@ -2,14 +2,11 @@
 
 import json
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from huggingface_hub import constants
 from huggingface_hub.errors import StrictDataclassError
@@ -18,12 +15,12 @@ from transformers import PretrainedConfig
 from transformers.utils.hub import cached_file
 
 from dpoctl.errors import SetupError, UsageError
+from dpoctl.hub import hub_is_reachable
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ATTENTION_NAMES = {None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"}
 _ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
-_PROBE_SECONDS = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,22 +152,6 @@ def reading(name: str) -> Iterator[None]:
                 hint="give a local folder, or connect",
             ) from error
         raise SetupError(f"model '{name}' cannot be loaded: {reason(error)}") from error
-
-
-@cache
-def hub_is_reachable() -> bool:
-    """Whether the hub answers; asked once, so that an offline machine does not wait through every retry."""
-    if constants.HF_HUB_OFFLINE:
-        return False
-    if os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy"):
-        return True
-    address = urlsplit(constants.ENDPOINT)
-    port = address.port or (80 if address.scheme == "http" else 443)
-    try:
-        socket.create_connection((address.hostname or "", port), timeout=_PROBE_SECONDS).close()
-    except OSError:
-        return False
-    return True
 
 
 def read_json(path: Path) -> dict[str, Any]:

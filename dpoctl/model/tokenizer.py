@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from dpoctl.recipe.schema import FromScratch, LoraSection, Recipe
 
 # Templates whose turns end with a token of their own; in all others the tokenizer's end-of-sequence token ends them.
-_END_OF_TURN = {"chatml": "<|im_end|>"}
+_END_OF_TURN = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}
 _CONTROL_TOKENS = {
     "chatml": ["<|im_start|>", "<|im_end|>"],
+    "llama3": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+    "mistral": [],
     "zephyr": ["<|system|>", "<|user|>", "<|assistant|>"],
 }
 _CONTROL_TOKEN = re.compile(r"<\|[A-Za-z0-9_]+\|>")

@@ -108,18 +108,26 @@ def _model(recipe: Recipe) -> Iterator[Finding]:
 
 def _data(recipe: Recipe) -> Iterator[Finding]:
     data = recipe.data
-    if data.max_prompt_length is not None and data.max_prompt_length >= data.max_length:
-        yield Finding(
-            ("data", "max_prompt_length"),
-            f"max_prompt_length ({data.max_prompt_length}) must be smaller than "
-            f"max_length ({data.max_length}), which counts prompt and answer",
-            (("data", "max_length"),),
-        )
+    yield from _lengths(("data", "max_prompt_length"), data.max_length, data.max_prompt_length)
+    for at, source in data.sources:
+        own = [key for key in ("max_prompt_length", "max_length") if getattr(source, key) is not None]
+        if own:
+            prompt = source.max_prompt_length or data.max_prompt_length
+            yield from _lengths((*at, own[0]), source.max_length or data.max_length, prompt)
     if data.eval_size is not None and "eval" in data.eval:
         yield Finding(
             ("data", "eval_size"),
             "eval_size makes an eval set named 'eval', and data.eval has one; give it another name",
             (("data", "eval"),),
+        )
+
+
+def _lengths(at: Path, whole: int, prompt: int | None) -> Iterator[Finding]:
+    if prompt is not None and prompt >= whole:
+        yield Finding(
+            at,
+            f"max_prompt_length ({prompt}) must be smaller than max_length ({whole}), which counts prompt and answer",
+            ((*at[:-1], "max_length"), ("data", "max_length"), ("data", "max_prompt_length")),
         )
 
 

@@ -74,9 +74,12 @@ class Document:
         """Whether a key is written and not null."""
         node = self.data
         for part in path:
-            if not isinstance(node, dict) or part not in node:
+            if isinstance(node, list) and isinstance(part, str):
+                continue  # the name of an eval set that is written as a bare list
+            try:
+                node = node[part]
+            except (KeyError, IndexError, TypeError):
                 return False
-            node = node[part]
         return node is not None
 
     def stands(self, path: Path, rivals: tuple[Path, ...]) -> bool:

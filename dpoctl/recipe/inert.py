@@ -1,15 +1,18 @@
 """Which keys have no effect in a given recipe: they may not be set, and the resolved recipe leaves them out."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dpoctl.recipe.expect import Path
 
 if TYPE_CHECKING:
-    from dpoctl.recipe.schema import Recipe
+    from dpoctl.recipe.schema import Recipe, Source
 
 # TensorBoard calls a run by its folder.
 NAMING_TRACKERS = {"wandb", "trackio"}
+PAIRING = ("pairs", "min_margin", "max_pairs_per_prompt", "ties")
+"""Keys of a source that say how answers are paired."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +31,34 @@ class Inert:
 def inert_keys(recipe: "Recipe") -> dict[Path, Inert]:
     """Find the keys that nothing would read."""
     other = "sft" if recipe.method == "dpo" else "dpo"
+    parts = (_of_the_data, _of_the_reference, _of_the_model, _of_the_adapter, _of_the_training, _of_the_samples)
     inert: dict[Path, Inert] = {(other,): Inert(f"the method is {recipe.method}", (("method",),))}
-    if recipe.data.overlong == "drop":
-        why = Inert("overlong: drop cuts no prompt", (("data", "overlong"),))
-        inert[("data", "prompt_truncation")] = why
-    if recipe.method == "dpo" and recipe.dpo.reference.sync_steps is None:
-        why = Inert("sync_steps is not set, the reference stays where it is", (("dpo", "reference", "sync_steps"),))
-        inert[("dpo", "reference", "sync_alpha")] = why
-    return inert | _of_the_model(recipe) | _of_the_adapter(recipe) | _of_the_training(recipe) | _of_the_samples(recipe)
+    for part in parts:
+        inert |= part(recipe)
+    return inert
+
+
+def _of_the_reference(recipe: "Recipe") -> dict[Path, Inert]:
+    if recipe.method != "dpo" or recipe.dpo.reference.sync_steps is not None:
+        return {}
+    why = Inert("sync_steps is not set, the reference stays where it is", (("dpo", "reference", "sync_steps"),))
+    return {("dpo", "reference", "sync_alpha"): why}
+
+
+def _of_the_data(recipe: "Recipe") -> dict[Path, Inert]:
+    inert: dict[Path, Inert] = {}
+    common: Path = ("data", "overlong")
+    places = recipe.data.sources
+    if not any((source.overlong or recipe.data.overlong) == "truncate" for _, source in places):
+        inert[("data", "prompt_truncation")] = Inert("overlong: drop cuts no prompt", (common,))
+    for at, source in places:
+        if (source.overlong or recipe.data.overlong) == "drop":
+            why = Inert("overlong: drop cuts no prompt", ((*at, "overlong"), common))
+            inert[(*at, "prompt_truncation")] = why
+        if recipe.method == "sft":
+            why = Inert("the best answer alone is learned from", (("method",),))
+            inert |= {(*at, key): why for key in PAIRING}
+    return inert
 
 
 def _of_the_model(recipe: "Recipe") -> dict[Path, Inert]:

@@ -32,6 +32,9 @@ Text = Annotated[str, MinLen(1)]
 Count = Annotated[int, Ge(1)]
 Share = Annotated[float, Ge(0), Le(1)]
 Probability = Annotated[float, Ge(0), Lt(1)]
+PairMode = Literal["best-worst", "best-rest", "best-random", "adjacent", "all"]
+Overlong = Literal["drop", "truncate"]
+PromptTruncation = Literal["keep_end", "keep_start"]
 
 
 class Section(BaseModel):
@@ -74,7 +77,7 @@ class ModelSection(Section):
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """The attention that transformers is asked for where the shared-prefix attention cannot serve."""
     chat_template: Text | None = Field(default=None, examples=["zephyr"])
-    """Null is the tokenizer's own, of a new one chatml; else a built-in name (chatml, zephyr) or a .jinja file."""
+    """Null is the tokenizer's own, of a new one chatml; else chatml, zephyr, llama3, mistral or a .jinja file."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
     disable_dropout: bool = True
@@ -134,12 +137,32 @@ class Source(Section):
     """Which files of a folder or hub data set, where not all."""
     format: Text = "auto"
     """The format of the rows; auto looks at them and says what it found."""
+    format_options: dict[str, Any] = {}
+    """What else the format is told, e.g. which of two judgements counts."""
     weight: Annotated[float, Gt(0)] = 1.0
     """How often a row is seen per epoch: 0.5 takes a seeded half, 2 takes each row twice."""
     max_samples: Count | None = Field(default=None, examples=[1000])
     """Use no more than this many rows: a seeded sample."""
     column_map: dict[str, Text] = {}
     """Canonical column name: its name in the file."""
+    pairs: PairMode | None = None
+    """Which answers of a row that rates several are compared; null is best-worst, for a list-wise loss all."""
+    min_margin: Annotated[float, Ge(0)] | None = None
+    """Drop pairs whose ratings differ by less."""
+    max_pairs_per_prompt: Count | None = None
+    """Use no more than this many pairs of one prompt."""
+    ties: Literal["drop", "keep"] | None = None
+    """What becomes of pairs with equal ratings, always counted; null is drop."""
+    max_length: Annotated[int, Ge(2)] | None = None
+    """data.max_length, for this source."""
+    max_prompt_length: Count | None = None
+    """data.max_prompt_length, for this source."""
+    overlong: Overlong | None = None
+    """data.overlong, for this source."""
+    prompt_truncation: PromptTruncation | None = None
+    """data.prompt_truncation, for this source."""
+    metrics: Text | None = None
+    """The name that metrics of this source's rows go by; null is no metrics of their own."""
 
 
 Sources = Annotated[
@@ -174,9 +197,9 @@ class DataSection(Section):
     """Tokens of prompt + answer."""
     max_prompt_length: Count | None = Field(default=None, examples=[512])
     """Tokens of the prompt; must be smaller than max_length."""
-    overlong: Literal["drop", "truncate"] = "drop"
+    overlong: Overlong = "drop"
     """What becomes of a row that is longer; always counted."""
-    prompt_truncation: Literal["keep_end", "keep_start"] = "keep_end"
+    prompt_truncation: PromptTruncation = "keep_end"
     """Which end of an over-long prompt survives; needs overlong: truncate."""
     duplicates: Literal["keep", "drop"] = "keep"
     """What becomes of rows that are seen again; always counted."""
@@ -227,6 +250,8 @@ class DpoSection(Section):
         Expect("a mapping such as {type: sigmoid, beta: 0.1}, or a list of them"),
     ] = {"type": "sigmoid"}
     """The loss by `type`, and the hyperparameters of that loss; or a list of losses, each with its weight in a sum."""
+    loss_on: Literal["last", "assistant"] = "last"
+    """Judge an answer by its last assistant turn, or by every one after the two conversations part."""
     reference: ReferenceSection = ReferenceSection()
     """The reference model."""
 
@@ -371,9 +396,9 @@ class Recipe(Section):
     def to_yaml(self) -> str:
         """Write the recipe out with every default filled in; it loads back to an equal recipe."""
         resolved = self.model_dump(mode="python")
-        for path in inert_keys(self):
+        for *above, key in inert_keys(self):
             section: Any = resolved
-            for key in path[:-1]:
-                section = section.get(key) or {}
-            section.pop(path[-1], None)
+            for part in above:
+                section = section[part] or {}
+            section.pop(key, None)
         return write_yaml(resolved)

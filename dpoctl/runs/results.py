@@ -119,8 +119,11 @@ class DataSet(NamedTuple):
     first: tuple[str, ...]
 
 
-LENGTHS = ("mean", "p50", "p90", "p99", "max")
-FACTS = ("held_out", "unsampled", "duplicates", "prompts_truncated", "answers_truncated", "eos_added")
+LENGTHS = ("mean", "p5", "p50", "p95", "max")
+FACTS = (
+    *("held_out", "unsampled", "duplicates", "tied_pairs", "outvoted_pairs"),
+    *("prompts_truncated", "answers_truncated", "eos_added"),
+)
 
 
 def data_sets(report: Mapping[str, Any]) -> list[DataSet]:

@@ -21,6 +21,7 @@ from dpoctl.recipe.expect import Path as KeyPath
 from dpoctl.recipe.facts import Facts, Remark
 from dpoctl.recipe.schema import Recipe
 from dpoctl.tasks.machine import quiet_libraries
+from dpoctl.tasks.task import build_task
 
 LOOK_AT = 200
 CONTROL_TOKEN = re.compile(r"<\|[A-Za-z0-9_]+\|>")
@@ -43,12 +44,13 @@ def look(recipe: Recipe, *, is_sound: bool) -> Facts:
     quiet_libraries()
     troubles: list[Remark] = []
     tokenizer = data = skeleton = None
+    wants = build_task(recipe).rows if is_sound else None
     if is_sound:
         with _noting(troubles, recipe):
-            tokenizer = load_tokenizer(recipe, lambda: iter_texts(recipe))
+            tokenizer = load_tokenizer(recipe, lambda: iter_texts(recipe, wants))
     if tokenizer is not None:
         with _noting(troubles, recipe):
-            data = prepare(recipe, tokenizer, cache_dir=cache_dir())
+            data = prepare(recipe, tokenizer, cache_dir=cache_dir(), wants=wants)
         with _noting(troubles, recipe):
             skeleton = build_skeleton(recipe, tokenizer)
     facts = Facts(coupling=_coupling(recipe))
@@ -56,7 +58,7 @@ def look(recipe: Recipe, *, is_sound: bool) -> Facts:
         facts = facts_of(recipe, tokenizer, data)
     elif not any(trouble.path[0] == "data" for trouble in troubles):
         with _noting(troubles, recipe):
-            rows, eval_rows = count_rows(recipe)
+            rows, eval_rows = count_rows(recipe, wants)
             facts = replace(facts, rows=rows, eval_rows=eval_rows)
     if skeleton is not None:
         facts = replace(facts, **_of_the_model(recipe, skeleton))

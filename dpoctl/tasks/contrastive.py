@@ -20,9 +20,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpoctl import console
 from dpoctl.data.contrast import Examples, Prompts, Templates
-from dpoctl.data.convert import WholeFile
 from dpoctl.data.items import read_items
 from dpoctl.data.records import Reject, Text
+from dpoctl.data.sinks import WholeFile
 from dpoctl.data.tokenize import render_prompts
 from dpoctl.errors import DataError, RunError, UsageError
 from dpoctl.model.generate import Generation, Sampling, generate

@@ -31,7 +31,7 @@ from dpoctl.runs.report import refresh_report
 from dpoctl.tasks.finished import FinishedRun, recipe_of, require_known_start, require_model
 from dpoctl.tasks.judge import wilson_interval
 from dpoctl.tasks.machine import build_accelerator, quiet_libraries, token_budget
-from dpoctl.tasks.prepared import read_data
+from dpoctl.tasks.prepared import metric_names, read_data
 from dpoctl.tasks.reference import Columns, Reference, with_columns
 from dpoctl.tasks.samples import FOLDER, Sample, sample_finished, show, write
 from dpoctl.tasks.task import build_task
@@ -130,7 +130,8 @@ def _evaluate(
         objective = Objective(accelerator, scorer, task.terms, task.report, seed=recipe.training.seed)
         for name, store in stores.items():
             lengths = Lengths.of(store).first(limit)
-            reader = with_columns(Reader(store, verdict.layout, device, pad), tables.get(name))
+            reader = Reader(store, verdict.layout, device, pad, names=metric_names(recipe, name))
+            reader = with_columns(reader, tables.get(name))
             budget, _ = token_budget(recipe, policy, lengths, accelerator)
             batch_size = recipe.training.global_batch_size
             plan = Plan(lengths, batch_size, accelerator.num_processes, budget, verdict.layout)

@@ -20,6 +20,7 @@ from dpoctl.model.tokenizer import read_tokenizer
 from dpoctl.recipe import Recipe
 from dpoctl.tasks.finished import best_device, recipe_of, require_model
 from dpoctl.tasks.machine import quiet_libraries
+from dpoctl.tasks.task import build_task
 
 TEXTS, TOKENS = 16, 256
 """How much of the run's data the check reads: texts, and tokens of each."""
@@ -92,7 +93,7 @@ def _logps_of_saved(
 def _rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, policy: Policy) -> list[list[int]]:
     """Token ids to compare on: of the run's data, or drawn at random where that is not at hand."""
     try:
-        texts = list(islice(iter_texts(recipe), TEXTS))
+        texts = list(islice(iter_texts(recipe, build_task(recipe).rows), TEXTS))
     except UserError as error:
         console.note(f"the run's data cannot be read ({error.message}); the check uses random tokens")
         texts = []

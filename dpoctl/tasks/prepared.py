@@ -24,10 +24,22 @@ def read_data(
         accelerator: of the ranks: the first one builds the stores, the others find them.
         only_eval: leave the training set out.
     """
+    task = build_task(recipe)
     with nullcontext() if accelerator is None else accelerator.main_process_first():
-        tokenizer = load_tokenizer(recipe, lambda: iter_texts(recipe))
-        data = prepare(recipe, tokenizer, cache_dir=cache_dir(), only_eval=only_eval)
-    return tokenizer, _mismatched(data, recipe) if "mismatched" in build_task(recipe).needs else data
+        tokenizer = load_tokenizer(recipe, lambda: iter_texts(recipe, task.rows))
+        data = prepare(recipe, tokenizer, cache_dir=cache_dir(), wants=task.rows, only_eval=only_eval)
+    return tokenizer, _mismatched(data, recipe) if "mismatched" in task.needs else data
+
+
+def metric_names(recipe: Recipe, name: str) -> dict[int, str]:
+    """Return the numbers of the sources of a set that have metrics of their own, and the names of these.
+
+    Args:
+        recipe: checked and complete.
+        name: of an eval set; any other is the training set, which is also what `eval_size` holds out of.
+    """
+    sources = recipe.data.eval.get(name, recipe.data.train)
+    return {number: source.metrics for number, source in enumerate(sources) if source.metrics is not None}
 
 
 def _mismatched(data: PreparedData, recipe: Recipe) -> PreparedData:

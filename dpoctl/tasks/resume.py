@@ -27,6 +27,7 @@ def refuse_other_recipe(directory: RunDirectory, recipe: Recipe) -> None:
         return
     before = _flatten(yaml.safe_load(directory.resolved_recipe.read_text(encoding="utf-8")))
     now = _flatten(yaml.safe_load(recipe.to_yaml()))
+    now["data.train"] = _with_formats(now["data.train"], before["data.train"])
     changed = [
         f"{key} ({before.get(key)} -> {now.get(key)})"
         for key in sorted(before.keys() | now.keys())
@@ -37,6 +38,16 @@ def refuse_other_recipe(directory: RunDirectory, recipe: Recipe) -> None:
             f"{directory.path}: the run began with another recipe: {', '.join(changed)}",
             hint="put it back to go on, or start anew with --overwrite",
         )
+
+
+def _with_formats(sources: list[dict[str, Any]], before: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Take `auto` for the format that it found when the run began: other rows would be noticed by their tokens."""
+    if len(before) != len(sources):
+        return sources
+    return [
+        now | {"format": then["format"]} if "auto" in (now["format"], then["format"]) else now
+        for now, then in zip(sources, before, strict=True)
+    ]
 
 
 def _flatten(value: Any, path: str = "") -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dpoctl.core.losses import Need, PreferenceLoss, Term
+from dpoctl.core.losses import Need, PreferenceLoss, Rows, Term
 from dpoctl.core.objective import Report
 from dpoctl.recipe.schema import Recipe
 from dpoctl.tasks import dpo, sft
@@ -19,6 +19,12 @@ class Task:
 
     terms: tuple[Term, ...]
     report: Report
+
+    @property
+    def rows(self) -> Rows:
+        """The data that the losses judge; a supervised term takes what the others have."""
+        losses = [term.loss for term in self.terms]
+        return next((loss for loss in losses if isinstance(loss, PreferenceLoss)), losses[0]).rows
 
     @property
     def needs(self) -> frozenset[Need]:

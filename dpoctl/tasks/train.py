@@ -39,7 +39,7 @@ from dpoctl.tasks.dry_run import show_plan
 from dpoctl.tasks.extensions import ENVIRONMENT, RECORD, Extensions, Listeners
 from dpoctl.tasks.journal import Journal
 from dpoctl.tasks.machine import build_accelerator, quiet_libraries, token_budget
-from dpoctl.tasks.prepared import read_data
+from dpoctl.tasks.prepared import metric_names, read_data
 from dpoctl.tasks.reference import Live, Reference
 from dpoctl.tasks.resume import refuse_other_recipe
 from dpoctl.tasks.samples import Samples
@@ -132,6 +132,8 @@ def _write_beginning(
 
 def _write_data_report(directory: RunDirectory, data: PreparedData, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
+        # With the formats that were found, so that reading it again cannot mean something else.
+        directory.write_text(directory.resolved_recipe.name, data.recipe.to_yaml())
         directory.write_json("data_report.json", data.report)
         directory.write_text(directory.rejects.name, data.rejects.read_text(encoding="utf-8"))
 
@@ -154,7 +156,7 @@ def _train(
         _give_advice(recipe, document, directory, tokenizer, data, policy)
 
     task = build_task(recipe)
-    readers = _readers(data, plan, accelerator, int(tokenizer.pad_token_id or 0), extensions)
+    readers = _readers(recipe, data, plan, accelerator, int(tokenizer.pad_token_id or 0), extensions)
     readers, live = _with_reference(readers, recipe, accelerator, policy, plan, task, verdict)
     evals = {name: EvalSet(readers[name], plan.one_pass(Lengths.of(store))) for name, store in data.evals.items()}
     set_gradient_checkpointing(policy, checkpointing)
@@ -276,12 +278,19 @@ def _give_advice(
 
 
 def _readers(
-    data: PreparedData, plan: Plan, accelerator: Accelerator, pad: int, extensions: Extensions
+    recipe: Recipe, data: PreparedData, plan: Plan, accelerator: Accelerator, pad: int, extensions: Extensions
 ) -> Mapping[str, Reader]:
     """Return a reader for each store."""
     stores = {TRAIN: data.train} | dict(data.evals)
     return {
-        name: Reader(store, plan.layout, accelerator.device, pad, collate=extensions.collator)
+        name: Reader(
+            store,
+            plan.layout,
+            accelerator.device,
+            pad,
+            collate=extensions.collator,
+            names=metric_names(recipe, name),
+        )
         for name, store in stores.items()
     }
 

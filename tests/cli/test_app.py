@@ -110,6 +110,12 @@ def test_the_version_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         (("eval", "nowhere"), "there is no run directory 'nowhere'"),
         (("convert-data", "x", "--format", "zzz"), "expected one of auto"),
         (("convert-data", "x", "--column-map", "zzz"), "expected COLUMN=NAME"),
+        (("convert-data", "x", "--option", "zzz"), "expected KEY=VALUE"),
+        (("convert-data", "x", "--pairs", "zzz"), "best-worst"),
+        (("convert-data", "x", "--detect", "--to", "pairs"), "--to would do nothing: --detect converts nothing"),
+        (("convert-data", "r.yaml", "--format", "contrastive", "--strict"), "--strict would do nothing"),
+        (("convert-data", "x", "--pairs", "none", "--to", "pairs"), "takes them apart"),
+        (("convert-data", "x", "--pairs", "all", "--to", "messages"), "--pairs would do nothing"),
     ],
     ids=str,
 )

@@ -31,6 +31,6 @@ def test_lines_of_a_text_file_are_items_compressed_or_not(tmp_path: Path):
 
 
 def test_text_that_is_not_utf8_is_refused(tmp_path: Path):
-    (tmp_path / "latin.txt").write_bytes("Łódź".encode("utf-16"))
-    with pytest.raises(DataError, match="not UTF-8"):
+    (tmp_path / "latin.txt").write_bytes("Łódź".encode("iso8859-2"))
+    with pytest.raises(DataError, match=r"latin\.txt:1:1: not UTF-8"):
         read_items(ItemsSection(path=str(tmp_path / "latin.txt")))

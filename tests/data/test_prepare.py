@@ -6,17 +6,8 @@ import pytest
 from data_rows import pair
 
 from dpoctl.data import prepare as module
-from dpoctl.data.prepare import cache_dir, iter_texts, prepare
+from dpoctl.data.prepare import cache_dir, iter_texts
 from dpoctl.errors import DataError
-
-
-@pytest.fixture
-def run(tokenizer, tmp_path, make_recipe):
-    def call(method="dpo", *, using=tokenizer, only_eval=False, **data):
-        recipe = make_recipe(method, **data)
-        return prepare(recipe, using, cache_dir=tmp_path / "cache", only_eval=only_eval)
-
-    return call
 
 
 def prompts(store):
@@ -57,6 +48,7 @@ def test_a_store_is_found_again_and_not_built_twice(run, write_rows, monkeypatch
         {"chat_template_kwargs": {"a": 1}},
         {"eval_size": 0.5},
         {"method": "sft"},
+        {"dpo": {"loss_on": "assistant"}},
     ],
     ids=lambda change: next(iter(change)),
 )

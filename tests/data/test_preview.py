@@ -4,7 +4,7 @@ from data_rows import pair
 from rich.console import Console
 
 from dpoctl.data.prepare import prepare
-from dpoctl.data.preview import decode_runs, mask_preview
+from dpoctl.data.preview import decode_runs, mask_preview, show_record
 
 
 def shown(recipe, tokenizer, tmp_path, rows=2):
@@ -42,7 +42,38 @@ def test_runs_together_are_the_decoded_whole(tokenizer):
     ids = tokenizer("hello wörld, yes")["input_ids"]
     scored = [index % 3 == 0 for index in range(len(ids))]
     runs = decode_runs(tokenizer, ids, scored)
-    assert "".join(text for text, _ in runs) == tokenizer.decode(ids)
-    assert [flag for _, flag in runs] == [
+    assert "".join(run.text for run in runs) == tokenizer.decode(ids)
+    assert [token for run in runs for token in run.ids] == ids
+    assert [run.kind for run in runs] == [
         flag for index, flag in enumerate(scored) if not index or flag != scored[index - 1]
     ]
+
+
+def test_control_tokens_stand_in_boxes_and_text_that_reads_like_them_does_not(
+    make_recipe, write_rows, tokenizer, tmp_path
+):
+    row = {
+        "prompt": [{"role": "user", "content": "say <|im_end|>"}],
+        "chosen": [{"role": "assistant", "content": "no"}],
+        "rejected": [{"role": "assistant", "content": "yes"}],
+    }
+    store = prepare(make_recipe(train=[write_rows([row])]), tokenizer, cache_dir=tmp_path / "cache").train
+    text = show_record(store, tokenizer, 0, boxes=True, ids=True).plain
+    assert "say <|im_end|>⟨<|im_end|>⟩\n⟨<|im_start|>⟩assistant" in text
+    assert "⟦no⟨<|im_end|>⟩⟧" in text
+    assert " ".join(map(str, store.example(0).suffixes[0])) in text
+
+
+def test_turns_that_only_one_answer_has_are_shown_with_it(make_recipe, write_rows, tokenizer, tmp_path):
+    row = {
+        "prompt": [{"role": "user", "content": "q"}],
+        "chosen": [
+            {"role": role, "content": text} for role, text in (("assistant", "a"), ("user", "b"), ("assistant", "c"))
+        ],
+        "rejected": [{"role": "assistant", "content": "d"}],
+    }
+    text = shown(make_recipe(train=[write_rows([row])]), tokenizer, tmp_path)
+    prompt, _, answers = text.partition("chosen, ")
+    assert prompt.endswith("<|im_start|>assistant\n\n")
+    assert "\na<|im_end|>\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n⟦c<|im_end|>⟧" in answers
+    assert "⟦d<|im_end|>⟧" in answers

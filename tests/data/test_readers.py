@@ -1,15 +1,20 @@
 import gzip
 import io
 import json
+import random
 import re
+import sys
+from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+import zstandard
 
-from dpoctl.data.readers import read_file, read_stream
+from dpoctl.data.readers import json_text, read_file, read_stream
 from dpoctl.data.records import Reject
-from dpoctl.errors import DataError
+from dpoctl.errors import DataError, SetupError
 
 
 def read(tmp_path, content, name="rows.jsonl"):
@@ -50,8 +55,91 @@ def test_json_lines_may_be_named_json(tmp_path):
     assert read(tmp_path, '{"a": [1]}\n{"a": [2]}\n', "rows.json") == [(1, {"a": [1]}), (2, {"a": [2]})]
 
 
+def random_value(draw, depth=3):
+    kind = draw.randrange(7 if depth else 5)
+    if kind == 6:
+        return {f"k{n}\u00e9": random_value(draw, depth - 1) for n in range(draw.randrange(4))}
+    if kind == 5:
+        return [random_value(draw, depth - 1) for _ in range(draw.randrange(4))]
+    text = "".join(draw.choice('ab\\"\n[{,:]} \u20ac\U0001f469') for _ in range(draw.randrange(12)))
+    return [text, draw.random() * 10 ** draw.randrange(-20, 20), draw.randrange(-(10**6), 10**6), True, None][kind]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64])
+def test_an_array_read_in_chunks_is_the_array_read_whole(monkeypatch, tmp_path, chunk):
+    monkeypatch.setattr(json_text, "CHUNK", chunk)
+    draw = random.Random(chunk)
+    for _ in range(30):
+        rows = [{"row": random_value(draw)} for _ in range(draw.randrange(8))]
+        pieces, line, lines = ["\ufeff [ "], 1, []
+        for number, row in enumerate(rows):
+            text = json.dumps(row, indent=draw.choice([None, 1]), ensure_ascii=draw.random() < 0.5)
+            gap = draw.choice(["", "\n", " \n\t\n"])
+            pieces += [", " if number else "", gap, text]
+            line += gap.count("\n")
+            lines.append(line)
+            line += text.count("\n")
+        content = "".join([*pieces, "\n]\n"])
+        assert read(tmp_path, content) == list(zip(lines, rows, strict=True))
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 1000])
+def test_places_in_an_array_do_not_depend_on_chunks(monkeypatch, tmp_path, chunk):
+    monkeypatch.setattr(json_text, "CHUNK", chunk)
+    for content, place in (
+        ('[{"a": 1},\n  {"b": [1, 2 3]}]', "2:15"),
+        ('[{"a": "x"}, {"b": nul}]', "1:20"),
+        ('[{"a": "x"},\n\n{"b": "c]', "3:7"),
+        ('[{"a": "x"}, 12345678901234567890x]', "1:34"),
+    ):
+        with pytest.raises(DataError, match=rf"rows\.jsonl:{place}: not JSON"):
+            read(tmp_path, content)
+
+
+class Endless(io.RawIOBase):
+    """An array that goes on for ever."""
+
+    def __init__(self):
+        self.given = 0
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        piece = (b"[" if not self.given else b"") + b'{"a": "' + b"x" * 91 + b'"},'
+        buffer[: len(piece)] = piece
+        self.given += len(piece)
+        return len(piece)
+
+
+def test_an_array_is_not_held_in_memory():
+    stream = Endless()
+    rows = read_stream(stream, "<stdin>")
+    for number in range(20_000):
+        assert next(rows) == (1, {"a": "x" * 91}), number
+    assert 2_000_000 < stream.given < 3_000_000
+
+
 def test_compression_is_seen_in_the_content_not_the_name(tmp_path):
     assert read(tmp_path, gzip.compress(b'{"a": 1}\n'), "rows.jsonl") == [(1, {"a": 1})]
+
+
+def test_zstd_without_its_library_says_what_to_install(monkeypatch, tmp_path):
+    content = zstandard.ZstdCompressor().compress(b'{"a": 1}\n')
+    for name in ("zstandard", "compression.zstd"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(SetupError, match=r"needs zstandard; pip install 'dpoctl\[zstd\]'"):
+        read(tmp_path, content)
+
+
+def test_zstd_of_the_standard_library_is_preferred(monkeypatch, tmp_path):
+    library = SimpleNamespace(
+        DecompressionParameter=SimpleNamespace(window_log_max=100),
+        ZstdError=ValueError,
+        ZstdFile=lambda packed, options: gzip.GzipFile(fileobj=io.BytesIO(gzip.compress(packed.read()[4:]))),
+    )
+    monkeypatch.setitem(sys.modules, "compression.zstd", library)
+    assert read(tmp_path, b'\x28\xb5\x2f\xfd{"a": 1}\n') == [(1, {"a": 1})]
 
 
 def test_a_stream_is_read_as_it_comes():
@@ -145,18 +233,55 @@ def test_a_csv_row_with_too_many_cells_is_rejected_alone(tmp_path):
     assert rows[1] == (3, {"a": "4", "b": "5"})
 
 
+def test_empty_cells_are_missing_and_blank_ones_are_not(tmp_path):
+    assert read(tmp_path, 'a;b;c\n1;;" "\n;;\n', "rows.csv") == [(2, {"a": "1", "c": " "}), (3, {})]
+
+
 def test_csv_in_another_encoding_is_refused(tmp_path):
     with pytest.raises(DataError, match="save the file as UTF-8"):
         read(tmp_path, b"a\ncaf\xe9\n", "rows.csv")
 
 
-def test_parquet_rows_are_numbered(tmp_path):
-    table = pyarrow.table({"prompt": ["a", "b"], "messages": [[{"role": "user", "content": None}], []]})
+def test_rows_of_parquet_are_numbered_across_batches_and_nulls_vanish(tmp_path):
+    messages = [[{"role": "user", "content": None}], []]
+    table = pyarrow.table({"prompt": ["a", None] * 1500, "messages": messages * 1500, "n": range(3000)})
     pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
-    assert next(read_file(tmp_path / "rows.parquet")) == (
-        1,
-        {"prompt": "a", "messages": [{"role": "user", "content": None}]},
-    )
+    rows = list(read_file(tmp_path / "rows.parquet"))
+    assert rows[0] == (1, {"prompt": "a", "messages": [{"role": "user"}], "n": 0})
+    assert [number for number, _ in rows] == list(range(1, 3001))
+    assert rows[-1] == (3000, {"messages": [], "n": 2999})
+
+
+def test_numbers_of_parquet_are_json_numbers_or_missing(tmp_path):
+    columns = {
+        "score": [float("nan"), 0.5, float("inf"), 1.0],
+        "parts": [[1.0], [2.0], [3.0], [float("nan")]],
+        "when": [datetime(2026, 1, 2, tzinfo=UTC)] * 4,
+        "ok": [True, None, False, True],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet")
+    rows = [row for _, row in read_file(tmp_path / "rows.parquet")]
+    when = "2026-01-02 00:00:00+00:00"
+    assert rows[:2] == [
+        {"parts": [1.0], "when": when, "ok": True},
+        {"score": 0.5, "parts": [2.0], "when": when},
+    ]
+    assert [row.reason for row in rows[2:]] == ["bad_value"] * 2
+
+
+def test_text_of_parquet_that_is_no_text_is_refused(tmp_path):
+    broken = pyarrow.array([b"good", b"caf\xe9"]).cast(pyarrow.string(), safe=False)
+    pyarrow.parquet.write_table(pyarrow.table({"a": broken}), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"rows\.parquet: rows 1 to 2: a text that is not UTF-8"):
+        list(read_file(tmp_path / "rows.parquet"))
+
+
+@pytest.mark.parametrize("new", [pyarrow.ipc.new_file, pyarrow.ipc.new_stream])
+def test_both_kinds_of_arrow_files_are_read(tmp_path, new):
+    table = pyarrow.table({"a": list(range(3000))})
+    with new(tmp_path / "rows.arrow", table.schema) as writer:
+        writer.write_table(table, max_chunksize=1100)
+    assert list(read_file(tmp_path / "rows.arrow")) == [(n + 1, {"a": n}) for n in range(3000)]
 
 
 def test_a_file_that_is_not_parquet_is_refused(tmp_path):

@@ -1,8 +1,14 @@
 import json
+import os
+import shutil
+import subprocess
+import sys
+import time
 
 import datasets
 import pytest
 
+from dpoctl.data import hub
 from dpoctl.data.records import Reject
 from dpoctl.data.sources import fingerprint, location, read_rows
 from dpoctl.errors import DataError, SetupError
@@ -25,6 +31,73 @@ def test_an_unreachable_hub_id_is_named(monkeypatch):
     with pytest.raises(SetupError, match="'nobody/pairs' cannot be reached") as error:
         rows(path="nobody/pairs")
     assert error.value.exit_code == 5
+
+
+READ = "from dpoctl.data.sources import *; from dpoctl.recipe.schema import Source; "
+OFFLINE = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+
+
+def read_elsewhere(path, home, **changes):
+    """Read a hub data set in a process that knows nothing but its environment."""
+    script = READ + f"print(list(read_rows(Source(path={path!r}, revision='main')))[0].row)"
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "HF_HOME": str(home)} | changes,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(tmp_path):
+    start = time.monotonic()
+    ended = read_elsewhere("nobody/pairs", tmp_path, **OFFLINE)
+    assert "SetupError: hub data set 'nobody/pairs' cannot be reached" in ended.stderr
+    assert "Retrying" not in ended.stderr
+    assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize("changes", [OFFLINE, {"HF_HUB_OFFLINE": "1"}], ids=["unreachable", "asked for"])
+def test_a_cached_hub_data_set_is_read_without_the_hub(tmp_path, write_rows, changes):
+    cache = tmp_path / "home" / "datasets"
+    source = write_rows([{"a": "cached"}])
+    datasets.load_dataset("json", data_files=[source], cache_dir=str(tmp_path / "made"))
+    made = next(tmp_path.glob("made/json/*/0.0.0/*/dataset_info.json")).parent
+    kept = cache / "nobody___pairs" / "default" / "0.0.0" / ("0" * 40)
+    shutil.copytree(made, kept)
+    (kept / "json-train.arrow").rename(kept / "pairs-train.arrow")
+    facts = json.loads((kept / "dataset_info.json").read_text())
+    (kept / "dataset_info.json").write_text(json.dumps(facts | {"dataset_name": "pairs", "config_name": "default"}))
+    ended = read_elsewhere("nobody/pairs", tmp_path / "home", **changes)
+    assert ended.stdout == "{'a': 'cached'}\n", ended.stderr
+    assert "the cached copy may not be of 'main'" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("problem", "kind", "says"),
+    [
+        (
+            RuntimeError("Dataset scripts are no longer supported, but found pairs.py"),
+            DataError,
+            "refs/convert/parquet",
+        ),
+        (ValueError("Unknown split 'x'.\nMore"), DataError, "'nobody/pairs': Unknown split 'x'"),
+        (OSError("disk"), DataError, "disk"),
+        (ConnectionError("Couldn't reach it"), SetupError, "cannot be reached"),
+        (datasets.exceptions.DatasetNotFoundError("is a gated dataset"), SetupError, "hf auth login"),
+        (KeyError(), DataError, "KeyError"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_what_goes_wrong_on_the_hub_is_one_line(monkeypatch, problem, kind, says):
+    def load_dataset(*arguments, **options):
+        raise problem
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(kind) as error:
+        hub.load_hub(Source(path="nobody/pairs"))
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_columns_get_their_canonical_names(write_rows):
@@ -70,6 +143,40 @@ def test_a_folder_saved_by_datasets_is_read_by_split(tmp_path):
     assert rows(path=str(tmp_path / "many"), split="test") == [("", 1, table[1])]
     with pytest.raises(DataError, match="splits are train, test"):
         rows(path=str(tmp_path / "many"), split="dev")
+
+
+def test_a_saved_folder_of_pointers_is_told_from_a_damaged_one(tmp_path):
+    datasets.Dataset.from_list([{"a": 1}]).save_to_disk(str(tmp_path / "saved"))
+    table = next((tmp_path / "saved").glob("*.arrow"))
+    table.write_bytes(table.read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"not a folder saved by datasets that can be read|not .* that can be read"):
+        rows(path=str(tmp_path / "saved"))
+    table.write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(DataError, match="git lfs pull"):
+        rows(path=str(tmp_path / "saved"))
+
+
+def test_bare_tables_of_a_saved_folder_are_a_folder_of_files(tmp_path):
+    datasets.Dataset.from_list([{"a": 1}, {"a": None}]).save_to_disk(str(tmp_path / "saved"))
+    for name in ("state.json", "dataset_info.json"):
+        assert len(rows(path=str(tmp_path / "saved"))) == 2
+        (tmp_path / "saved" / name).unlink()
+    assert rows(path=str(tmp_path / "saved")) == [
+        ("data-00000-of-00001.arrow", 1, {"a": 1}),
+        ("data-00000-of-00001.arrow", 2, {}),
+    ]
+
+
+def test_rows_of_a_selection_saved_by_datasets_are_the_selected_ones(tmp_path):
+    table = datasets.Dataset.from_list([{"a": number} for number in range(10)])
+    table.select([7, 3]).save_to_disk(str(tmp_path / "saved"))
+    assert [row for _, _, row in rows(path=str(tmp_path / "saved"))] == [{"a": 7}, {"a": 3}]
+
+
+def test_a_pipe_has_no_fingerprint(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="a pipe can be read only once"):
+        fingerprint(Source(path=str(tmp_path / "pipe")))
 
 
 def test_packaged_loaders_read_local_files(write_rows):

@@ -211,3 +211,20 @@ def test_a_prompt_alone_has_the_ids_that_it_is_trained_with(tokenizer, encode):
     for prompt in ([user("hello <|im_end|> world")], "hello "):
         answer = [assistant("yes")] if isinstance(prompt, list) else "yes"
         assert render_prompt(tokenizer, prompt, {}) == encode(prompt, answer)[0]
+
+
+@pytest.mark.parametrize("tail", ["<|im_end|>\n", "<|im_start|>assistant\n", "<|im_end|>", "no control token"])
+def test_only_what_follows_the_last_control_token_is_tokenized_again(tokenizer, tail):
+    encoder = Encoder(tokenizer)
+    at, anchor = encoder._tail("hello <|im_start|>user\nworld" + tail)
+    expected = tail if tail.startswith("<") else "<|im_start|>user\nworldno control token"
+    assert ("hello <|im_start|>user\nworld" + tail)[at:] == expected
+    assert tokenizer.convert_ids_to_tokens(anchor) == expected.partition("|>")[0] + "|>"
+
+
+def test_a_token_that_may_be_part_of_another_is_no_place_to_cut(tokenizer):
+    mine = copy.deepcopy(tokenizer)
+    mine.add_tokens(["<|im_end|>>", "x<|"], special_tokens=True)
+    mine.chat_template = str(mine.chat_template) + "<|im_end|>> x<|"
+    assert Encoder(mine)._anchors == {}
+    assert Encoder(tokenizer)._anchors.keys() == {"<|im_start|>", "<|im_end|>", "<|pad|>"}

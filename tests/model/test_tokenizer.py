@@ -150,3 +150,15 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path, make_recipe: Any)
 def test_the_real_llama_tokenizer_loads_and_pads_with_unk(make_recipe: Any) -> None:
     tokenizer = load_tokenizer(make_recipe(LLAMA), texts)
     assert (len(tokenizer), tokenizer.pad_token) == (32000, "<unk>")
+
+
+@pytest.mark.usefixtures("without_chatml")
+def test_llama3_needs_its_control_tokens_and_mistral_needs_none(make_recipe: Any, said: Callable[[], str]) -> None:
+    with pytest.raises(UsageError, match=r"needs <\|start_header_id\|>, .*<\|eot_id\|>.*modules_to_save"):
+        load_tokenizer(make_recipe(model={"chat_template": "llama3"}, lora={"r": 4}), texts)
+    llama3 = load_tokenizer(make_recipe(model={"chat_template": "llama3"}), texts)
+    assert llama3.eos_token == "<|eot_id|>"
+    assert "several tokens" not in said()
+    mistral = load_tokenizer(make_recipe(model={"chat_template": "mistral"}, lora={"r": 4}), texts)
+    assert mistral.eos_token == "<|endoftext|>"
+    assert mistral.apply_chat_template(TURN, tokenize=False) == "[INST] hello [/INST] world<|endoftext|>"

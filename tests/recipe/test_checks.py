@@ -27,6 +27,28 @@ CONTRADICTIONS = {
         6,
         "max_prompt_length (64) must be smaller than max_length (64)",
     ),
+    "prompt of a source as long as everything": (
+        GOOD.replace("[pairs.jsonl]", "\n  - path: pairs.jsonl\n    max_prompt_length: 1024"),
+        7,
+        "max_prompt_length (1024) must be smaller than max_length (1024)",
+    ),
+    "source shorter than the prompts of all": (
+        GOOD.replace("  train", "  max_prompt_length: 64\n  train").replace(
+            "[pairs.jsonl]", "\n  - path: pairs.jsonl\n    max_length: 64"
+        ),
+        8,
+        "max_prompt_length (64) must be smaller than max_length (64)",
+    ),
+    "end of a prompt that is never cut": (
+        GOOD.replace("[pairs.jsonl]", "[{path: pairs.jsonl, prompt_truncation: keep_start}]"),
+        5,
+        "data.train[0].prompt_truncation would do nothing",
+    ),
+    "end of a prompt that is never cut, in a bare list": (
+        GOOD.replace("[heldout.jsonl]", "[{path: h, overlong: drop, prompt_truncation: keep_end}]"),
+        6,
+        "data.eval.eval[0].prompt_truncation would do nothing",
+    ),
     "quantised without adapters": (
         GOOD.replace("lora: {}", "quantization: {load_in_4bit: true}"),
         3,
@@ -129,6 +151,31 @@ CONTRADICTIONS = {
 def test_without_contradictions_there_is_nothing_to_say() -> None:
     for text in (GOOD, NO_EVAL):
         assert parse_recipe(text, "r", command="dpo", losses=LOSSES).method == "dpo"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{path: p, overlong: truncate, prompt_truncation: keep_start}",
+        "{path: p, max_length: 2048, max_prompt_length: 1024}",
+        "{path: p, pairs: all, min_margin: 1, max_pairs_per_prompt: 4, ties: keep, metrics: mine}",
+    ],
+)
+def test_what_a_source_says_of_itself_is_taken(source: str) -> None:
+    text = GOOD.replace("[pairs.jsonl]", f"[{source}]").replace("  train", "  prompt_truncation: keep_end\n  train")
+    text = text if "truncate" in source else text.replace("  prompt_truncation: keep_end\n", "")
+    assert parse_recipe(text, "r", command="dpo", losses=LOSSES).data.train[0].path == "p"
+
+
+@pytest.mark.parametrize("key", ["pairs: all", "min_margin: 1", "max_pairs_per_prompt: 1", "ties: drop"])
+@pytest.mark.parametrize("where", ["pairs", "heldout"])
+def test_demonstrations_have_no_use_for_pairs(key: str, where: str) -> None:
+    text = GOOD.replace("dpo", "sft").replace(f"[{where}.jsonl]", f"[x, {{path: p, {key}}}]")
+    with pytest.raises(RecipeError) as refused:
+        parse_recipe(text, "r", command="sft", losses=LOSSES)
+    (problem,) = refused.value.problems
+    assert problem.place.line == (5 if where == "pairs" else 6)
+    assert f"[1].{key.split(':')[0]} would do nothing" in problem.message
 
 
 @pytest.mark.parametrize("name", CONTRADICTIONS)

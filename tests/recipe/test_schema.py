@@ -219,6 +219,8 @@ training: {output_dir: o, learning_rate: 1, eval_steps: 5, report_to: tensorboar
         ["eval_size=0.1", "eval_steps=5", "eval_on_start=false"],
         ["lora.r=4", "quantization.load_in_8bit=true", "warmup_steps=7", "optim=rmsprop", "max_steps=3"],
         ["model={from_scratch: {config: {model_type: llama, rope: 5e-7}, tokenizer: {vocab_size: 300}}}"],
+        ["data.train=[{path: x, pairs: all, min_margin: 0.5, overlong: truncate, format_options: {dimension: safer}}]"],
+        ["data.train=[{path: x, max_length: 64, metrics: mine}]", "data.overlong=truncate"],
         ["run_name='5e-7'", "report_to=[wandb, trackio]", "max_grad_norm=null"],
     ],
 )

@@ -83,7 +83,7 @@ def account(used: int, **rejected: int) -> dict[str, Any]:
         "used": used,
         "rejected": rejected,
         "duplicates": 3,
-        "tokens": {"total": 12345, "scored": 678, "prompt": {"mean": 24.8, "p50": 24, "p90": 27, "p99": 33, "max": 35}},
+        "tokens": {"total": 12345, "scored": 678, "prompt": {"mean": 24.8, "p5": 20, "p50": 24, "p95": 33, "max": 35}},
         "sources": [{"path": f"pairs{EVIL}.jsonl", "format": "hh", "rows": used}],
         "first_rejected": {name: {"file": "a.jsonl", "line": 7, "detail": EVIL} for name in rejected},
     }

@@ -177,7 +177,6 @@ def test_a_live_reference_knows_heads_as_a_cached_one_does(dpo_recipe: dict[str,
 
 
 def labelled(path: Path, count: int, prompts: int) -> Path:
-    pytest.importorskip("dpoctl.data.shaping", reason="labelled rows are read where records are shaped for a loss")
     return write_rows(
         path,
         [

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from tiny_runs import command, metrics_of, run_command, write_recipe
 from transformers import AutoModelForCausalLM
 
@@ -151,6 +152,15 @@ def test_a_run_never_goes_on_with_another_recipe(
         train(dpo_recipe, {"training.save_steps": 2} | changes, resume=True)
     assert (run / "recipe.resolved.yaml").read_text() == before
     train(dpo_recipe, {"training.save_steps": 3, "training.logging_steps": 2}, resume=True)
+
+
+def test_a_run_goes_on_from_the_recipe_that_it_wrote(dpo_recipe: dict[str, Any], train: Run) -> None:
+    run = Path(train(dpo_recipe, {"training.save_steps": 2})["training"]["output_dir"])
+    resolved = yaml.safe_load((run / "recipe.resolved.yaml").read_text())
+    assert [source["format"] for source in resolved["data"]["train"]] == ["trl-explicit"]
+    train(resolved, {}, resume=True)
+    train(dpo_recipe, {"training.save_steps": 2}, resume=True)
+    assert yaml.safe_load((run / "recipe.resolved.yaml").read_text()) == resolved
 
 
 def test_a_run_never_goes_on_with_other_data(dpo_recipe: dict[str, Any], pairs: Path, train: Run) -> None:
