@@ -3,7 +3,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint type floors format clean
+.PHONY: help install demo test parity check lint type floors format clean
 
 help:  ## Show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -36,6 +36,9 @@ runs/reviewer2-dpo/model.safetensors: recipes/reviewer2-dpo.yaml runs/reviewer2-
 
 test: $(STAMP)  ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+parity: $(STAMP)  ## Compare every loss with TRL's
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m parity tests/parity
 
 check: $(STAMP) lint type floors  ## Run the linter, the formatter's check, mypy and the import floors
 

@@ -4,6 +4,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Mapping
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -52,6 +53,7 @@ def _loss_schema(name: str, loss: Any, *, in_list: bool = False) -> dict[str, An
     }
 
 
+@cache
 def _attribute_docstrings(kind: type) -> dict[str, str]:
     """The text under each field of a class and of its bases; pydantic reads it for its own classes only."""
     inherited = [_attribute_docstrings(base) for base in kind.__bases__ if hasattr(base, "__dataclass_fields__")]

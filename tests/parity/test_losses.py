@@ -3,7 +3,8 @@
 from typing import Any
 
 import pytest
-from parity.two_programs import World, labelled_rows, pair_rows
+from parity.labels import labelled_rows, labelled_store, mismatched_like, train_on_labels
+from parity.two_programs import World, alike, pair_rows
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 
@@ -77,23 +78,50 @@ NAMED: dict[str, tuple[Any, str, dict[str, Any]]] = {
 CASES = {name: (loss, "dpo", {"loss_type": [name], **options}) for name, (loss, options) in SAME.items()} | NAMED
 
 
-def assert_alike(mine: Any, theirs: Any) -> None:
-    print(f"loss {mine.gap(theirs, 'loss'):.1e}, grad_norm {mine.relative_gap(theirs, 'grad_norm'):.1e}")
-    assert len(mine.rows) == 5
-    assert mine["learning_rate"] == pytest.approx(theirs["learning_rate"])
-    assert mine.gap(theirs, "loss") < 1e-5
-    assert mine.relative_gap(theirs, "grad_norm") < 1e-4
-
-
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 @pytest.mark.parametrize("name", CASES)
 def test_loss_and_gradient_are_trl_s_at_every_step(name: str, lora: bool, world: World) -> None:
     loss, trainer, options = CASES[name]
     theirs = world.theirs(trainer, pair_rows(), lora=lora, **options)
-    assert_alike(world.ours(loss, pair_rows(), lora=lora), theirs)
+    assert alike(world.ours(loss, pair_rows(), lora=lora), theirs)
 
 
-def test_orpo_is_trl_s_where_prompts_are_one_token(world: World) -> None:
+@pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
+def test_sorting_within_the_step_is_trl_s(name: str, world: World) -> None:
+    """Large updates, so that policy and reference put the pairs in different orders."""
+    rows, fast = pair_rows(), {"learning_rate": 3e-3}
+    mine = world.ours({"type": name, "beta": 0.1}, rows, **fast)
+    assert alike(mine, world.theirs("dpo", rows, loss_type=[name], **fast))
+    assert not alike(mine, world.ours({"type": "sigmoid"}, rows, **fast))
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_orpo_is_trl_s_where_prompts_are_one_token(lora: bool, world: World) -> None:
     """TRL's likelihood is over prompt and answer; a prompt of one token, which nothing predicts, adds none to it."""
-    rows = pair_rows(prompt_words=0)
-    assert_alike(world.ours({"type": "orpo", "beta": 0.25}, rows), world.theirs("orpo", rows, beta=0.25))
+    rows = pair_rows(one_token_prompts=True)
+    mine = world.ours({"type": "orpo", "beta": 0.25}, rows, lora=lora)
+    assert alike(mine, world.theirs("orpo", rows, lora=lora, beta=0.25))
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_kto_is_trl_s_with_the_same_mismatched_answers(lora: bool, world: World) -> None:
+    store = labelled_store(labelled_rows(), world.tokenizer)
+    mine = train_on_labels(world, {"type": "kto", "desirable_weight": 1.3, "undesirable_weight": 0.8}, store, lora=lora)
+    theirs = world.theirs(
+        "kto",
+        labelled_rows(),
+        lora=lora,
+        edit=lambda dataset: mismatched_like(store, dataset),
+        desirable_weight=1.3,
+        undesirable_weight=0.8,
+    )
+    assert alike(mine, theirs)
+    assert mine["kl"] == pytest.approx(theirs["kl"], rel=1e-4, abs=1e-4)
+    assert max(mine["kl"]) > 0
+
+
+def test_rewards_and_likelihoods_are_logged_as_by_trl(world: World) -> None:
+    mine, theirs = world.ours({"type": "sigmoid"}, pair_rows()), world.theirs("dpo", pair_rows())
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"):
+        assert mine[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-4), name
+    assert mine["rewards/accuracies"] == theirs["rewards/accuracies"]

@@ -38,6 +38,7 @@ def walk(model: type[BaseModel], above: tuple[str, ...] = ()) -> list[tuple[str,
 
 
 KEYS = walk(Recipe)
+SCHEMA = json_schema(LOSSES)
 SOURCE_KEYS = [("data", "train", "0", name) for name in Source.model_fields]
 
 
@@ -64,10 +65,9 @@ def test_the_walk_sees_every_section() -> None:
 
 @pytest.mark.parametrize("path", KEYS + SOURCE_KEYS, ids=".".join)
 def test_the_json_schema_documents_every_key(path: tuple[str, ...]) -> None:
-    schema = json_schema(LOSSES)
-    node: dict[str, Any] = schema
+    node = SCHEMA
     for part in path:
-        node = _resolve(schema, node)
+        node = _resolve(SCHEMA, node)
         node = node["items"] if part == "0" else node["properties"][part]
     assert len(node["description"]) > 5
 
@@ -85,7 +85,7 @@ def _resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_json_schema_documents_each_loss_with_its_own_keys(name: str) -> None:
-    definitions = json_schema(LOSSES)["$defs"]
+    definitions = SCHEMA["$defs"]
     alone, listed = definitions[f"loss.{name}"], definitions[f"term.{name}"]
     assert set(alone["properties"]) == {"type", *(field.name for field in fields(LOSSES[name]))}
     assert set(listed["properties"]) == {"weight", *alone["properties"]}
@@ -100,13 +100,12 @@ def test_the_json_schema_documents_each_loss_with_its_own_keys(name: str) -> Non
 
 
 def test_the_json_schema_takes_a_loss_or_a_list_of_losses_with_weights() -> None:
-    schema = json_schema(LOSSES)
-    *alone, several = schema["$defs"]["DpoSection"]["properties"]["loss"]["anyOf"]
+    *alone, several = SCHEMA["$defs"]["DpoSection"]["properties"]["loss"]["anyOf"]
     assert alone == [{"$ref": f"#/$defs/loss.{name}"} for name in LOSSES]
     assert several["items"]["anyOf"] == [{"$ref": f"#/$defs/term.{name}"} for name in (*LOSSES, "sft")]
-    assert set(schema["$defs"]["term.sft"]["properties"]) == {"type", "weight"}
+    assert set(SCHEMA["$defs"]["term.sft"]["properties"]) == {"type", "weight"}
     texts = {
-        name: kind["properties"]["beta"]["description"] for name, kind in schema["$defs"].items() if "loss." in name
+        name: kind["properties"]["beta"]["description"] for name, kind in SCHEMA["$defs"].items() if "loss." in name
     }
     assert "the paper's tau" in texts["loss.ipo"].lower()
     assert texts["loss.robust"] == "Scale of the reward, per nat: higher keeps the policy closer to the reference."
