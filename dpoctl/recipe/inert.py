@@ -1,13 +1,12 @@
 """Which keys have no effect in a given recipe: they may not be set, and the resolved recipe leaves them out."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dpoctl.recipe.expect import Path
 
 if TYPE_CHECKING:
-    from dpoctl.recipe.schema import Recipe, Source
+    from dpoctl.recipe.schema import Recipe
 
 # TensorBoard calls a run by its folder.
 NAMING_TRACKERS = {"wandb", "trackio"}
