@@ -182,7 +182,7 @@ CASES: dict[str, Case] = {
     "training.eval_on_start": Case(False, "evaluations"),
     "training.eval_steps": Case(1, "evaluations"),
     "training.save_steps": Case(1, "checkpoints"),
-    "training.save_total_limit": Case(1, "checkpoints", SAVING),
+    "training.save_total_limit": Case(3, "checkpoints", SAVING | {"training.global_batch_size": 2}),
     "training.report_to": Case(["tensorboard"], "files"),
     "training.run_name": Case("mine", lambda o: o.asked["wandb"][0]["arguments"][0].run_name, WANDB),
     "training.seed": Case(2, "weights"),

@@ -11,6 +11,7 @@ from typing import Any
 
 from dpoctl import console
 from dpoctl.errors import StoppedError, UsageError, UserError
+from dpoctl.runs.redact import redact_source
 
 REPORTS = "DPOCTL_WORKER_REPORTS"
 UNEXPECTED = 1
@@ -41,6 +42,11 @@ def remember_run_directory(path: Path) -> None:
     """Name the folder that gets an error.log, once a run has made itself at home there."""
     global _run_directory
     _run_directory = path
+
+
+def run_directory() -> Path | None:
+    """The folder that was named."""
+    return _run_directory
 
 
 def report(error: Exception, *, as_json: bool, debug: bool) -> int:
@@ -134,7 +140,7 @@ def _write_log(error: Exception) -> Path | None:
     log = _run_directory / ("error.log" if rank == 0 else f"logs/rank-{rank}.error.log")
     try:
         log.parent.mkdir(exist_ok=True)
-        log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        log.write_text(redact_source("".join(traceback.format_exception(error))), encoding="utf-8")
     except OSError:
         return None
     return log

@@ -25,6 +25,12 @@ OutputDir = Annotated[
     typer.Option(metavar="DIR", help="The run directory, over training.output_dir.", show_default=False),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run directory.")]
+AllowChanged = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY", help="Go on although this key is not what the run began with. Repeatable.", show_default=False
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the run directory.")]
 DryRun = Annotated[
     bool,

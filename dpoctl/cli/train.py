@@ -32,6 +32,7 @@ def train(
     where: Launch,
     *,
     resume: bool,
+    allow_changed: Sequence[str] = (),
     overwrite: bool,
     dry_run: bool,
     json_output: bool,
@@ -44,6 +45,7 @@ def train(
         overrides: `key=value` texts.
         where: The run directory and the processes.
         resume: Go on from the newest checkpoint.
+        allow_changed: Keys that may differ from what the run began with.
         overwrite: Replace an earlier run.
         dry_run: Show the plan, and train nothing.
         json_output: Print one JSON object on stdout.
@@ -78,6 +80,7 @@ def train(
         recipe_text=text,
         document=examined.document,
         resume=resume,
+        allow_changed=allow_changed,
         overwrite=overwrite,
         dry_run=dry_run,
         json_output=json_output,

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from dpoctl.cli.failure import REPORTS, Failure, show
+from dpoctl.cli.failure import REPORTS, Failure, run_directory, show
 from dpoctl.cli.launch import PARENT
+from dpoctl.runs import status
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 POLL_SECONDS = 0.05
@@ -90,7 +91,20 @@ def run_workers(count: int, arguments: Sequence[str]) -> int:
                 job.wait()
             finally:
                 job.signal(signal.SIGKILL)
-        return conclude(job.ended, Path(reports), as_json="--json" in arguments)
+        code = conclude(job.ended, Path(reports), as_json="--json" in arguments)
+    if code != 0 and (folder := run_directory()) is not None:
+        status.settle(folder, code, describe_ends(job.ended))
+    return code
+
+
+def describe_ends(ended: Sequence[tuple[int, int]]) -> str:
+    """How the ranks of a job ended, in the order of their ends.
+
+    Args:
+        ended: `(rank, return code)`.
+    """
+    ways = [f"signal {-code}" if code < 0 else f"exit code {code}" for _, code in ended]
+    return ", then ".join(f"rank {rank}: {way}" for (rank, _), way in zip(ended, ways, strict=True))
 
 
 def rank_environment(count: int, reports: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:

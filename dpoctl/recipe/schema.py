@@ -314,8 +314,14 @@ class TrainingSection(Section):
     """Optimizer steps between evaluations."""
     save_steps: Count | None = Field(default=None, examples=[100])
     """Optimizer steps between checkpoints."""
-    save_total_limit: Count | None = 2
-    """Keep this many checkpoints; null keeps all."""
+    save_total_limit: Annotated[int, Ge(2)] | None = 2
+    """Keep this many checkpoints, at least 2: the newest may be damaged; null keeps all."""
+    resume: Literal["never", "auto"] = "never"
+    """`auto` goes on with the run in output_dir if there is one, as --resume does: for schedulers that start again."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What becomes of a step whose loss or gradient is not finite; the weights never see it, and it is counted."""
+    ddp_timeout: Count = 1800
+    """Seconds that a process waits for the others before the run ends."""
     report_to: Annotated[
         list[Literal["tensorboard", "wandb", "trackio"]],
         BeforeValidator(name_list, json_schema_input_type=str | list[str] | None),

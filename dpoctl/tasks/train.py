@@ -1,7 +1,7 @@
 """`dpoctl sft` and `dpoctl dpo`: wire a recipe's model, data, reference and loss together, and walk the plan."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from dpoctl.core.optim import warmup_steps
 from dpoctl.core.planner import Lengths, Plan
 from dpoctl.core.reader import Reader
 from dpoctl.data.prepare import PreparedData
-from dpoctl.errors import UsageError
 from dpoctl.model.checkpointing import set_gradient_checkpointing
 from dpoctl.model.load import load_policy
 from dpoctl.model.policy import Policy
@@ -32,7 +31,9 @@ from dpoctl.runs.checkpoint import Checkpoint
 from dpoctl.runs.directory import RunDirectory
 from dpoctl.runs.environment import describe_environment
 from dpoctl.runs.health import Expectation
+from dpoctl.runs.redact import redact_source
 from dpoctl.runs.report import refresh_report
+from dpoctl.runs.status import reported
 from dpoctl.runs.trackers import check_installed
 from dpoctl.tasks.check import facts_of
 from dpoctl.tasks.dry_run import show_plan
@@ -41,7 +42,7 @@ from dpoctl.tasks.journal import Journal
 from dpoctl.tasks.machine import build_accelerator, quiet_libraries, token_budget
 from dpoctl.tasks.prepared import metric_names, read_data
 from dpoctl.tasks.reference import Live, Reference
-from dpoctl.tasks.resume import refuse_other_recipe
+from dpoctl.tasks.resume import refuse_changes, refuse_other_data
 from dpoctl.tasks.samples import Samples
 from dpoctl.tasks.self_check import check_first_step
 from dpoctl.tasks.task import Task, build_task
@@ -56,6 +57,7 @@ def run(
     recipe_text: str,
     document: Document | None = None,
     resume: bool = False,
+    allow_changed: Sequence[str] = (),
     overwrite: bool = False,
     dry_run: bool = False,
     json_output: bool = False,
@@ -68,6 +70,7 @@ def run(
         recipe_text: the file as it was given, kept beside the results.
         document: where its keys stand, for advice.
         resume: go on from the newest good checkpoint of the run directory.
+        allow_changed: keys that may differ from what the run began with.
         overwrite: delete what a run left in the directory.
         dry_run: show what would be done, and train nothing.
         json_output: print one JSON object at the end.
@@ -81,14 +84,15 @@ def run(
         show_plan(recipe, document=document, json_output=json_output)
         return {}
     check_installed(recipe.training.report_to)
+    resume = resume or (recipe.training.resume == "auto" and not overwrite)
     accelerator = build_accelerator(recipe)
     with ExitStack() as stack:
         directory = _open_directory(recipe, accelerator, stack, resume=resume, overwrite=overwrite)
         with accelerator.main_process_first():
-            _write_beginning(directory, recipe, recipe_text, accelerator, extensions, resume=resume)
+            _write_beginning(directory, recipe, recipe_text, accelerator, extensions, allow_changed if resume else None)
         tokenizer, data = read_data(recipe, accelerator)
         _write_data_report(directory, data, accelerator)
-        summary = _train(recipe, document, accelerator, directory, tokenizer, data, extensions)
+        summary = _train(recipe, document, accelerator, directory, tokenizer, data, extensions, allow_changed)
         if accelerator.is_main_process:
             refresh_report(directory.path)
     if json_output:
@@ -106,7 +110,9 @@ def _open_directory(
     with accelerator.main_process_first():
         if not accelerator.is_main_process:
             return RunDirectory(path)
-        return stack.enter_context(RunDirectory.open(path, resume=resume, overwrite=overwrite))
+        directory = stack.enter_context(RunDirectory.open(path, resume=resume, overwrite=overwrite))
+        stack.enter_context(reported(directory.path))
+        return directory
 
 
 def _write_beginning(
@@ -115,17 +121,16 @@ def _write_beginning(
     text: str,
     accelerator: Accelerator,
     extensions: Extensions,
-    *,
-    resume: bool,
+    may_differ: Sequence[str] | None,
 ) -> None:
-    """Write what is known before anything is loaded."""
+    """Write what is known before anything is loaded; `may_differ` is None for a run that begins."""
     if not accelerator.is_main_process:
         return
-    if resume:
-        refuse_other_recipe(directory, recipe)
+    if may_differ is not None:
+        refuse_changes(directory, recipe, may_differ)
         extensions.check_resumed(directory.path)
-    directory.write_text(directory.resolved_recipe.name, recipe.to_yaml())
-    directory.write_text("recipe.yaml", text)
+    directory.write_text(directory.resolved_recipe.name, redact_source(recipe.to_yaml()))
+    directory.write_text("recipe.yaml", redact_source(text))
     environment = describe_environment(world_size=accelerator.num_processes)
     directory.write_json(ENVIRONMENT, environment | {RECORD: extensions.names()})
 
@@ -133,7 +138,7 @@ def _write_beginning(
 def _write_data_report(directory: RunDirectory, data: PreparedData, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
         # With the formats that were found, so that reading it again cannot mean something else.
-        directory.write_text(directory.resolved_recipe.name, data.recipe.to_yaml())
+        directory.write_text(directory.resolved_recipe.name, redact_source(data.recipe.to_yaml()))
         directory.write_json("data_report.json", data.report)
         directory.write_text(directory.rejects.name, data.rejects.read_text(encoding="utf-8"))
 
@@ -146,9 +151,12 @@ def _train(
     tokenizer: PreTrainedTokenizerBase,
     data: PreparedData,
     extensions: Extensions,
+    allow_changed: Sequence[str],
 ) -> dict[str, Any]:
     """Run the whole training, from loaded data to exported model, and return its summary."""
-    newest = _newest_checkpoint(directory, accelerator, data.train.key)
+    newest = _newest_checkpoint(directory, accelerator)
+    if newest is not None:
+        refuse_other_data(directory, newest, data.train.key, allow_changed)
     policy = load_policy(recipe, tokenizer, accelerator.device, model_init=extensions.model_init)
     verdict, plan, checkpointing = _lay_out(recipe, policy, Lengths.of(data.train), accelerator, newest)
     _announce(policy, verdict, plan, checkpointing, accelerator)
@@ -215,17 +223,11 @@ def _train(
     return {"output_dir": str(directory.path), "steps": done, "metrics": journal.last}
 
 
-def _newest_checkpoint(directory: RunDirectory, accelerator: Accelerator, data_key: str) -> Checkpoint | None:
+def _newest_checkpoint(directory: RunDirectory, accelerator: Accelerator) -> Checkpoint | None:
     """Return this rank's part of the newest good checkpoint, chosen by the first rank."""
     found = [checkpoint.newest(directory.checkpoints)] if accelerator.is_main_process else [None]
     (path,) = broadcast_object_list(found)
-    newest = None if path is None else checkpoint.load(path, accelerator.process_index)
-    if newest and newest.extra["data"] != data_key:
-        raise UsageError(
-            f"{directory.path}: the training data, the tokenizer or the template is not what the run began with",
-            hint="put it back, or start anew with --overwrite",
-        )
-    return newest
+    return None if path is None else checkpoint.load(path, accelerator.process_index)
 
 
 def _lay_out(

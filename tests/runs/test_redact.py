@@ -1,6 +1,6 @@
 import pytest
 
-from dpoctl.runs.redact import HIDDEN, redact, redact_command, redact_text
+from dpoctl.runs.redact import HIDDEN, redact, redact_command, redact_source, redact_text
 
 TOKEN = "hf_" + "AbCdEf0123456789" * 2
 
@@ -47,3 +47,23 @@ def test_a_command_line_keeps_all_but_its_secrets():
         *("dpoctl", "dpo", "r.yaml", "--token", HIDDEN, f"--api-key={HIDDEN}", "--set", f"x.hub_token={HIDDEN}"),
         *("--set", "max_tokens_per_device=512", HIDDEN),
     ]
+
+
+def test_the_names_of_a_tokenizers_own_tokens_are_no_secrets():
+    config = {"eos_token": "</s>", "from_scratch": {"pad_token": "<pad>"}, "hub_token": "x"}
+    assert redact(config) == config | {"hub_token": HIDDEN}
+    assert redact_source("eos_token: </s>\n") == "eos_token: </s>\n"
+
+
+def test_secrets_of_a_recipe_and_of_a_traceback_are_hidden_where_they_stand():
+    text = "model: {hub_token: abc, r: 8}\n  password = 'xyz'\napi_key: \"q\"\nmax_tokens_per_device: 512\n"
+    assert redact_source(text) == (
+        f"model: {{hub_token: {HIDDEN}, r: 8}}\n  password = '{HIDDEN}'\napi_key: \"{HIDDEN}\"\n"
+        "max_tokens_per_device: 512\n"
+    )
+
+
+def test_what_the_environment_calls_a_secret_is_hidden_in_any_text(monkeypatch):
+    monkeypatch.setenv("MY_API_KEY", "canary-4711")
+    monkeypatch.setenv("OTHER_TOKEN", "short")
+    assert redact_text("got canary-4711 and short") == f"got {HIDDEN} and short"
