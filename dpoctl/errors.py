@@ -26,6 +26,10 @@ class RunError(UserError):
     exit_code = 1
 
 
+class LostRanksError(RunError):
+    """The other processes of the run do not answer: what they say themselves tells more."""
+
+
 class UsageError(UserError):
     """The command line or the recipe is wrong."""
 

@@ -73,6 +73,11 @@ class Scene:
         """Run into a folder, to the end."""
         return self.start(out, *options, faults=faults, **env).wait()
 
+    def start_at(self, out: Path, files: Path) -> Ended:
+        """Run into a folder beside which nothing can be written."""
+        recipe = write_recipe(files.with_suffix(".yaml"), self.recipe)
+        return forked.run(self.recipe["method"], recipe, "--output-dir", out, files=files)
+
     def finish(self, out: Path, *options: str | Path, **env: str) -> Ended:
         """Run into a folder to a good end, from wherever it stands."""
         ended = self.run(out, *options, "--resume", **env)

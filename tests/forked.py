@@ -114,7 +114,7 @@ def run(*arguments: str | Path, files: Path, **options: Any) -> Ended:
 
 def only_on(rank: int, fault: Fault) -> Fault:
     """A fault of one rank."""
-    return lambda: os.environ.get("RANK", "0") == str(rank) and fault()
+    return in_ranks(lambda: os.environ.get("RANK", "0") == str(rank) and fault())
 
 
 def in_ranks(fault: Fault) -> Fault:

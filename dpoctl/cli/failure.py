@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dpoctl import console
-from dpoctl.errors import StoppedError, UsageError, UserError
+from dpoctl.errors import LostRanksError, StoppedError, UsageError, UserError
 from dpoctl.runs.redact import redact_source
 
 REPORTS = "DPOCTL_WORKER_REPORTS"
@@ -28,7 +28,7 @@ class Failure:
         text: For people; may have several lines.
         details: For machines: code, message, and hint, file, line, column where there are any.
         rank: Of the process that failed.
-        foreseen: Whether it is a user's error.
+        foreseen: Whether it is a user's error, and no consequence of another rank's.
     """
 
     code: int
@@ -95,7 +95,7 @@ def _describe(error: Exception, log: Path | None) -> Failure:
     if isinstance(error, UserError):
         details = {"code": error.exit_code, "message": error.message, "hint": error.hint} | _places(error)
         text = str(error) if "problems" in details else f"error: {console.printable(str(error), keep='')}"
-        return Failure(error.exit_code, text, details, rank)
+        return Failure(error.exit_code, text, details, rank, foreseen=not isinstance(error, LostRanksError))
     message = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
     where = f"traceback in {log}" if log else "pass --debug for the traceback"
     details = {"code": UNEXPECTED, "message": message, "hint": where}

@@ -14,7 +14,7 @@ from dpoctl.errors import UsageError
 
 CONFIGS = Path(__file__).parent / "accelerate_configs"
 PARENT = "DPOCTL_PARENT"
-MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +80,8 @@ def plan_launch(
         return None
     if size := next((environment[key] for key in MPI_SIZES if environment.get(key, "1") != "1"), None):
         raise UsageError(
-            f"mpirun started {size} processes, which would train alone each",
-            hint="use --num-processes N, torchrun or accelerate launch",
+            f"mpirun or srun started {size} processes, which would train alone each",
+            hint="start one, with --num-processes N, torchrun or accelerate launch",
         )
     if accelerate_config is not None:
         return Accelerate(find_config(accelerate_config), num_processes)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from dpoctl import console
 from dpoctl.cli.failure import REPORTS, Failure, run_directory, show
 from dpoctl.cli.launch import PARENT
 from dpoctl.runs import status
@@ -140,18 +141,27 @@ def conclude(ended: Sequence[tuple[int, int]], reports: Path, *, as_json: bool) 
     bad = [(rank, code) for rank, code in ended if code != 0]
     if not bad:
         return 0
-    if said := sorted(_read_reports(reports), key=lambda failure: not failure.foreseen):
-        show(said[0], as_json=as_json)
-        return said[0].code
+    said = list(_read_reports(reports))
+    foreseen = [failure for failure in said if failure.foreseen]
     rank, code = bad[0]
-    if code > 0:
-        return code
-    name = signal.Signals(-code).name
-    if -code not in FORWARDED:
-        message = f"rank {rank} was ended by {name}; is the memory exhausted?"
+    if not foreseen and code < 0:
+        return _conclude_signal(rank, -code, as_json=as_json)
+    if said:
+        first = (foreseen or said)[0]
+        show(first, as_json=as_json)
+        for silent in (rank for rank, code in bad[1:] if code < 0 and not first.foreseen):
+            console.error(f"rank {silent} did not answer and was ended")
+        return first.code
+    return code
+
+
+def _conclude_signal(rank: int, signum: int, *, as_json: bool) -> int:
+    """Say that a signal ended a rank; a signal to stop needs no words."""
+    if signum not in FORWARDED:
+        message = f"rank {rank} was ended by {signal.Signals(signum).name}; is the memory exhausted?"
         show(Failure(1, f"error: {message}", {"code": 1, "message": message}), as_json=as_json)
         return 1
-    return 128 - code
+    return 128 + signum
 
 
 @contextlib.contextmanager

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from dpoctl.core.guard import Guard
 from dpoctl.core.meters import Meter
 from dpoctl.core.objective import Objective
 from dpoctl.core.optim import set_learning_rate
@@ -82,8 +82,11 @@ class Run:
     max_grad_norm: float | None
     outputs: Outputs
     cadence: Cadence
+    guard: Guard
     evals: Mapping[str, EvalSet] = field(default_factory=dict)
     start: int = 0
+    relieve: Callable[[Exception, Plan, int], Plan] | None = None
+    """Returns a plan that takes less memory for a step that failed, or raises the error that it is given."""
     updated: Callable[[int], None] = lambda step: None
     """Called after the update of each step, on every rank."""
 
@@ -95,7 +98,7 @@ def fit(run: Run) -> int:
         The number of steps that are done.
 
     Raises:
-        RunError: a gradient is not finite; the weights are those before the update.
+        RunError: a loss or a gradient is not finite; the weights are those before the update.
         StoppedError: a signal asked to stop; a checkpoint of the last whole step was written.
     """
     plan, cadence, meter = run.plan, run.cadence, Meter(run.accelerator.device)
@@ -104,17 +107,17 @@ def fit(run: Run) -> int:
         _evaluate_all(run, 0)
     with StopRequest() as stop:
         for number in range(run.start, plan.num_steps):
-            step, rate, done = plan.step(number), run.learning_rate(number), number + 1
+            step, rate, done = run.plan.step(number), run.learning_rate(number), number + 1
             with window.measure(int(plan.lengths.tokens[list(step.records)].sum())):
-                grad_norm = _update(run, step, rate, meter)
+                grad_norm, signum = _attempt(run, step, rate, meter, stop)
                 run.updated(done)
             run.outputs.advance(done)
 
             saving = _due(cadence.save, done) or done == plan.num_steps
-            signum = stop.agreed(run.accelerator)
             if _due(cadence.logging, done) or saving or signum:
                 means = meter.read(lambda t: _add_up(run.accelerator, t))
                 state = {"grad_norm": grad_norm, "learning_rate": rate, "epoch": done / plan.steps_per_epoch}
+                state |= {"skipped_steps": run.guard.skipped} if run.guard.skipped else {}
                 run.outputs.log(done, means | state | {"tokens_per_second": window.rate()})
             ended = run.outputs.ended()
             if _due(cadence.eval, done) or (run.evals and (ended or done == plan.num_steps)):
@@ -140,28 +143,47 @@ def evaluate(objective: Objective, data: EvalSet) -> Metrics:
     return meter.read(lambda t: _add_up(objective.accelerator, t))
 
 
-def _update(run: Run, step: Step, rate: float, meter: Meter) -> float:
-    """Take one optimizer step and return the norm of its gradient before clipping."""
+def _attempt(run: Run, step: Step, rate: float, meter: Meter, stop: StopRequest) -> tuple[float, int]:
+    """Take one optimizer step, a second time with another plan if `relieve` has one; returns what `_update` does."""
+    if run.relieve is None:
+        return _update(run, step, rate, meter, stop)
+    try:
+        return _update(run, step, rate, meter, stop)
+    except (RuntimeError, MemoryError) as error:
+        plan = run.relieve(error, run.plan, step.number)
+    # Behind the handler: what the failed attempt held is free here.
+    run.optimizer.zero_grad()
+    run.plan = plan
+    run.evals = {name: EvalSet(data.reader, plan.one_pass(data.plan.lengths)) for name, data in run.evals.items()}
+    return _update(run, plan.step(step.number), rate, meter, stop)
+
+
+def _update(run: Run, step: Step, rate: float, meter: Meter, stop: StopRequest) -> tuple[float, int]:
+    """Take one optimizer step, if its numbers are finite.
+
+    Returns:
+        The norm of its gradient before clipping, and the signal that any rank has seen.
+    """
     set_learning_rate(run.optimizer, rate)
-    memory = run.objective.backward(step, run.reader, meter)
+    own = Meter(run.accelerator.device)
+    memory = run.objective.backward(step, run.reader, own)
     bound = float("inf") if run.max_grad_norm is None else run.max_grad_norm
     norm = run.accelerator.clip_grad_norm_(run.objective.scorer.parameters(), bound)
-    # With a loss scale (fp16) an overflow is expected now and then: the scaler skips that update itself.
-    if run.accelerator.scaler is None and not torch.isfinite(norm):
-        raise RunError(
-            f"step {step.number + 1}: the gradient is not finite",
-            hint="the weights were not updated; lower training.learning_rate, or look at this step's rows",
-        )
-    run.optimizer.step()
+    admitted, signum = run.guard.admit(step, own.sum("loss"), norm, stop.signum)
+    if admitted:
+        run.optimizer.step()
+        meter.take(own)
+        if not run.accelerator.optimizer_step_was_skipped:
+            run.objective.memory = memory
+    elif run.accelerator.scaler is not None:
+        run.accelerator.scaler.update()
     run.optimizer.zero_grad()
-    if not run.accelerator.optimizer_step_was_skipped:
-        run.objective.memory = memory
     if run.accelerator.scaler is not None and run.accelerator.scaler.get_scale() < 1:
         raise RunError(
             f"step {step.number + 1}: the gradient overflows float16 at any scale",
             hint="nothing is learned like this; set model.dtype: bfloat16 or float32",
         )
-    return float(norm)
+    return float(norm), signum
 
 
 def _evaluate_all(run: Run, done: int) -> None:

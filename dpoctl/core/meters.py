@@ -79,6 +79,16 @@ class Meter:
             self._sums[name] = self._sums.get(name, 0.0) + term
             self._counts[name] = self._counts.get(name, 0) + total.count
 
+    def take(self, other: "Meter") -> None:
+        """Add what another meter holds."""
+        for name, total in other._sums.items():
+            self._sums[name] = self._sums.get(name, 0.0) + total
+            self._counts[name] = self._counts.get(name, 0) + other._counts[name]
+
+    def sum(self, name: str) -> Tensor | float:
+        """Return this rank's sum so far; 0 of what was never added."""
+        return self._sums.get(name, 0.0)
+
     def read(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Return the means over all ranks and start anew.
 

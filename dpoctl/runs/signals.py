@@ -1,11 +1,8 @@
-"""A request to stop: a signal sets a number, and all ranks agree on it at the next step boundary."""
+"""A request to stop: a signal sets a number, which the loop looks at once a step, on all ranks together."""
 
 import signal
 from types import FrameType
 from typing import Any, Self
-
-import torch
-from accelerate import Accelerator
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -28,13 +25,10 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def agreed(self, accelerator: Accelerator) -> int:
-        """Return the signal that any rank has seen, the same on all ranks; 0 when there is none."""
-        if accelerator.num_processes == 1:
-            return self._signum
-        seen = torch.tensor([self._signum], device=accelerator.device)
-        gathered: torch.Tensor = accelerator.gather(seen)
-        return int(gathered.max())
+    @property
+    def signum(self) -> int:
+        """The signal that this process has seen; 0 when there is none."""
+        return self._signum
 
     def _remember(self, signum: int, frame: FrameType | None) -> None:
         self._signum = signum

@@ -9,6 +9,7 @@ import yaml
 from accelerate import Accelerator
 
 from dpoctl import console
+from dpoctl.core.guard import Guard, checksum, refuse_different
 from dpoctl.core.loop import Metrics
 from dpoctl.core.objective import Objective
 from dpoctl.core.planner import Plan
@@ -22,6 +23,10 @@ from dpoctl.runs.metrics import MetricsFile
 from dpoctl.runs.progress import Progress
 from dpoctl.runs.trackers import Trackers
 from dpoctl.tasks.reference import Live
+from dpoctl.tasks.trouble import Relief
+
+SHARDING = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+"""Where ranks hold different weights by intention."""
 
 
 class Journal:
@@ -37,6 +42,8 @@ class Journal:
         objective: whose losses carry a memory from step to step.
         resumed: the checkpoint to go on from.
         data_key: of the training store; a checkpoint remembers it.
+        guard: whose count of rejected steps a checkpoint remembers.
+        relief: whose token budget a checkpoint remembers.
         live: the reference that runs beside the policy.
         expected: what a healthy run would look like.
     """
@@ -53,13 +60,16 @@ class Journal:
         resumed: Checkpoint | None,
         *,
         data_key: str,
+        guard: Guard,
+        relief: Relief,
         live: Live | None = None,
         expected: Expectation,
     ) -> None:
         self.last: Metrics = {}
         self._recipe, self._directory, self._accelerator = recipe, directory, accelerator
-        self._policy, self._optimizer, self._plan = policy, optimizer.optimizer, plan
-        self._objective = objective
+        self._policy, self._optimizer = policy, optimizer.optimizer
+        self._objective, self._guard = objective, guard
+        self._relief = relief
         self._metrics = MetricsFile(directory.metrics)
         self._progress = Progress(plan.num_steps, start=resumed.step if resumed else 0)
         self._trackers: Trackers | None = None
@@ -127,8 +137,13 @@ class Journal:
 
     def save(self, step: int) -> None:
         """Write a checkpoint; every rank calls this at the same step."""
+        weights = self._policy.trainable_state()
+        if not self._accelerator.distributed_type.startswith(SHARDING):
+            refuse_different(self._accelerator, "weights", checksum(weights.values()))
         extra: dict[str, Any] = {
-            "max_tokens": self._plan.max_tokens,
+            "max_tokens": self._relief.max_tokens,
+            "relieved": self._relief.used,
+            "skipped_steps": self._guard.skipped,
             "data": self._data_key,
             "memory": list(self._objective.memory),
         }
@@ -137,7 +152,7 @@ class Journal:
         moved = {} if self._live is None else self._live.state()
         checkpoint.save(
             self._directory.checkpoints,
-            Checkpoint(step, self._policy.trainable_state(), self._optimizer.state_dict(), rng.capture(), extra, moved),
+            Checkpoint(step, weights, self._optimizer.state_dict(), rng.capture(), extra, moved),
             rank=self._accelerator.process_index,
             world_size=self._accelerator.num_processes,
             barrier=self._accelerator.wait_for_everyone,
@@ -147,6 +162,7 @@ class Journal:
     def _restore(self, resumed: Checkpoint) -> None:
         self._policy.load_trainable_state(resumed.weights)
         self._optimizer.load_state_dict(resumed.optimizer)
+        self._guard.skipped = resumed.extra.get("skipped_steps", 0)
         self._objective.memory = tuple(resumed.extra.get("memory", self._objective.memory))
         if self._live is not None:
             self._live.load_state(resumed.reference)

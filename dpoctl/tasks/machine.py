@@ -1,9 +1,11 @@
 """The machine a run finds itself on: its ranks, its precision, and how many tokens fit into a micro-batch."""
 
+import os
 from datetime import timedelta
 
 import psutil
 import torch
+import torch.distributed as dist
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -11,6 +13,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor
 
 from dpoctl.core.planner import Lengths
+from dpoctl.errors import SetupError
 from dpoctl.model.checkpointing import activation_bytes_per_token
 from dpoctl.model.load import resolve_dtype
 from dpoctl.model.policy import Policy
@@ -36,20 +39,43 @@ def quiet_libraries() -> None:
 
 
 def build_accelerator(recipe: Recipe) -> Accelerator:
-    """Join the other ranks, on GPUs if there are any, else on CPUs."""
+    """Join the other ranks, on GPUs if there are any, else on CPUs.
+
+    Raises:
+        SetupError: They cannot be found.
+    """
     # accelerate keeps the precision of a process's first run for all that follow; its process group stays.
     AcceleratorState._reset_state()
     on_gpu = torch.cuda.is_available()
     dtype = resolve_dtype(recipe.model.dtype, torch.device("cuda" if on_gpu else "cpu"))
-    return Accelerator(
-        mixed_precision=MIXED_PRECISION[dtype],
-        cpu=not on_gpu,
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=PATIENCE),
-            # Experts that no token of a micro-batch visits get no gradient.
-            DistributedDataParallelKwargs(find_unused_parameters=_has_experts(recipe), gradient_as_bucket_view=True),
-        ],
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=MIXED_PRECISION[dtype],
+            cpu=not on_gpu,
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(seconds=recipe.training.ddp_timeout)),
+                # Experts that no token of a micro-batch visits get no gradient.
+                DistributedDataParallelKwargs(
+                    find_unused_parameters=_has_experts(recipe), gradient_as_bucket_view=True
+                ),
+            ],
+        )
+    except (dist.DistError, RuntimeError) as error:
+        if "WORLD_SIZE" not in os.environ:
+            raise
+        raise SetupError(
+            f"rank {os.environ.get('RANK')} of {os.environ['WORLD_SIZE']} did not find the others: "
+            f"{str(error).splitlines()[0][:300]}",
+            hint="every rank needs the same MASTER_ADDR and MASTER_PORT, and a RANK of its own",
+        ) from error
+    be_patient(PATIENCE.total_seconds())
+    return accelerator
+
+
+def be_patient(seconds: float) -> None:
+    """Set how long this process waits for the others in each exchange."""
+    if dist.is_initialized():
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
 
 
 def token_budget(recipe: Recipe, policy: Policy, lengths: Lengths, accelerator: Accelerator) -> tuple[int, bool]:

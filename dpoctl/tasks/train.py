@@ -1,6 +1,7 @@
 """`dpoctl sft` and `dpoctl dpo`: wire a recipe's model, data, reference and loss together, and walk the plan."""
 
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,7 +12,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 
-from dpoctl import console
+from dpoctl import __version__, console
+from dpoctl.core.guard import Guard, refuse_different
 from dpoctl.core.logps import Scorer
 from dpoctl.core.loop import Cadence, EvalSet, Outputs, Run, fit
 from dpoctl.core.objective import Objective
@@ -39,13 +41,14 @@ from dpoctl.tasks.check import facts_of
 from dpoctl.tasks.dry_run import show_plan
 from dpoctl.tasks.extensions import ENVIRONMENT, RECORD, Extensions, Listeners
 from dpoctl.tasks.journal import Journal
-from dpoctl.tasks.machine import build_accelerator, quiet_libraries, token_budget
+from dpoctl.tasks.machine import be_patient, build_accelerator, quiet_libraries, token_budget
 from dpoctl.tasks.prepared import metric_names, read_data
 from dpoctl.tasks.reference import Live, Reference
 from dpoctl.tasks.resume import refuse_changes, refuse_other_data
 from dpoctl.tasks.samples import Samples
 from dpoctl.tasks.self_check import check_first_step
 from dpoctl.tasks.task import Task, build_task
+from dpoctl.tasks.trouble import Relief, named
 
 NO_EXTENSIONS = Extensions()
 TRAIN = ""  # the name of the training store among the eval sets, whose names are never empty
@@ -86,11 +89,12 @@ def run(
     check_installed(recipe.training.report_to)
     resume = resume or (recipe.training.resume == "auto" and not overwrite)
     accelerator = build_accelerator(recipe)
-    with ExitStack() as stack:
+    with ExitStack() as stack, named(accelerator):
         directory = _open_directory(recipe, accelerator, stack, resume=resume, overwrite=overwrite)
         with accelerator.main_process_first():
             _write_beginning(directory, recipe, recipe_text, accelerator, extensions, allow_changed if resume else None)
         tokenizer, data = read_data(recipe, accelerator)
+        _refuse_different_ranks(recipe, data, accelerator)
         _write_data_report(directory, data, accelerator)
         summary = _train(recipe, document, accelerator, directory, tokenizer, data, extensions, allow_changed)
         if accelerator.is_main_process:
@@ -133,6 +137,12 @@ def _write_beginning(
     directory.write_text("recipe.yaml", redact_source(text))
     environment = describe_environment(world_size=accelerator.num_processes)
     directory.write_json(ENVIRONMENT, environment | {RECORD: extensions.names()})
+
+
+def _refuse_different_ranks(recipe: Recipe, data: PreparedData, accelerator: Accelerator) -> None:
+    """See that all ranks are about to do the same."""
+    refuse_different(accelerator, "recipe or version", zlib.crc32((recipe.to_yaml() + __version__).encode()))
+    refuse_different(accelerator, "training data", zlib.crc32(data.train.key.encode()))
 
 
 def _write_data_report(directory: RunDirectory, data: PreparedData, accelerator: Accelerator) -> None:
@@ -181,6 +191,9 @@ def _train(
     torch.manual_seed(recipe.training.seed + accelerator.process_index)
 
     training = recipe.training
+    guard = Guard(accelerator, training.on_nonfinite)
+    relief = _relief(training, accelerator, plan, newest)
+    be_patient(training.ddp_timeout)
     with Journal(
         recipe,
         directory,
@@ -191,6 +204,8 @@ def _train(
         objective,
         newest,
         data_key=data.train.key,
+        guard=guard,
+        relief=relief,
         live=live,
         expected=_expectation(recipe, plan, task),
     ) as journal:
@@ -212,6 +227,8 @@ def _train(
                     listeners.ended,
                 ),
                 cadence=_cadence(training),
+                guard=guard,
+                relieve=relief,
                 evals=evals,
                 start=max(start, 0),
                 updated=live.follow if live is not None else lambda step: None,
@@ -260,6 +277,11 @@ def _expectation(recipe: Recipe, plan: Plan, task: Task) -> Expectation:
     return Expectation(
         plan.num_steps, warmup_steps(recipe.training, plan.num_steps), task.at_init if is_known else None
     )
+
+
+def _relief(training: TrainingSection, accelerator: Accelerator, plan: Plan, newest: Checkpoint | None) -> Relief:
+    used = newest is not None and bool(newest.extra.get("relieved"))
+    return Relief(training.max_tokens_per_device == "auto", accelerator, plan.max_tokens, used=used)
 
 
 def _cadence(training: TrainingSection) -> Cadence:

@@ -43,7 +43,8 @@ def test_a_rank_starts_nothing() -> None:
     ("count", "config", "environment", "said"),
     [
         (3, None, RANKS, "a launcher started 2"),
-        (None, None, {"OMPI_COMM_WORLD_SIZE": "4"}, "mpirun started 4"),
+        (None, None, {"OMPI_COMM_WORLD_SIZE": "4"}, "srun started 4"),
+        (None, None, {"SLURM_STEP_NUM_TASKS": "2"}, "srun started 2"),
         (None, "fsdp9", {}, "there is multi_gpu, single_gpu"),
         (
             None,

@@ -11,6 +11,7 @@ from memory_store import MemoryStore
 from parity.two_programs import BATCH, LENGTH, SEED, Course, Row, World, forget_processes, pair_rows
 from transformers import PreTrainedTokenizerFast
 
+from dpoctl.core.guard import Guard
 from dpoctl.core.logps import Scorer
 from dpoctl.core.loop import Cadence, Outputs, Run, fit
 from dpoctl.core.losses import LOSSES
@@ -74,6 +75,7 @@ def train_on_labels(world: World, loss: Row, store: Mismatched, *, lora: bool = 
             max_grad_norm=recipe.training.max_grad_norm,
             outputs=Outputs(lambda _, row: rows.append(row), lambda _: None, lambda _: None),
             cadence=Cadence(logging=1),
+            guard=Guard(accelerator),
         )
     )
     return Course(rows)
