@@ -56,7 +56,8 @@ class Outputs:
 
     Attributes:
         log: takes a row of metrics and the step it belongs to, on every rank.
-        save: writes a checkpoint of a step, on every rank.
+        save: begins to write a checkpoint of a step, on every rank.
+        settle: waits until the last checkpoint is on the disk, on every rank.
         advance: tells people that a step is done.
         evaluated: called after the evaluation sets at a step, on every rank.
         ended: whether what was logged asks for the end, the same on all ranks.
@@ -67,6 +68,7 @@ class Outputs:
     advance: Callable[[int], None]
     evaluated: Callable[[int], None] = lambda step: None
     ended: Callable[[], bool] = lambda: False
+    settle: Callable[[], None] = lambda: None
 
 
 @dataclass
@@ -125,6 +127,8 @@ def fit(run: Run) -> int:
                 ended = ended or run.outputs.ended()
             if saving or signum or ended:
                 run.outputs.save(done)
+            if signum or ended or done == plan.num_steps:
+                run.outputs.settle()
             if signum:
                 raise StoppedError(signum, done)
             if ended:

@@ -1,16 +1,17 @@
 """Checkpoints that survive anything: killed, torn or flipped, the newest good one is found again.
 
-A save is written to `.tmp-step-000100`, synced, given a manifest of checksums, and renamed to `step-000100` by rank 0
-once every rank is done. Old checkpoints are retired only after that. Weights, optimizer and random states are
-safetensors and JSON: reading a checkpoint runs no code.
+A save is copied to the host and written while training goes on: to `.tmp-step-000100`, synced, given a manifest of
+checksums, and renamed to `step-000100` by rank 0 once every rank is done. Old checkpoints are retired only after that.
+Weights, optimizer and random states are safetensors and JSON: reading a checkpoint runs no code.
 """
 
 import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 from safetensors import SafetensorError
@@ -21,9 +22,12 @@ from dpoctl.errors import RunError
 from dpoctl.runs import manifest
 from dpoctl.runs.environment import installed_version
 from dpoctl.runs.files import sync, to_json, write_atomically
-from dpoctl.runs.tree import read_tree, tree_bytes, write_tree
+from dpoctl.runs.tree import copy_tree, read_tree, tree_bytes, write_tree
 
 LATEST = "LATEST"
+POLL_SECONDS = 0.05
+PATIENCE = 600.0
+"""Seconds that a run which fails gives its last checkpoint."""
 _STEP = r"step-\d{6,}"
 
 
@@ -47,26 +51,87 @@ class Checkpoint:
     """How many processes wrote it; set by `load`."""
 
 
-def save(
-    checkpoints: Path,
-    checkpoint: Checkpoint,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    barrier: Callable[[], None] = lambda: None,
-    keep: int | None = None,
-    sharded: bool = False,
-) -> Path:
-    """Write a checkpoint; every rank calls this at the same step.
+class Saver:
+    """Writes checkpoints while training goes on; every rank has one, and calls it at the same steps.
 
     Args:
         checkpoints: The folder that holds them all; `LATEST` is written beside it.
-        checkpoint: Random states are written by every rank, the rest by rank 0 alone unless `sharded`.
         rank: This process.
         world_size: Number of processes.
         barrier: Returns once every rank has called it. All ranks meet it equally often, also when one of them fails.
         keep: How many good checkpoints to keep at least; None keeps all.
         sharded: Whether weights and optimizer differ from rank to rank.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Path,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        barrier: Callable[[], None] = lambda: None,
+        keep: int | None = None,
+        sharded: bool = False,
+    ) -> None:
+        self._checkpoints, self._rank, self._world_size = checkpoints, rank, world_size
+        self._barrier, self._keep, self._sharded = barrier, keep, sharded
+        self._current: _Save | None = None
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Copy a checkpoint to the host and begin to write it; the one before is finished first.
+
+        Args:
+            checkpoint: Random states are written by every rank, the rest by rank 0 alone unless `sharded`.
+
+        Raises:
+            RunError: On every rank, if any could not write the one before. A single process also says at once that it
+                cannot begin this one.
+        """
+        self.wait()
+        save = _Save(self._checkpoints, checkpoint)
+        if self._rank == 0:
+            save.problem = _attempt(save.prepare)
+        self._barrier()
+        if save.problem is None:
+            save.checkpoint = copied(checkpoint)
+            save.start(self._rank, self._world_size, self._keep, self._sharded)
+        self._current = save
+        if save.problem is not None and self._world_size == 1:
+            self.wait()
+
+    def wait(self) -> None:
+        """Finish the checkpoint that is being written, on all ranks.
+
+        Raises:
+            RunError: On every rank, if any could not write its part. Older checkpoints are untouched.
+        """
+        save, self._current = self._current, None
+        if save is None:
+            return
+        save.wait_for_part()
+        self._barrier()
+        save.finish()
+        self._barrier()
+        if save.problem or not save.final.exists():
+            self._barrier()
+            if self._rank == 0:
+                shutil.rmtree(save.temporary, ignore_errors=True)
+            raise save.failure()
+
+    def abandon(self) -> None:
+        """Let what is being written come to its end if it can, without the other ranks; for a run that fails."""
+        if self._current is not None:
+            self._current.join(PATIENCE)
+            self._current = None
+
+
+def save(checkpoints: Path, checkpoint: Checkpoint, **options: Any) -> Path:
+    """Write a checkpoint and wait for it; every rank calls this at the same step.
+
+    Args:
+        checkpoints: The folder that holds them all.
+        checkpoint: What to write.
+        options: Of `Saver`.
 
     Returns:
         The folder of the new checkpoint.
@@ -74,25 +139,77 @@ def save(
     Raises:
         RunError: On every rank, if any could not write its part. Older checkpoints are untouched.
     """
-    final = checkpoints / f"step-{checkpoint.step:06d}"
-    temporary = checkpoints / f".tmp-{final.name}"
-    problem = _attempt(lambda: _prepare(temporary)) if rank == 0 else None
-    barrier()
-    problem = problem or _attempt(lambda: _write_part(temporary, checkpoint, rank, sharded))
-    barrier()
-    if rank == 0 and problem is None:
-        about = {"step": checkpoint.step, "world_size": world_size, "sharded": sharded}
-        problem = _attempt(lambda: _commit(temporary, final, about))
-    barrier()
-    if problem or temporary.exists() or not final.exists():
-        barrier()
-        if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise _failure(temporary, checkpoint, problem or "another rank could not write its part")
-    if rank == 0:
-        _publish(final)
-        _retire(checkpoints, final, keep)
-    return final
+    saver = Saver(checkpoints, **options)
+    saver.save(checkpoint)
+    saver.wait()
+    return checkpoints / f"step-{checkpoint.step:06d}"
+
+
+class _Save:
+    """One checkpoint on its way to the disk, in a thread of its own."""
+
+    def __init__(self, checkpoints: Path, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.final = checkpoints / f"step-{checkpoint.step:06d}"
+        self.temporary = checkpoints / f".tmp-{self.final.name}"
+        self.problem: str | None = None
+        self.thread: Thread | None = None
+        self._part_is_written, self._all_have_tried = Event(), Event()
+
+    def prepare(self) -> None:
+        self.temporary.parent.mkdir(parents=True, exist_ok=True)
+        if self.temporary.exists():
+            shutil.rmtree(self.temporary)
+        if shutil.disk_usage(self.temporary.parent).free < self._bytes():
+            raise OSError("the disk is too full for it")
+        self.temporary.mkdir()
+
+    def start(self, rank: int, world_size: int, keep: int | None, sharded: bool) -> None:
+        about = {"step": self.checkpoint.step, "world_size": world_size, "sharded": sharded}
+        self.thread = Thread(target=self._write, args=(rank, about, keep), name="checkpoint", daemon=True)
+        self.thread.start()
+
+    def wait_for_part(self) -> None:
+        if self.thread is not None:
+            self._part_is_written.wait()
+
+    def finish(self) -> None:
+        self._all_have_tried.set()
+        self.join(None)
+
+    def join(self, seconds: float | None) -> None:
+        if self.thread is not None:
+            self.thread.join(seconds)
+
+    def failure(self) -> RunError:
+        gib = 2**30
+        folder = next(parent for parent in self.temporary.parents if parent.exists())
+        free = shutil.disk_usage(folder).free / gib
+        problem = self.problem or "another rank could not write its part"
+        return RunError(
+            f"{self.temporary.parent}: the checkpoint of step {self.checkpoint.step} could not be saved: {problem}",
+            hint=f"it needs about {self._bytes() / gib:.2f} GiB and {free:.2f} GiB are free; make room, "
+            "then go on with --resume",
+        )
+
+    def _bytes(self) -> int:
+        saved = self.checkpoint
+        return tree_bytes([saved.weights, saved.optimizer, saved.reference, saved.rng])
+
+    def _write(self, rank: int, about: dict[str, Any], keep: int | None) -> None:
+        self.problem = _attempt(lambda: _write_part(self.temporary, self.checkpoint, rank, about["sharded"]))
+        self._part_is_written.set()
+        if rank != 0 or self.problem is not None:
+            return
+        parts = [self.temporary / _part(other) for other in range(about["world_size"])]
+        # A part is there once it is whole. When all have tried, one that is missing will not come any more.
+        while not all(part.exists() for part in parts) and not self._all_have_tried.wait(POLL_SECONDS):
+            pass
+        if all(part.exists() for part in parts):
+            self.problem = _attempt(lambda: _commit(self.temporary, self.final, about))
+        if self.problem is None and self.final.exists():
+            _publish(self.final)
+            _retire(self.final.parent, self.final, keep)
 
 
 def newest(checkpoints: Path) -> Path | None:
@@ -117,6 +234,14 @@ def newest(checkpoints: Path) -> Path | None:
             hint="restore one from a backup, or start again with --overwrite",
         )
     return None
+
+
+def copied(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a copy on the host, which further training does not change."""
+    copies: dict[Any, Tensor] = {}
+    parts = (checkpoint.weights, checkpoint.optimizer, checkpoint.rng, checkpoint.extra, checkpoint.reference)
+    weights, optimizer, rng, extra, reference = (copy_tree(part, copies) for part in parts)
+    return replace(checkpoint, weights=weights, optimizer=optimizer, rng=rng, extra=extra, reference=reference)
 
 
 def load(path: Path, rank: int = 0) -> Checkpoint:
@@ -168,13 +293,6 @@ def _attempt(action: Callable[[], None]) -> str | None:
     except (OSError, SafetensorError) as error:
         return str(error)
     return None
-
-
-def _prepare(temporary: Path) -> None:
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir()
 
 
 def _suffix(rank: int, sharded: bool) -> str:
@@ -230,17 +348,6 @@ def _retire(checkpoints: Path, final: Path, keep: int | None) -> None:
             shutil.rmtree(trash)
     except OSError as error:
         console.warn(f"an old checkpoint could not be removed: {error}")
-
-
-def _failure(temporary: Path, checkpoint: Checkpoint, problem: str) -> RunError:
-    gib = 2**30
-    needed = tree_bytes([checkpoint.weights, checkpoint.optimizer, checkpoint.reference, checkpoint.rng]) / gib
-    folder = next(parent for parent in temporary.parents if parent.exists())
-    free = shutil.disk_usage(folder).free / gib
-    return RunError(
-        f"{temporary.parent}: the checkpoint of step {checkpoint.step} could not be saved: {problem}",
-        hint=f"it needs about {needed:.2f} GiB and {free:.2f} GiB are free; make room, then go on with --resume",
-    )
 
 
 def _discard(folder: Path) -> None:

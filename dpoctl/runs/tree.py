@@ -54,6 +54,29 @@ def tree_bytes(tree: Any) -> int:
     return 0
 
 
+def copy_tree(tree: Any, copies: dict[Any, Tensor]) -> Any:
+    """A copy of a tree with its tensors on the host; a tensor that stands there twice is one in the copy too.
+
+    Args:
+        tree: Plain data and tensors.
+        copies: The copies made so far, to which this adds.
+    """
+    if isinstance(tree, Tensor):
+        identity = _identity(tree)
+        if identity not in copies or not tree.numel():
+            copies[identity] = tree.detach().to("cpu", copy=True)
+        return copies[identity]
+    if isinstance(tree, dict):
+        return {key: copy_tree(value, copies) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(copy_tree(value, copies) for value in tree)
+    return tree
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    return (tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride())
+
+
 class _Encoder:
     """Moves the tensors of a tree into a dict, and leaves their names behind."""
 
@@ -82,7 +105,7 @@ class _Encoder:
 
     def name_of(self, tensor: Tensor, wanted: str) -> str:
         # Optimizers share tensors between parameters (quantization maps); one copy is written, and one comes back.
-        identity = (tensor.data_ptr(), tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride())
+        identity = _identity(tensor)
         if tensor.numel() and identity in self.names:
             return self.names[identity]
         name = wanted

@@ -15,8 +15,8 @@ from dpoctl.core.objective import Objective
 from dpoctl.core.planner import Plan
 from dpoctl.model.policy import Policy
 from dpoctl.recipe.schema import Recipe
-from dpoctl.runs import checkpoint, rng
-from dpoctl.runs.checkpoint import Checkpoint
+from dpoctl.runs import rng
+from dpoctl.runs.checkpoint import Checkpoint, Saver
 from dpoctl.runs.directory import RunDirectory
 from dpoctl.runs.health import Expectation, Health
 from dpoctl.runs.metrics import MetricsFile
@@ -70,6 +70,13 @@ class Journal:
         self._policy, self._optimizer = policy, optimizer.optimizer
         self._objective, self._guard = objective, guard
         self._relief = relief
+        self._saver = Saver(
+            directory.checkpoints,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            barrier=accelerator.wait_for_everyone,
+            keep=recipe.training.save_total_limit,
+        )
         self._metrics = MetricsFile(directory.metrics)
         self._progress = Progress(plan.num_steps, start=resumed.step if resumed else 0)
         self._trackers: Trackers | None = None
@@ -99,6 +106,7 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.__exit__(kind, error, trace)
+        self._saver.abandon()
         if self._trackers is not None:
             self._trackers.finish()
 
@@ -136,7 +144,7 @@ class Journal:
         self._progress.update(step)
 
     def save(self, step: int) -> None:
-        """Write a checkpoint; every rank calls this at the same step."""
+        """Begin to write a checkpoint; every rank calls this at the same step."""
         weights = self._policy.trainable_state()
         if not self._accelerator.distributed_type.startswith(SHARDING):
             refuse_different(self._accelerator, "weights", checksum(weights.values()))
@@ -150,14 +158,11 @@ class Journal:
         if self._accelerator.scaler is not None:
             extra["scaler"] = self._accelerator.scaler.state_dict()
         moved = {} if self._live is None else self._live.state()
-        checkpoint.save(
-            self._directory.checkpoints,
-            Checkpoint(step, weights, self._optimizer.state_dict(), rng.capture(), extra, moved),
-            rank=self._accelerator.process_index,
-            world_size=self._accelerator.num_processes,
-            barrier=self._accelerator.wait_for_everyone,
-            keep=self._recipe.training.save_total_limit,
-        )
+        self._saver.save(Checkpoint(step, weights, self._optimizer.state_dict(), rng.capture(), extra, moved))
+
+    def settle(self) -> None:
+        """Wait until the last checkpoint is on the disk; every rank calls this at the same step."""
+        self._saver.wait()
 
     def _restore(self, resumed: Checkpoint) -> None:
         self._policy.load_trainable_state(resumed.weights)

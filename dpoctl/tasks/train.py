@@ -225,6 +225,7 @@ def _train(
                     journal.advance,
                     lambda step: samples.write(step, journal),
                     listeners.ended,
+                    journal.settle,
                 ),
                 cadence=_cadence(training),
                 guard=guard,

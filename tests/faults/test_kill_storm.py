@@ -58,7 +58,7 @@ def dying_in_save(number: int, call: int) -> Any:
 
         from dpoctl.runs import checkpoint
 
-        saves, calls, save = [0], [0], checkpoint.save
+        saves, calls, save, wait = [0], [0], checkpoint.Saver.save, checkpoint.Saver.wait
 
         def wrap(original: Any) -> Any:
             def wrapped(*args: Any, **options: Any) -> Any:
@@ -70,18 +70,19 @@ def dying_in_save(number: int, call: int) -> Any:
 
             return wrapped
 
-        def counting(*args: Any, **options: Any) -> Any:
+        def counting(self: Any, saved: Any) -> None:
+            wait(self)
             saves[0] += 1
-            path = save(*args, **options)
+            save(self, saved)
+            wait(self)
             if saves[0] == number:
-                Path(args[0]).with_name("calls").write_text(str(calls[0]))
+                (self._checkpoints.parent / "calls").write_text(str(calls[0]))
                 die()
-            return path
 
         for name in TOUCHING:
             setattr(os, name, wrap(getattr(os, name)))
         tree.save_file = wrap(tree.save_file)
-        checkpoint.save = counting
+        checkpoint.Saver.save = counting  # type: ignore[method-assign]
 
     return install
 
