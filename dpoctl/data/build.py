@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from dpoctl.data.gaps import GapFinder, Gaps, GapTally
 from dpoctl.data.grouping import Votes
+from dpoctl.data.limits import refuse_endless
 from dpoctl.data.records import Record, Reject
 from dpoctl.data.rows import Found, Place, RowCount, Selection, find_rows
 from dpoctl.data.selection import record_digest
@@ -68,6 +69,7 @@ class RecordEncoder:
 
     def _render(self, record: Record) -> Rendered | Reject:
         try:
+            refuse_endless(record)
             return self._renderer.render(record)
         except Reject as reject:
             return reject

@@ -5,6 +5,7 @@ from datetime import date
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from dpoctl.data.limits import RENDER_SECONDS, compile_bounded, limited_time, within_size
 from dpoctl.data.records import Message, Record, Reject
 from dpoctl.errors import DataError, UsageError
 from dpoctl.recipe.templates import NAMES
@@ -71,22 +72,31 @@ class ChatTemplate:
         is_plain = not record.tools and all(message.keys() <= PLAIN for message in messages)
         template = self._compiled
         try:
-            if is_plain:
-                return template.render(
-                    **self._special | variables,
-                    messages=messages,
-                    tools=None,
-                    documents=None,
+            with limited_time(RENDER_SECONDS):
+                if is_plain:
+                    return within_size(
+                        template.render(
+                            **self._special | variables,
+                            messages=messages,
+                            tools=None,
+                            documents=None,
+                            add_generation_prompt=generate,
+                        ),
+                        messages,
+                    )
+                text = self._tokenizer.apply_chat_template(
+                    messages,
+                    tools=[*record.tools] or None,
+                    chat_template=self.tools_text if record.tools else self.text,
+                    tokenize=False,
                     add_generation_prompt=generate,
+                    **variables,
                 )
-            text = self._tokenizer.apply_chat_template(
-                messages,
-                tools=[*record.tools] or None,
-                chat_template=self.tools_text if record.tools else self.text,
-                tokenize=False,
-                add_generation_prompt=generate,
-                **variables,
-            )
+        except TimeoutError as error:
+            # One row that takes for ever is one too many, and the next ones will not be faster.
+            raise DataError(
+                f"the chat template did not end within {RENDER_SECONDS:g} s for one conversation"
+            ) from error
         except Exception as error:
             # A template is a program, and may fail over a conversation in any way.
             raise Reject("template_refuses", self._why(messages, generate, record, error)) from error
@@ -110,7 +120,6 @@ class ChatTemplate:
     def _compiled(self) -> "Template":
         # What `apply_chat_template` compiles and keeps too; calling it skips copies that plain messages do not need.
         from jinja2.exceptions import TemplateSyntaxError
-        from transformers.utils import chat_template_utils
 
         if self.text is None:
             raise DataError(
@@ -118,10 +127,9 @@ class ChatTemplate:
                 hint=f"set model.chat_template to {', '.join(NAMES)} or a .jinja file",
             )
         try:
-            template: Template = chat_template_utils._compile_jinja_template(self.text)
+            return compile_bounded(self.text)
         except TemplateSyntaxError as error:
             raise DataError(f"the chat template is not a template: line {error.lineno}: {error.message}") from error
-        return template
 
     @cached_property
     def _wants_parts(self) -> bool:

@@ -1,4 +1,6 @@
-"""Experiment trackers beside `metrics.jsonl`. A tracker that fails is dropped with a warning; training goes on.
+"""Experiment trackers beside `metrics.jsonl`. One that fails or hangs is dropped with a warning; training goes on.
+
+Each is called in a thread of its own, so that a slow service costs training nothing.
 
 To add one: a function that builds accelerate's tracker for it, and a line in `TRACKERS`.
 """
@@ -6,9 +8,11 @@ To add one: a function that builds accelerate's tracker for it, and a line in `T
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from queue import Full, Queue
+from threading import Event, Thread
 from typing import Any
 
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
@@ -17,7 +21,13 @@ from dpoctl import console
 from dpoctl.errors import SetupError
 from dpoctl.runs.environment import installed_version
 from dpoctl.runs.files import to_json, write_atomically
-from dpoctl.runs.redact import redact
+from dpoctl.runs.redact import redact, redact_text
+
+START_SECONDS = 10.0
+FINISH_SECONDS = 60.0
+"""How long a run waits for a tracker that does not answer."""
+MOST_WAITING = 10_000
+"""Rows that may wait to be sent."""
 
 
 @dataclass(frozen=True)
@@ -93,46 +103,88 @@ class Trackers:
         run_name: str | None = None,
         resumed_at: int | None = None,
     ) -> None:
-        self._active: dict[str, GeneralTracker] = {}
+        self._guarded: list[_Guarded] = []
         if not names:
             return
         run = Followed(folder, run_name or folder.resolve().name, _run_id(folder, resumed_at), resumed_at)
         flat = _flatten(redact(config))
-        for name in names:
-            self._guard(name, "start", partial(self._start, name, run, flat))
+        self._guarded = [_Guarded(name, run, flat) for name in names]
+        for guarded in self._guarded:
+            guarded.wait_for_start()
 
     def log(self, metrics: Mapping[str, Any], step: int, *, prefix: str = "train") -> None:
         """Send the numbers of a step, each as `prefix/name`."""
         numbers = {f"{prefix}/{k}": v for k, v in metrics.items() if k != "step" and isinstance(v, int | float)}
-        for name, tracker in list(self._active.items()):
-            self._guard(name, "log", partial(tracker.log, numbers, step=step))
+        for guarded in self._guarded:
+            guarded.send(numbers, step)
 
     def log_texts(self, texts: Mapping[str, str], step: int) -> None:
         """Send the texts of a step by their names, indented: read as Markdown, they are then shown as they are."""
         quoted = {name: "\n".join(f"    {line}" for line in text.splitlines()) for name, text in texts.items()}
-        for name, tracker in list(self._active.items()):
-            self._guard(name, "log", partial(tracker.log, quoted, step=step))
+        for guarded in self._guarded:
+            guarded.send(quoted, step)
 
     def finish(self) -> None:
-        """Tell them that the run is over."""
-        for name, tracker in list(self._active.items()):
-            self._guard(name, "finish", tracker.finish)
-        self._active.clear()
+        """Tell them that the run is over, and wait some time until they have sent everything."""
+        for guarded in self._guarded:
+            guarded.finish()
+        self._guarded = []
 
-    def _start(self, name: str, run: Followed, config: dict[str, Any]) -> None:
-        tracker = TRACKERS[name](run)
-        tracker.start()
-        tracker.store_init_configuration(config)
-        self._active[name] = tracker
 
-    def _guard(self, name: str, action: str, call: Callable[[], None]) -> None:
+class _Guarded:
+    """One tracker in its thread: it gets what is to be sent through a queue of bounded length."""
+
+    def __init__(self, name: str, run: Followed, config: dict[str, Any]) -> None:
+        self._name = name
+        self._works = True
+        self._started = Event()
+        self._queue: Queue[tuple[dict[str, Any], int] | None] = Queue(MOST_WAITING)
+        self._thread = Thread(target=self._follow, args=(run, config), name=name, daemon=True)
+        self._thread.start()
+
+    def wait_for_start(self) -> None:
+        if not self._started.wait(START_SECONDS):
+            self._drop(f"did not start within {START_SECONDS:g} s")
+
+    def send(self, values: Mapping[str, Any], step: int) -> None:
+        if not self._works:
+            return
         try:
-            call()
-        except Exception as error:  # whatever a service or its client comes up with
-            self._active.pop(name, None)
-            console.warn(
-                f"{name} failed to {action} and is left out from here on: {error}; metrics.jsonl has everything"
-            )
+            self._queue.put_nowait((dict(values), step))
+        except Full:
+            self._drop(f"is {MOST_WAITING} rows behind")
+
+    def finish(self) -> None:
+        if not self._works:
+            return
+        with suppress(Full):
+            self._queue.put(None, timeout=FINISH_SECONDS)
+        self._thread.join(FINISH_SECONDS)
+        if self._thread.is_alive():
+            self._drop(f"did not finish within {FINISH_SECONDS:g} s")
+
+    def _follow(self, run: Followed, config: dict[str, Any]) -> None:
+        action = "start"
+        try:
+            tracker = TRACKERS[self._name](run)
+            tracker.start()
+            tracker.store_init_configuration(config)
+            self._started.set()
+            action = "log"
+            while (row := self._queue.get()) is not None:
+                tracker.log(row[0], step=row[1])
+            action = "finish"
+            tracker.finish()
+        except BaseException as error:  # whatever a service or its client comes up with
+            self._drop(f"failed to {action}: {redact_text(str(error))}")
+        finally:
+            self._started.set()
+
+    def _drop(self, why: str) -> None:
+        """Leave it out from here on; said once."""
+        if self._works:
+            self._works = False
+            console.warn(f"{self._name} {why}; it is left out from here on, metrics.jsonl has everything")
 
 
 def _run_id(folder: Path, resumed_at: int | None) -> str:

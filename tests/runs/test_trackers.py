@@ -1,4 +1,5 @@
 import sys
+import time
 import types
 
 import pytest
@@ -90,7 +91,9 @@ def test_a_tracker_that_raises_is_dropped_with_one_warning_and_the_others_go_on(
 def test_a_text_is_sent_indented_so_that_markdown_shows_it_as_it_is(monkeypatch, tmp_path):
     fake = Fake()
     use(monkeypatch, wandb=fake)
-    Trackers(["wandb"], tmp_path, config={}).log_texts({"samples/1": "# one\n<b>two"}, 3)
+    trackers = Trackers(["wandb"], tmp_path, config={})
+    trackers.log_texts({"samples/1": "# one\n<b>two"}, 3)
+    trackers.finish()
     assert fake.rows == [(3, {"samples/1": "    # one\n    <b>two"})]
 
 
@@ -167,3 +170,25 @@ def test_tensorboard_writes_its_events_into_the_run(tmp_path):
 def test_every_tracker_of_accelerate_that_we_offer_can_be_built(tmp_path):
     for name, build in TRACKERS.items():
         assert build(Followed(tmp_path, "run", "id", None)).name == name
+
+
+@pytest.mark.parametrize("action", ["start", "log", "finish"])
+def test_a_tracker_that_hangs_costs_bounded_time_and_one_warning(monkeypatch, tmp_path, capsys, action):
+    class Hanging(Fake):
+        def _do(self, what):
+            if what == action:
+                time.sleep(60)
+
+    for name in ("START_SECONDS", "FINISH_SECONDS"):
+        monkeypatch.setattr(module, name, 0.2)
+    monkeypatch.setattr(module, "MOST_WAITING", 5)
+    use(monkeypatch, wandb=Hanging(), trackio=(good := Fake()))
+    began = time.monotonic()
+    trackers = Trackers(["wandb", "trackio"], tmp_path, config=CONFIG)
+    for step in range(20):
+        trackers.log({"loss": 0.5}, step)
+        time.sleep(0.01)  # a step of training, in which a tracker that works can keep up
+    trackers.finish()
+    assert time.monotonic() - began < 3
+    assert capsys.readouterr().err.count("warning") == 1
+    assert [step for step, _ in good.rows] == list(range(20))
