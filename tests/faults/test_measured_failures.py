@@ -1,0 +1,120 @@
+"""What was measured to go wrong elsewhere (B1 to B25), and where each is shown to go right here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fault_runs import KINDS, Scene, at_step, outcome, rows_of
+
+HERE = Path(__file__).parents[1]
+SHOWN = {
+    "B1": ("faults/test_kill_storm.py", "killed_at_random_instants"),
+    "B2": ("faults/test_kill_storm.py", "killed_at_any_call_inside_a_save"),
+    "B3": ("faults/test_kill_storm.py", "killed_at_random_instants"),
+    "B4": ("faults/test_signals.py", "stops_all_at_the_same_step"),
+    "B5": ("faults/test_signals.py", "stops_all_at_the_same_step"),
+    "B6": ("faults/test_numbers.py", "stops_the_run_before_the_update"),
+    "B7": ("faults/test_measured_failures.py", "an_evaluation_is_the_same"),
+    "B8": ("faults/test_measured_failures.py", "an_evaluation_is_the_same"),
+    "B9": ("tasks/test_invariance.py", "token_budgets_give_the_same_curve"),
+    "B10": ("tasks/test_invariance.py", "two_processes_give_the_curve_of_one"),
+    "B11": ("data/test_hostile_rows.py", "a_hostile_row_is_counted"),
+    "B12": ("data/test_tokenize.py", "def test_"),
+    "B13": ("data/test_hostile_rows.py", "a_hostile_row_is_counted"),
+    "B14": ("data/test_properties.py", "def test_"),
+    "B15": ("data/test_hostile_rows.py", "a_hostile_row_is_counted"),
+    "B16": ("faults/test_measured_failures.py", "a_tracker_that_fails_or_hangs"),
+    "B17": ("faults/test_damage.py", "a_full_disk_keeps_the_old_checkpoint"),
+    "B18": ("faults/test_damage.py", "damaged_in_any_file_is_never_used"),
+    "B19": ("faults/test_damage.py", "damaged_in_any_file_is_never_used"),
+    "B20": ("faults/test_measured_failures.py", "a_planted_secret_is_in_no_file"),
+    "B21": ("tasks/test_keys.py", "def test_"),
+    "B22": ("data/test_limits.py", "a_template_that_does_not_end_is_stopped"),
+    "B23": ("data/test_limits.py", "ten_megabytes_is_refused"),
+    "B24": ("tasks/test_reference.py", "def test_"),
+    "B25": ("faults/test_signals.py", "stops_all_at_the_same_step"),
+}
+
+
+def test_every_measured_failure_has_its_test() -> None:
+    assert list(SHOWN) == [f"B{number}" for number in range(1, 26)]
+    missing = [name for name, (file, words) in SHOWN.items() if words not in (HERE / file).read_text(encoding="utf-8")]
+    assert missing == []
+
+
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_an_evaluation_is_the_same_for_any_budget_and_number_of_ranks(method: str, scene: Scene, tally: Any) -> None:
+    scene = scene.changed({"method": method, "training.max_steps": 1})
+    found = []
+    for number, (budget, options) in enumerate([(40, ()), (200, ()), (10**6, ()), (100, ("--num-processes", "2"))]):
+        out = scene.folder / f"run-{number}"
+        scene.changed({"training.max_tokens_per_device": budget}).finish(out, *options)
+        found.append(next(row for row in rows_of(out) if any(key.startswith("eval_") for key in row)))
+    survived = all(row == pytest.approx(found[0], rel=1e-6, abs=1e-6) for row in found)
+    tally("evaluation of five rows, cut up differently", survived)
+    assert survived
+
+
+CANARY = "hf_" + "CanaryCanary0123456789"
+HIDDEN = "planted-in-the-environment"
+
+
+def test_a_planted_secret_is_in_no_file(scene: Scene, tally: Any) -> None:
+    def fail() -> None:
+        raise ValueError(f"cannot log in with {HIDDEN} at https://me:{CANARY}@host")
+
+    scene = scene.changed(KINDS["dpo"] | {"data.chat_template_kwargs": {"hub_token": CANARY}})
+    out = scene.folder / "run"
+    env = {"HF_TOKEN": CANARY, "WANDB_API_KEY": HIDDEN}
+    assert scene.run(out, faults=[at_step(3, fail)], **env).code == 1
+    assert (out / "error.log").exists()
+    scene.finish(out, **env)
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    leaks = [path.name for path in files if any(word.encode() in path.read_bytes() for word in (CANARY, HIDDEN))]
+    tally("a planted secret", not leaks)
+    assert leaks == []
+
+
+class Failing:
+    """Accelerate's tracker, of a service that is down or hangs."""
+
+    def __init__(self, action: str, hang: bool) -> None:
+        self._action, self._hang = action, hang
+
+    def __getattr__(self, action: str) -> Any:
+        def act(*args: Any, **options: Any) -> None:
+            if action == self._action:
+                if self._hang:
+                    import time
+
+                    time.sleep(600)
+                raise ConnectionError("the service is down")
+
+        return act
+
+
+@pytest.mark.parametrize("hang", [False, True])
+@pytest.mark.parametrize("action", ["start", "log", "finish"])
+def test_a_tracker_that_fails_or_hangs_changes_nothing(action: str, hang: bool, scene: Scene, tally: Any) -> None:
+    def install() -> None:
+        from dpoctl.runs import trackers
+
+        trackers.TRACKERS["tensorboard"] = lambda run: Failing(action, hang)  # type: ignore[assignment,return-value]
+        trackers.START_SECONDS = trackers.FINISH_SECONDS = 1.0
+
+    scene.finish(scene.folder / "whole")
+    tracked = scene.changed({"training.report_to": ["tensorboard"]})
+    ended = tracked.run(scene.folder / "run", faults=[install])
+    assert ended.code == 0, ended.err[-2000:]
+    assert ended.err.count("warning: tensorboard") == 1
+    survived = outcome(scene.folder / "run") == outcome(scene.folder / "whole")
+    tally("a tracker that fails or hangs", survived)
+    assert survived
+
+
+def test_the_status_of_a_finished_run_says_so(scene: Scene) -> None:
+    scene.finish(scene.folder / "run")
+    status = json.loads((scene.folder / "run" / "run_status.json").read_text())
+    assert (status["state"], status["exit_code"], status["checkpoint"]) == ("finished", 0, "step-000005")
