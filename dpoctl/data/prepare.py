@@ -15,7 +15,7 @@ from dpoctl.data.account import announce, explain_nothing_used
 from dpoctl.data.build import RecordEncoder, build
 from dpoctl.data.grouping import Votes
 from dpoctl.data.records import Record, Text
-from dpoctl.data.rows import RowCount, Selection, find_rows, iter_prompts, settle_format
+from dpoctl.data.rows import RowCount, Selection, find_rows, iter_topics, settle_format
 from dpoctl.data.selection import HeldOut, is_random
 from dpoctl.data.shaping import Wants, pairing_of
 from dpoctl.data.sources import STDIN, fingerprint, location, read_rows
@@ -279,7 +279,7 @@ class _StoreFactory:
                 self._held_out = HeldOut(selection.seed, size)
             else:
                 whole = replace(selection, side="train", held_out=None)
-                self._held_out = HeldOut.of_size(size, selection.seed, iter_prompts(whole))
+                self._held_out = HeldOut.of_size(size, selection.seed, iter_topics(whole))
         return self._held_out
 
     def _key(self, selection: Selection) -> str:

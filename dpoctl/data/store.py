@@ -196,7 +196,7 @@ class StoreWriter:
         columns["label"].append(example.label)
         columns["target"].append(example.target)
         columns["source"].append(at[0])
-        columns["prompt_hash"].append(int.from_bytes(prompt_digest(record.prompt)[:8], signed=True))
+        columns["prompt_hash"].append(int.from_bytes(prompt_digest(record.topic)[:8], signed=True))
         line = json.dumps({"at": at, "record": record.to_fields()}, ensure_ascii=False).encode() + b"\n"
         self._records.write(line)
         columns["text_start"].append(columns["text_start"][-1] + len(line))

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from dpoctl.core.loop import Run as LoopRun
 from dpoctl.data import convert
 from dpoctl.model.attention import attention
+from dpoctl.recipe.schema import Source
 from dpoctl.tasks import train as task
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -32,10 +33,7 @@ ROUTES = {
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve short pairs of the transcripts, as `convert-data` writes them."""
     folder = tmp_path_factory.mktemp("hh")
-    convert.run(
-        str(SHARED / "hh-harmless.jsonl.gz"), output=str(folder / "all.jsonl"), format="hh", split="train",
-        rejects=str(folder / "rejects.jsonl"), column_map={}, json_output=False,
-    )  # fmt: skip
+    convert.run(convert.Job(Source(path=str(SHARED / "hh-harmless.jsonl.gz")), str(folder / "all.jsonl")))
     short = [line for line in (folder / "all.jsonl").read_text().splitlines() if len(line) < 700]
     (folder / "pairs.jsonl").write_text("\n".join(short[:12]))
     return folder / "pairs.jsonl"
