@@ -27,7 +27,8 @@ from dpoctl.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from dpoctl.recipe.schema import DataSection, Recipe, Source
+    from dpoctl.recipe.schema import Recipe
+    from dpoctl.recipe.schema_data import DataSection, Source
 
 CODE_VERSION = 3
 """Raise it with any change that gives the same rows other tokens."""

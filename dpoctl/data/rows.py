@@ -15,7 +15,7 @@ from dpoctl.data.sources import SourceRow, read_rows
 from dpoctl.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from dpoctl.recipe.schema import Source
+    from dpoctl.recipe.schema_data import Source
 
 LOOK_AT = 100
 """Rows that a format is told by."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from dpoctl.data.records import Record, Text, squeeze
 
 if TYPE_CHECKING:
-    from dpoctl.recipe.schema import Source
+    from dpoctl.recipe.schema_data import Source
 
 
 @dataclass(frozen=True)

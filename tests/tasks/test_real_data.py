@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from dpoctl.core.loop import Run as LoopRun
 from dpoctl.data import convert
 from dpoctl.model.attention import attention
-from dpoctl.recipe.schema import Source
+from dpoctl.model.quantize import keep_one_kernel
+from dpoctl.recipe.schema_data import Source
 from dpoctl.tasks import train as task
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -112,4 +113,6 @@ def test_from_sft_to_dpo(
             tmp_path / "sft", dtype=torch.float32, quantization_config=quantization
         )
         exported = PeftModel.from_pretrained(exported, tmp_path / "dpo")
+        # On some CPUs bitsandbytes packs 4-bit weights anew, in bfloat16, when a model is put into eval mode.
+        keep_one_kernel(exported)
     torch.testing.assert_close(logps(exported.eval(), ids), trained[0], rtol=0, atol=1e-4)
