@@ -91,7 +91,7 @@ class GapFinder:
     @cached_property
     def _marks(self) -> npt.NDArray[np.uint8] | None:
         """One value a token: 1 is unknown, 2 is a byte, 0 is any other. None where the tokenizer has neither."""
-        vocabulary = self._encoder.vocabulary()
+        vocabulary = self._encoder.vocabulary
         in_bytes = [number for token, number in vocabulary.items() if BYTE.fullmatch(token)]
         if self._encoder.unk is None and not in_bytes:
             return None

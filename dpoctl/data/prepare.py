@@ -289,7 +289,7 @@ class _StoreFactory:
             "code": CODE_VERSION,
             "wants": selection.wants,
             "sources": [_identity(source, selection, data) for source in selection.sources],
-            "tokenizer": [self._encoder.state(), self._encoder.bos, self._encoder.eos, self._special_tokens],
+            "tokenizer": [self._encoder.state, self._encoder.bos, self._encoder.eos, self._special_tokens],
             "template": [self._renderer.templates, data.chat_template_kwargs, self._loss_on],
             "duplicates": data.duplicates,
         }
