@@ -5,8 +5,7 @@ ids are what follows them when both are tokenized together. Where a token would 
 is tokenized as a continuation of its own.
 """
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -25,7 +24,8 @@ if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-TRAINED = b"\1"
+TRAINED, UNTRAINED = b"\1", b"\0"
+NO_PAIRS = np.empty((0, 2))
 Ids = list[int]
 Joint = tuple[Ids, "Encoding | None"]
 """The ids of a text; and more of it where it is needed, to find tokens by characters."""
@@ -141,12 +141,6 @@ class Encoder:
         texts, tails = self._texts(rendered)
         return self._rows(rendered, tails, self._encode(texts, rendered))
 
-    def begin(self, rendered: Sequence[Rendered], pool: Executor) -> Callable[[], list[Tokens]]:
-        """Start to tokenize records in the background; what is returned waits, and gives what `encode` would."""
-        texts, tails = self._texts(rendered)
-        encodings = pool.submit(self._encode, texts, rendered)
-        return lambda: self._rows(rendered, tails, encodings.result())
-
     def _texts(self, rendered: Sequence[Rendered]) -> tuple[list[str], list[Tail]]:
         """List what is tokenized for each record: its prompt, and the end of that with each answer."""
         tails = [self.tails.of(item.prompt) for item in rendered]
@@ -158,7 +152,9 @@ class Encoder:
     def _encode(self, texts: list[str], rendered: Sequence[Rendered]) -> "list[Joint]":
         # Offsets cost a fifth of the time, and only an answer that is not trained on as a whole needs them.
         if any(text.spans != ((0, len(text.text)),) for item in rendered for text in item.completions):
-            return [(encoding.ids, encoding) for encoding in self._backend.encode_batch(texts, add_special_tokens=False)]
+            return [
+                (encoding.ids, encoding) for encoding in self._backend.encode_batch(texts, add_special_tokens=False)
+            ]
         if self._words is not None:
             return [(ids, None) for ids in self._words.encode(texts)]
         return [(encoding.ids, None) for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
@@ -252,15 +248,16 @@ def build_example(prompt: Ids, answers: list[Answer], record: Record, dtype: Any
     for winner, loser in record.pairs:
         if answers[winner].ids == answers[loser].ids:
             raise Reject("identical_tokens", "the answers are the same after truncation")
-    rows = [prompt + answer.ids for answer in answers]
-    flags = [b"\0" * max(1, len(prompt)) + answer.scored[not prompt :] for answer in answers]
-    shared = min(min(map(len, rows)) - 1, _shared(rows), _shared(flags))
+    ids, flags = [answer.ids for answer in answers], [answer.scored for answer in answers]
+    if not prompt:
+        flags = [UNTRAINED + flag[1:] for flag in flags]
+    shared = min(min(map(len, ids)) - 1, _shared(ids), _shared(flags))
     return Example(
-        shared=np.array(rows[0][:shared], dtype=dtype),
-        shared_scored=np.frombuffer(flags[0], bool, shared),
-        suffixes=tuple(np.array(row[shared:], dtype=dtype) for row in rows),
+        shared=np.array(prompt + ids[0][:shared], dtype=dtype),
+        shared_scored=np.frombuffer(UNTRAINED * len(prompt) + flags[0][:shared], bool),
+        suffixes=tuple(np.array(row[shared:], dtype=dtype) for row in ids),
         suffixes_scored=tuple(np.frombuffer(flag, bool, offset=shared) for flag in flags),
-        pairs=np.asarray(record.pairs, dtype=np.int64).reshape(-1, 2),
+        pairs=np.array(record.pairs or NO_PAIRS, dtype=np.int64),
         label=-1 if record.label is None else int(record.label),
         target=-1 if record.best is None else record.best,
     )

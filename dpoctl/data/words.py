@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,7 +13,9 @@ SIGN = "\u2581"
 """What a SentencePiece tokenizer writes for a blank."""
 LEAD = "x"
 """Stands before blanks for whatever does: the start of a text may be spelt in a way of its own."""
-WORD = re.compile(" +[^ ]*|[^ ]+")
+MORE = "\0"
+"""Stands in a word for each blank before it but the one that splits it off."""
+FURTHER_BLANKS = re.compile("(?<= ) ")
 GROUP = 64
 """Words that are tokenized as one text: most of the cost of a short text is that it is one."""
 MOST = 1 << 18
@@ -59,17 +61,26 @@ class Words:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokenize texts, as the backend does."""
-        split = [None if SIGN in text or self._added.search(text) else WORD.findall(text) for text in texts]
+        split = [self._split(text) for text in texts]
         whole = iter(self._whole([text for text, words in zip(texts, split, strict=True) if words is None]))
-        sound = [words for words in split if words]
-        self._learn_starts({words[0] for words in sound})
-        self._learn({word for word in set(chain.from_iterable(sound)) if word[0] == " "})
+        self._learn_starts({words[0] for words in split if words})
+        self._learn(set().union(*(words for words in split if words)))
         return [next(whole) if words is None else self._joined(words) for words in split]
 
+    def _split(self, text: str) -> list[str] | None:
+        """Split a text before its blanks; None where that cannot be done."""
+        if text[:1] in ("", " ") or SIGN in text or MORE in text or self._added.search(text):
+            return None
+        if "  " in text:
+            text = FURTHER_BLANKS.sub(MORE, text) if "   " in text else text.replace("  ", " " + MORE)
+        return text.split(" ")
+
     def _joined(self, words: list[str]) -> list[int]:
-        row = list(self._starts[words[0]]) if words else []
-        row.extend(chain.from_iterable(map(self._words.__getitem__, words[1:])))
-        return row
+        known, later = self._words, iter(words)
+        ids = list(self._starts[next(later)])
+        for word in later:
+            ids += known[word]
+        return ids
 
     def _whole(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
@@ -84,11 +95,12 @@ class Words:
         if len(self._words) > MOST:
             self._words.clear()
         new = words.difference(self._words)
-        # Blanks at the end of a text would run into the next word.
-        alone = {word for word in new if word[-1] == " "}
+        # Blanks alone, which only end a text, would run into the next word.
+        alone = {word for word in new if not word.strip(MORE)}
         others = list(new - alone)
         groups = [[word] for word in alone] + [others[at : at + GROUP] for at in range(0, len(others), GROUP)]
-        for group, ids in zip(groups, self._whole([LEAD + "".join(group) for group in groups]), strict=True):
+        texts = [f"{LEAD} {' '.join(group)}".replace(MORE, " ") for group in groups]
+        for group, ids in zip(groups, self._whole(texts), strict=True):
             starts = [len(self.lead), *(self._later_words(ids) if len(group) > 1 else ()), len(ids)]
             self._words.update(zip(group, (tuple(ids[at:end]) for at, end in pairwise(starts)), strict=True))
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from dpoctl.data.readers import read_file
 from dpoctl.data.formats import read
+from dpoctl.data.readers import read_file
 from dpoctl.data.records import Reject
 from dpoctl.data.tails import Tail
 from dpoctl.data.template import BREAK, Completion, Rendered
@@ -73,7 +73,9 @@ def encoder_of(kind: str) -> Encoder:
 def whole(encoder: Encoder, rendered: Rendered) -> list[Any]:
     """Encode without cutting any prompt."""
     uncut = copy.copy(encoder)
-    uncut.__dict__["tails"] = type("Uncut", (), {"of": lambda _, prompt: Tail(prompt), "ids": lambda _, tail, ids: ids})()
+    uncut.__dict__["tails"] = type(
+        "Uncut", (), {"of": lambda _, prompt: Tail(prompt), "ids": lambda _, tail, ids: ids}
+    )()
     return uncut.encode([rendered])
 
 
