@@ -3,14 +3,16 @@
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dpoctl.data.records import Record, Text, squeeze
 
 if TYPE_CHECKING:
     from dpoctl.recipe.schema_data import Source
+
+_canonical = json.JSONEncoder(sort_keys=True).encode
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,16 @@ def prompt_digest(prompt: Text) -> bytes:
 
 def record_digest(record: Record) -> bytes:
     """Hash what a record means, to find it again: `(16,)` bytes."""
-    content = json.dumps(record.to_fields() | {"prompt": None}, sort_keys=True).encode()
-    return hashlib.sha256(_content(record.prompt) + b"\0" + content).digest()[:16]
+    others = record.to_fields() | {"prompt": None, "responses": None}
+    return digest_of((record.prompt, *record.responses), others)
+
+
+def digest_of(texts: Sequence[Text], others: Any) -> bytes:
+    """Hash texts, and other JSON values: `(16,)` bytes."""
+    parts = [text if isinstance(text, str) else _canonical(text) for text in texts]
+    kinds = [(isinstance(text, str), len(part)) for text, part in zip(texts, parts, strict=True)]
+    return hashlib.sha256("".join((_canonical([kinds, others]), *parts)).encode()).digest()[:16]
 
 
 def _content(prompt: Text) -> bytes:
-    return json.dumps(prompt, sort_keys=True).encode()
+    return _canonical(prompt).encode()

@@ -86,6 +86,8 @@ def run_child(name: str, data: Path, tokenizer: Path, cache: Path) -> dict[str, 
 
 def dpoctl_prepare(data: Path, tokenizer: Path, cache: Path) -> dict[str, Any]:
     """Rows to a token store."""
+    import rich.console
+    import rich.table  # noqa: F401
     from transformers import AutoTokenizer
 
     from dpoctl.core.losses import LOSSES
