@@ -27,7 +27,7 @@ WORDS = st.one_of(
     st.sampled_from(["\U0001f642", "\U0001f9d1\u200d\U0001f680", "e\u0301", "</s>", "<s>", "<unk>", "<0x0A>"]),
 )
 TEXT = st.lists(WORDS, min_size=1, max_size=8).map("".join)
-SETTINGS = settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+SETTINGS = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
 def small(pre_tokenizer: Any = None, normalizer: Any = None, *, extra: tuple[str, ...] = (), **options: Any) -> Encoder:
