@@ -178,11 +178,7 @@ def _train(
     readers, live = _with_reference(readers, recipe, accelerator, policy, plan, task, verdict)
     evals = {name: EvalSet(readers[name], plan.one_pass(Lengths.of(store))) for name, store in data.evals.items()}
     set_gradient_checkpointing(policy, checkpointing)
-    optimizer = extensions.build_optimizer(policy, recipe.training)
-    plain = Scorer(policy.model, policy.causal, verdict, confidence="confidence" in task.needs)
-    scorer, optimizer = accelerator.prepare(plain.train(), optimizer)
-    report = extensions.report(task.report)
-    objective = Objective(accelerator, scorer, task.terms, report, live, recipe.training.seed)
+    objective, optimizer = _objective(recipe, accelerator, policy, verdict, task, live, extensions)
     if newest is None and task.needs_reference and recipe.dpo.reference.path is None:
         check_first_step(objective, plan, readers[TRAIN], task.at_init, policy.dtype)
     start = newest.step if newest else -1
@@ -195,14 +191,7 @@ def _train(
     relief = _relief(training, accelerator, plan, newest)
     be_patient(training.ddp_timeout)
     with Journal(
-        recipe,
-        directory,
-        accelerator,
-        policy,
-        optimizer,
-        plan,
-        objective,
-        newest,
+        *(recipe, directory, accelerator, policy, optimizer, plan, objective, newest),
         data_key=data.train.key,
         guard=guard,
         relief=relief,
@@ -239,6 +228,22 @@ def _train(
         policy.export(directory.path, tokenizer)
     accelerator.wait_for_everyone()
     return {"output_dir": str(directory.path), "steps": done, "metrics": journal.last}
+
+
+def _objective(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    policy: Policy,
+    verdict: Verdict,
+    task: Task,
+    live: Live | None,
+    extensions: Extensions,
+) -> tuple[Objective, Any]:
+    """Return what is minimised, and what minimises it, on all ranks together."""
+    plain = Scorer(policy.model, policy.causal, verdict, confidence="confidence" in task.needs)
+    scorer, optimizer = accelerator.prepare(plain.train(), extensions.build_optimizer(policy, recipe.training))
+    report = extensions.report(task.report)
+    return Objective(accelerator, scorer, task.terms, report, live, recipe.training.seed), optimizer
 
 
 def _newest_checkpoint(directory: RunDirectory, accelerator: Accelerator) -> Checkpoint | None:

@@ -10,7 +10,7 @@ accuracy  share of held-out pairs whose harsh review gained more log-probability
 harsh     share of reviews that say `reject` among texts drawn at temperature 1
 tokens    median length of these texts
 KL        mean over these texts of log pi(y|x) - log ref(y|x), in nats a text
-seconds   of training, start-up and reference pass included
+seconds   of processor time, start-up and reference pass included
 """
 
 import argparse
@@ -60,11 +60,11 @@ def main() -> None:
     lines.append(line("(the model before)", measure(reference, reference, held_out), None))
     for name in arguments.losses:
         run = folder / name
-        began = time.perf_counter()
+        began = time.process_time()
         overrides = [f"data.train=[{data[LOSSES[name].rows]}]", f"dpo.loss={{type: {name}}}", *ALIKE]
         overrides += [f"model.model_name_or_path={arguments.runs / 'reviewer2-sft'}", f"training.output_dir={run}"]
         dpoctl.dpo(RECIPE, overrides=overrides, overwrite=True)
-        seconds = time.perf_counter() - began
+        seconds = time.process_time() - began
         lines.append(line(f"`{name}`", measure(load(run), reference, held_out), seconds))
         console.say(lines[-1])
     for text in lines:
