@@ -108,6 +108,7 @@ def build_world(root: Path, tokenizer: PreTrainedTokenizerFast) -> dict[str, str
     write_rows(root / "sides.jsonl", [two_turns(row) for row in rows])
     write_rows(root / "rated.jsonl", [rated(row, number) for number, row in enumerate(rows)])
     write_rows(root / "safety.jsonl", [safety(row, number) for number, row in enumerate(rows)])
+    (root / "again").mkdir()
     (root / "folder").mkdir()
     write_rows(root / "folder" / "one.jsonl", rows[:2])
     write_rows(root / "folder" / "two.jsonl", rows[2:])
