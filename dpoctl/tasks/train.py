@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -186,11 +187,7 @@ def _train(
                 learning_rate=extensions.rates(training, plan.num_steps),
                 max_grad_norm=training.max_grad_norm,
                 outputs=Outputs(
-                    listeners.log,
-                    journal.save,
-                    journal.advance,
-                    lambda step: samples.write(step, journal),
-                    listeners.ended,
+                    *(listeners.log, journal.save, journal.advance), partial(samples.write, journal), listeners.ended
                 ),
                 cadence=_cadence(training),
                 evals=evals,
