@@ -102,7 +102,7 @@ def test_a_signal_stops_after_a_checkpoint_and_resumes_to_the_same_bits(dpo_reci
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["lora", "remembering"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_killed_resume_to_the_same_bits(kind: str, dpo_recipe: dict[str, Any], tmp_path: Path) -> None:
     changes = KINDS[kind] | {"training.num_train_epochs": 6}
     recipe = write_recipe(tmp_path / "recipe.yaml", dpo_recipe, changes)
