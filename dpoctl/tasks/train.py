@@ -4,6 +4,7 @@ import json
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -209,12 +210,8 @@ def _train(
                 learning_rate=extensions.rates(training, plan.num_steps),
                 max_grad_norm=training.max_grad_norm,
                 outputs=Outputs(
-                    listeners.log,
-                    journal.save,
-                    journal.advance,
-                    lambda step: samples.write(step, journal),
-                    listeners.ended,
-                    journal.settle,
+                    *(listeners.log, journal.save, journal.advance),
+                    *(partial(samples.write, journal), listeners.ended, journal.settle),
                 ),
                 cadence=_cadence(training),
                 guard=guard,

@@ -7,7 +7,7 @@ The folder holds reviewer2-sft and reviewer2-pairs of `make demo`. Each loss sta
 pairs (labels and rankings are made of them) in as many steps at the same learning rate, with its default settings.
 
 accuracy  share of held-out pairs whose harsh review gained more log-probability over the reference than the kind one
-harsh     share of reviews that say `reject` among texts drawn at temperature 1
+harsh     share of texts drawn at temperature 1 that are harsh reviews throughout
 tokens    median length of these texts
 KL        mean over these texts of log pi(y|x) - log ref(y|x), in nats a text
 seconds   of processor time, start-up and reference pass included

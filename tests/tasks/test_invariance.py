@@ -10,7 +10,9 @@ from tiny_runs import command, metrics_of, run_command, write_recipe
 
 Run = Callable[..., dict[str, Any]]
 STEPS = {"training.max_steps": 20, "training.eval_steps": 10}
-BETA, KINDS, SIDES = 0.1, ("", "eval_"), ("chosen", "rejected")
+BETA = 0.1
+FLOAT32 = 2.0**-23
+"""The relative distance of two neighbours."""
 LAUNCHERS = {
     "--num-processes": (sys.executable, "-m", "dpoctl"),
     "torchrun": (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "dpoctl"),
@@ -28,12 +30,13 @@ def assert_same_curve(run: Path | str, other: Path | str) -> None:
         assert row.keys() == same.keys()
         for name in row.keys() - {"tokens_per_second"}:
             tight = 1e-6 if name.startswith("eval") else 1e-5
-            assert row[name] == pytest.approx(same[name], rel=tight, abs=tight * scale(row)), (row["step"], name)
+            least = max(tight, resolution(row)) if name.startswith("eval_rewards/") else tight
+            assert row[name] == pytest.approx(same[name], rel=tight, abs=least), (row["step"], name)
 
 
-def scale(row: dict[str, Any]) -> float:
-    """The size of what is subtracted in a reward: float32 knows beta x log-probability no better than to 1e-7 of it."""
-    return max(1.0, *(BETA * abs(row.get(f"{kind}logps/{side}", 0.0)) for kind in KINDS for side in SIDES))
+def resolution(row: dict[str, Any]) -> float:
+    """The step in which float32 can tell rewards apart: that of the log-probabilities that are subtracted."""
+    return BETA * FLOAT32 * max(abs(row[f"eval_logps/{side}"]) for side in ("chosen", "rejected"))
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
