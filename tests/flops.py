@@ -1,7 +1,7 @@
 """Counted work: the FLOPs and the largest sum of live tensor bytes of a piece of code, whatever the clock says."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import finalize
@@ -86,9 +86,9 @@ class _LiveBytes(TorchDispatchMode):
 
 
 @contextmanager
-def counted() -> Iterator[Work]:
-    """Count FLOPs and peak bytes of what runs inside; the figures are there afterwards."""
+def counted(*, memory: bool = True) -> Iterator[Work]:
+    """Count FLOPs, and peak bytes too if wanted, of what runs inside; the figures are there afterwards."""
     work, live = Work(), _LiveBytes()
-    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter, live:
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter, live if memory else nullcontext():
         yield work
     work.flops, work.peak_bytes = counter.get_total_flops(), live.peak
