@@ -5,7 +5,7 @@ things: gradient, check, update, log, evaluate, save, stop.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +14,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from dpoctl.core.ahead import prepared
+from dpoctl.core.batch import Batch
 from dpoctl.core.meters import Meter
 from dpoctl.core.objective import Objective
 from dpoctl.core.optim import set_learning_rate
@@ -102,11 +104,12 @@ def fit(run: Run) -> int:
     window = _Window()
     if cadence.eval_on_start and run.start == 0:
         _evaluate_all(run, 0)
-    with StopRequest() as stop:
-        for number in range(run.start, plan.num_steps):
-            step, rate, done = plan.step(number), run.learning_rate(number), number + 1
-            with window.measure(int(plan.lengths.tokens[list(step.records)].sum())):
-                grad_norm = _update(run, step, rate, meter)
+    rank = run.accelerator.process_index
+    with StopRequest() as stop, prepared(plan, run.reader, rank, run.start) as steps:
+        for step, batches in steps:
+            rate, done = run.learning_rate(step.number), step.number + 1
+            with window.measure(step.tokens):
+                grad_norm = _update(run, step, batches, rate, meter)
                 run.updated(done)
             run.outputs.advance(done)
 
@@ -140,10 +143,10 @@ def evaluate(objective: Objective, data: EvalSet) -> Metrics:
     return meter.read(lambda t: _add_up(objective.accelerator, t))
 
 
-def _update(run: Run, step: Step, rate: float, meter: Meter) -> float:
+def _update(run: Run, step: Step, batches: Sequence[Batch], rate: float, meter: Meter) -> float:
     """Take one optimizer step and return the norm of its gradient before clipping."""
     set_learning_rate(run.optimizer, rate)
-    memory = run.objective.backward(step, run.reader, meter)
+    memory = run.objective.backward(step, run.reader, meter, batches)
     bound = float("inf") if run.max_grad_norm is None else run.max_grad_norm
     norm = run.accelerator.clip_grad_norm_(run.objective.scorer.parameters(), bound)
     # With a loss scale (fp16) an overflow is expected now and then: the scaler skips that update itself.
