@@ -3,7 +3,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test parity check lint type floors format clean
+.PHONY: help install demo test parity bench check lint type floors format clean
 
 help:  ## Show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -39,6 +39,10 @@ test: $(STAMP)  ## Run the tests
 
 parity: $(STAMP)  ## Compare every loss with TRL's
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m parity tests/parity
+
+bench: $(STAMP)  ## Compare a training step with TRL's, in turns, and plan ten million records
+	$(BIN)/python tests/benchmarks/step_speed.py
+	$(BIN)/python tests/benchmarks/plan_scale.py
 
 check: $(STAMP) lint type floors  ## Run the linter, the formatter's check, mypy and the import floors
 

@@ -187,9 +187,7 @@ class Plan:
         order = np.lexsort((-self.lengths.cost[records], bins))
         ends = np.cumsum(np.bincount(bins, minlength=self.world_size * m))
         sorted_records = records[order].tolist()
-        filled = [
-            tuple(sorted_records[start:end]) for start, end in itertools.pairwise([0, *ends.tolist()])
-        ]
+        filled = [tuple(sorted_records[start:end]) for start, end in itertools.pairwise([0, *ends.tolist()])]
         return tuple(tuple(filled[rank :: self.world_size]) for rank in range(self.world_size))
 
     def _fit(self, records: Ints, bins: Ints) -> bool:

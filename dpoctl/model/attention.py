@@ -45,9 +45,7 @@ class Segments:
     @cached_property
     def key_lengths(self) -> list[int]:
         """Rows of each prefix, where there is one, and each suffix in turn."""
-        return [
-            rows for _, shared, suffixes in self.records for rows in ((shared, *suffixes) if shared else suffixes)
-        ]
+        return [rows for _, shared, suffixes in self.records for rows in ((shared, *suffixes) if shared else suffixes)]
 
     def to(self, device: torch.device) -> "Segments":
         """Return the segments with what the kernels of a device need."""

@@ -134,7 +134,14 @@ class Varlen:
         return "window_size" in self.arguments
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, keys: GatheredKeys, *, scaling: float | None, window: int | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        keys: GatheredKeys,
+        *,
+        scaling: float | None,
+        window: int | None,
     ) -> Tensor:
         """Attend within records.
 

@@ -230,8 +230,8 @@ def _newest_checkpoint(directory: RunDirectory, accelerator: Accelerator, data_k
 
 def _lay_out(
     recipe: Recipe, policy: Policy, lengths: Lengths, accelerator: Accelerator, newest: Checkpoint | None
-) -> tuple[Verdict, Plan, bool]:
-    """Return how the model is run, the plan, and whether layers are recomputed: the same on all ranks."""
+) -> tuple[Verdict, Plan, int]:
+    """Return how the model is run, the plan, and every how many layers are recomputed: the same on all ranks."""
     with accelerator.autocast():
         (verdict,) = broadcast_object_list([probe(policy.causal, max_length=recipe.data.max_length)])
     budget, checkpointing = token_budget(recipe, policy, lengths, accelerator)
@@ -314,12 +314,13 @@ def _with_reference(
     return {name: reference.read_into(reader, 4 * plan.max_tokens) for name, reader in readers.items()}, None
 
 
-def _announce(policy: Policy, verdict: Verdict, plan: Plan, checkpointing: bool, accelerator: Accelerator) -> None:
+def _announce(policy: Policy, verdict: Verdict, plan: Plan, checkpointing: int, accelerator: Accelerator) -> None:
     """Say in a few lines what was chosen, and why."""
     sizes = [(p.numel(), p.requires_grad) for p in policy.model.parameters()]
     total, trained = sum(n for n, _ in sizes), sum(n for n, grad in sizes if grad)
     dtype, device = str(policy.dtype).removeprefix("torch."), accelerator.device.type
-    recompute = ", layers recomputed in backward" if checkpointing else ""
+    which = {0: "", 1: ", layers recomputed in backward"}
+    recompute = which.get(checkpointing, f", one layer in {checkpointing} recomputed in backward")
     console.say(
         f"model: {type(policy.causal).__name__}, {total / 1e6:,.1f} M parameters, {trained / 1e6:,.2f} M trained "
         f"({policy.kind}), {dtype} on {device}{recompute}"

@@ -5,6 +5,7 @@ timed), then waits for a line on stdin before each further step and says `step` 
 """
 
 import json
+import os
 import resource
 import sys
 import time
@@ -12,6 +13,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+# As the command line sets it: idle threads must not take the time of the program whose turn it is.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 TRAINING: dict[str, Any] = {

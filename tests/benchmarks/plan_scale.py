@@ -1,6 +1,6 @@
 """Measure the plan of ten million records over 512 ranks: time until it is ready, time and balance of a step, memory.
 
-    python tests/benchmarks/plan_scale.py [--records 10000000] [--ranks 512] [--pairs 64]
+python tests/benchmarks/plan_scale.py [--records 10000000] [--ranks 512] [--pairs 64]
 """
 
 import argparse

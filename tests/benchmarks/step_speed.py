@@ -6,7 +6,7 @@
 
 All programs of a comparison are alive at once and take turns step by step, so that what else happens on the machine
 happens to all of them. Their peak of memory is their own, and so is the time from the start of the process to the
-first step. Ratios of pairs a second are those of the medians. Without the folder of real rows the synthetic profiles run.
+first step. Ratios of pairs a second are those of the medians. Without the folder of real rows their profile is left out.
 """
 
 import argparse
@@ -30,7 +30,10 @@ from dpoctl import console
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parents[2] / "shared" / "data"
-HEADER = "| profile | trained | program | s a pair | CPU s a pair | pairs a second, of dpoctl's | peak GB | FLOPs of a step, of the least | useful FLOPs, of matmul |"
+HEADER = (
+    "| profile | trained | program | s a pair | CPU s a pair | pairs a second, of dpoctl's | peak GB "
+    "| FLOPs of a step, of the least | useful FLOPs, of matmul |"
+)
 
 
 @dataclass
@@ -118,12 +121,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="*", default=["full", "lora"], choices=["full", "lora", "sft"])
     parser.add_argument("--pairs", type=int, default=4, help="pairs a step")
     parser.add_argument("--rounds", type=int, default=3, help="steps that are timed")
-    parser.add_argument("--batches", type=int, nargs="*", default=[1, 4], help="TRL's batches, of which the best counts")
+    parser.add_argument(
+        "--batches", type=int, nargs="*", default=[1, 4], help="TRL's batches, of which the best counts"
+    )
     parser.add_argument("--programs", nargs="*", default=["padded", "tuned", "precomputed"],
                         choices=["padded", "tuned", "precomputed", "defaults"])  # fmt: skip
     parser.add_argument("--startup", action="store_true", help="measure the time to the first step on 1,500 rows")
     parser.add_argument("--full", action="store_true", help="every profile, kind and program, 16 pairs, 5 rounds")
-    parser.add_argument("--shared", type=Path, default=SHARED, help="folder of hh-harmless.jsonl.gz and llama-tokenizer")
+    parser.add_argument(
+        "--shared", type=Path, default=SHARED, help="folder of hh-harmless.jsonl.gz and llama-tokenizer"
+    )
     parser.add_argument("--keep", type=Path, help="keep models and caches in this folder")
     arguments = parser.parse_args()
     if arguments.full:
@@ -235,7 +242,11 @@ def machine(arguments: argparse.Namespace) -> str:
     """What was measured, where and with what."""
     import torch
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.processor() or 'CPU'}, not run on a GPU"
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{platform.processor() or 'CPU'}, not run on a GPU"
+    )
     names = ("dpoctl", "trl", "torch", "transformers", "peft", "accelerate")
     threads = os.environ.get("OMP_NUM_THREADS", "all")
     return (

@@ -12,7 +12,7 @@ from dpoctl.core.batch import Batch
 from dpoctl.core.collator import collate
 from dpoctl.core.logps import Responses, Scorer, per_response
 from dpoctl.data.tokenize import Example
-from dpoctl.model import head, linear_head
+from dpoctl.model import linear_head
 from dpoctl.model.attention import attention
 from dpoctl.model.head import Head, score_targets, select_logps
 from dpoctl.model.probe import Layout, Verdict

@@ -104,7 +104,8 @@ def test_half_precision_weights_gather_their_gradient_in_float32(monkeypatch: py
     _, true = pull(lambda h: select_logps(module(h.float()), targets), module, hidden, weights)
     with torch.autocast("cpu", torch.bfloat16):
         _, own = pull(lambda h: LinearHead()(module, h, targets), module, hidden, weights)
-    assert own[1] is not None and true[1] is not None
+    assert own[1] is not None
+    assert true[1] is not None
     assert own[1].dtype == torch.float32
     assert float((own[1] - true[1]).norm() / true[1].norm()) < 2e-2
 
