@@ -6,7 +6,7 @@
 
 All programs of a comparison are alive at once and take turns step by step, so that what else happens on the machine
 happens to all of them. Their peak of memory is their own, and so is the time from the start of the process to the
-first step. Ratios of pairs a second are those of the medians. Without the folder of real rows their profile is left out.
+first step. Ratios of pairs a second are those of the medians. Without the real rows their profile is left out.
 """
 
 import argparse
