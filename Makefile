@@ -3,7 +3,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test parity bench check lint type floors format clean
+.PHONY: help install demo test parity bench losses check lint type floors format clean
 
 help:  ## Show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -43,6 +43,9 @@ parity: $(STAMP)  ## Compare every loss with TRL's
 bench: $(STAMP)  ## Compare a training step with TRL's, in turns, and plan ten million records
 	$(BIN)/python tests/benchmarks/step_speed.py
 	$(BIN)/python tests/benchmarks/plan_scale.py
+
+losses: runs/reviewer2-pairs/pairs-train.jsonl  ## Train every loss on the demo's pairs, and compare what comes out
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/losses_table.py runs
 
 check: $(STAMP) lint type floors  ## Run the linter, the formatter's check, mypy and the import floors
 

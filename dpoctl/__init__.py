@@ -39,7 +39,8 @@ def sft(
     `learning_rate`   `(step) -> rate`, steps counted from 0, in place of the recipe's schedule; a parameter group
                       with an `lr_scale` gets that many times the rate
     `extra_metrics`   `(scores, values) -> {name: Total(sum, count)}` of a micro-batch, beside the task's own: the
-                      log-probabilities as `dpoctl.core.losses.Scores`, the loss of each item; the same names always
+                      log-probabilities as `dpoctl.core.losses.Scores`, the value of the first loss for each item; the
+                      same names always
     ================  =================================================================================================
 
     Under a launcher (`accelerate launch script.py`, torchrun) every rank calls this.

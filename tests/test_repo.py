@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-import pydantic
 import pytest
 import yaml
 
 from dpoctl.core.losses import LOSSES
 from dpoctl.data.formats import FORMATS
-from dpoctl.recipe import load_recipe, schema
+from dpoctl.recipe import load_recipe, schema, schema_data
 from dpoctl.recipe.contrastive import load_contrastive
+from dpoctl.recipe.section import Section
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "dpoctl").rglob("*.py"))
@@ -63,9 +63,9 @@ def test_the_steps_of_the_demo_hand_their_work_on():
     assert f"eval {dpo.training.output_dir}\n" in makefile
 
 
-def sections() -> list[type[pydantic.BaseModel]]:
-    classes = [value for value in vars(schema).values() if isinstance(value, type)]
-    return [kind for kind in classes if issubclass(kind, pydantic.BaseModel) and kind.__module__ == schema.__name__]
+def sections() -> list[type[Section]]:
+    classes = {value for module in (schema, schema_data) for value in vars(module).values() if isinstance(value, type)}
+    return [kind for kind in classes if issubclass(kind, Section) and kind is not Section]
 
 
 def test_every_recipe_key_is_read_outside_the_recipe_package():

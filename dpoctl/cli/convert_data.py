@@ -8,7 +8,7 @@ import typer
 from dpoctl.cli import options
 
 if TYPE_CHECKING:
-    from dpoctl.recipe.schema import Source as RecipeSource
+    from dpoctl.recipe.schema_data import Source as RecipeSource
 
 CONTRASTIVE = "contrastive"
 
@@ -175,7 +175,7 @@ def _source(path: str, format: str, given: dict[str, Any], overrides: list[str] 
     """Say where rows are read, and how, as a recipe would."""
     from dpoctl.data.formats import FORMATS
     from dpoctl.errors import UsageError
-    from dpoctl.recipe.schema import Source as RecipeSource
+    from dpoctl.recipe.schema_data import Source as RecipeSource
 
     if overrides:
         raise UsageError(f"--set changes a recipe, and only --format {CONTRASTIVE} reads one")

@@ -17,7 +17,8 @@ from dpoctl.data.store import StoreWriter
 from dpoctl.data.template import Rendered, Renderer
 from dpoctl.data.tokenize import Answer, Encoder, Example, Ids, Limits, build_example, fit
 
-BATCH = 2048
+BATCH = 512
+"""Records; their texts and tokens fit in a processor's cache."""
 
 
 class Encoded(NamedTuple):
@@ -127,7 +128,8 @@ class Tally:
         self.rows_without_eos += encoded.answers_cut > 0
         self.eos_added += encoded.eos_added
         self.most_answers = max(self.most_answers, len(record.responses))
-        self.notes.update(encoded.notes)
+        for note in encoded.notes:
+            self.notes[note] += 1
         self.gaps.count(encoded.gaps)
         self.lengths.add(encoded.prompt_tokens, encoded.answer_tokens, record.pairs)
 

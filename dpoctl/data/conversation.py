@@ -1,5 +1,6 @@
 """Messages as rows hold them, made uniform: known roles, contents that are text, no nulls."""
 
+import json
 from typing import Any
 
 from dpoctl.data.records import Message, Reject, Text, squeeze
@@ -114,7 +115,21 @@ def _message(message: Message, where: str) -> Message:
         raise Reject("unknown_role", f"{where}: {role!r}")
     if "content" not in message and not message.get("tool_calls"):
         raise Reject("no_content", where)
+    if isinstance(calls := message.get("tool_calls"), list):
+        message |= {"tool_calls": [_call(call) for call in calls]}
     return message | {"role": role, "content": _content(message.get("content", ""), where)}
+
+
+def _call(call: Any) -> Any:
+    """Make the arguments of a call an object: APIs send JSON text, which a chat template would quote once more."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except json.JSONDecodeError:
+        return call
+    return call | {"function": function | {"arguments": arguments}} if isinstance(arguments, dict) else call
 
 
 def _content(content: Any, where: str) -> str:

@@ -1,6 +1,5 @@
 """What of a record's text the tokenizer has no tokens for: lost as an unknown token, or spelt out in bytes."""
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ import numpy.typing as npt
 from dpoctl.data.records import Record
 from dpoctl.data.tokenize import Encoder, Example
 
-BYTE = re.compile(r"<0x[89A-F][0-9A-F]>")
+BYTES = [f"<0x{byte:02X}>" for byte in range(128, 256)]
 """Bytes beyond ASCII: a line feed that is spelt as a byte is that tokenizer's token for it."""
 MOST = 20
 """Characters that a report names, the most frequent ones."""
@@ -32,6 +31,9 @@ class Gaps:
 
     def __bool__(self) -> bool:
         return self.unknown > 0 or self.in_bytes > 0
+
+
+NO_GAPS = Gaps()
 
 
 @dataclass(slots=True)
@@ -78,10 +80,11 @@ class GapFinder:
         """Count the gaps of a record; each response's share of them once."""
         marks = self._marks
         if marks is None:
-            return Gaps()
-        found = np.zeros(3, dtype=np.int64)
-        for ids in (example.shared, *example.suffixes):
-            found += np.bincount(marks[ids], minlength=3)
+            return NO_GAPS
+        marked = marks[np.concatenate((example.shared, *example.suffixes))]
+        if not marked.any():
+            return NO_GAPS
+        found = np.bincount(marked, minlength=3)
         gaps = Gaps(unknown=int(found[1]), in_bytes=int(found[2]))
         if gaps.unknown:
             texts = "".join(_texts(record))
@@ -91,8 +94,8 @@ class GapFinder:
     @cached_property
     def _marks(self) -> npt.NDArray[np.uint8] | None:
         """One value a token: 1 is unknown, 2 is a byte, 0 is any other. None where the tokenizer has neither."""
-        vocabulary = self._encoder.vocabulary()
-        in_bytes = [number for token, number in vocabulary.items() if BYTE.fullmatch(token)]
+        vocabulary = self._encoder.vocabulary
+        in_bytes = [vocabulary[token] for token in BYTES if token in vocabulary]
         if self._encoder.unk is None and not in_bytes:
             return None
         marks = np.zeros(max(vocabulary.values()) + 1, dtype=np.uint8)

@@ -5,8 +5,6 @@ answers of a source, since those to one prompt need not stand side by side; `Vot
 records twice.
 """
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,12 +12,10 @@ from typing import Generic, TypeVar
 
 from dpoctl.data.pairing import with_pairs
 from dpoctl.data.records import Record, Reject, squeeze
+from dpoctl.data.selection import digest_of
 
 GROUPED = frozenset({"helpsteer2"})
 """Formats of one rated answer a row."""
-
-DIGEST = 16
-"""Bytes."""
 
 At = TypeVar("At")
 """Where a row stands, in whatever way the caller says so."""
@@ -125,7 +121,8 @@ class Votes:
 
     def add(self, record: Record) -> None:
         """Count the pairs of a record."""
-        self._votes.update(_vote(record, pair) for pair in record.pairs)
+        for pair in record.pairs:
+            self._votes[_vote(record, pair)] += 1
 
     def settle(self, record: Record) -> Record:
         """Drop the pairs of a record that the majority of votes speaks against.
@@ -161,5 +158,4 @@ def _turned(vote: bytes) -> bytes:
 
 def _digest(record: Record, *answers: str) -> bytes:
     """Hash what a prompt means to a model, and answers to it."""
-    content = [record.prompt, record.tools, record.template_kwargs, answers]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()[:DIGEST]
+    return digest_of((record.prompt, *answers), [record.tools, record.template_kwargs])

@@ -8,7 +8,7 @@ from dpoctl.errors import DataError, SetupError, UserError
 from dpoctl.hub import hub_is_reachable
 
 if TYPE_CHECKING:
-    from dpoctl.recipe.schema import Source
+    from dpoctl.recipe.schema_data import Source
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 UNREACHABLE = ("ConnectionError", "DatasetNotFoundError", "OfflineModeIsEnabled", "LocalEntryNotFoundError")

@@ -9,7 +9,7 @@ from dpoctl.data.readers import read_text, suffix_of
 from dpoctl.data.records import Reject, Row
 from dpoctl.data.sources import read_rows
 from dpoctl.errors import DataError, UsageError
-from dpoctl.recipe.schema import Source
+from dpoctl.recipe.schema_data import Source
 
 if TYPE_CHECKING:
     from dpoctl.recipe.contrastive import ItemsSection

@@ -4,7 +4,6 @@ Differences of scores are margins. A pair of equal scores is a tie, and so is on
 nothing but white space, whatever they were rated.
 """
 
-import hashlib
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from itertools import combinations, pairwise
 from typing import Literal
 
 from dpoctl.data.records import Record, Reject, squeeze
+from dpoctl.data.selection import prompt_digest
 
 Mode = Literal["best-worst", "best-rest", "best-random", "adjacent", "all"]
 Pairs = tuple[tuple[int, int], ...]
@@ -59,11 +59,10 @@ def pair_up(record: Record, pairing: Pairing) -> tuple[Record, int]:
     kept = tuple(pair for pair in candidates if not verdicts[pair])
     if not kept:
         raise _explain(record, verdicts)
-    draw = random.Random(f"{pairing.seed} {hashlib.sha256(squeeze(record.prompt).encode()).hexdigest()}")
     if pairing.mode == "best-random" and not record.pairs:
-        kept = (draw.choice(kept),)
+        kept = (_chance(record, pairing).choice(kept),)
     if pairing.max_pairs is not None:
-        kept = _widest(record, kept, pairing.max_pairs, draw)
+        kept = _widest(record, kept, pairing.max_pairs, _chance(record, pairing))
     if record.scores and any(_margin(record, pair) == 0 for pair in kept):
         record = replace(record, meta=record.meta | {"tie": True})
     return with_pairs(record, kept), sum(verdict == TIE for verdict in verdicts.values())
@@ -82,6 +81,10 @@ def with_pairs(record: Record, pairs: Iterable[tuple[int, int]]) -> Record:
         pairs=tuple((place[winner], place[loser]) for winner, loser in pairs),
         target=None if record.target is None else place[record.target],
     )
+
+
+def _chance(record: Record, pairing: Pairing) -> random.Random:
+    return random.Random(f"{pairing.seed} {prompt_digest(record.prompt).hex()}")
 
 
 def _candidates(record: Record, mode: Mode) -> Pairs:

@@ -1,9 +1,11 @@
 """Recipe -> token stores: found by their keys or built, with an honest account of every row."""
 
+import gc
 import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,7 @@ from dpoctl.data.account import announce, explain_nothing_used
 from dpoctl.data.build import RecordEncoder, build
 from dpoctl.data.grouping import Votes
 from dpoctl.data.records import Record, Text
-from dpoctl.data.rows import RowCount, Selection, find_rows, iter_prompts, settle_format
+from dpoctl.data.rows import RowCount, Selection, find_rows, iter_topics, settle_format
 from dpoctl.data.selection import HeldOut, is_random
 from dpoctl.data.shaping import Wants, pairing_of
 from dpoctl.data.sources import STDIN, fingerprint, location, read_rows
@@ -27,9 +29,10 @@ from dpoctl.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from dpoctl.recipe.schema import DataSection, Recipe, Source
+    from dpoctl.recipe.schema import Recipe
+    from dpoctl.recipe.schema_data import DataSection, Source
 
-CODE_VERSION = 3
+CODE_VERSION = 4
 """Raise it with any change that gives the same rows other tokens."""
 
 HELD_OUT_NAME = "eval"
@@ -251,12 +254,12 @@ class _StoreFactory:
         encoder = RecordEncoder(self._renderer, self._encoder, limits)
         drop_duplicates = self._recipe.data.duplicates == "drop"
         votes = Votes()
-        with StoreWriter(self._folder / key, key, self._encoder.dtype) as writer:
+        with _only_own_garbage(), StoreWriter(self._folder / key, key, self._encoder.dtype) as writer:
             report = build(selection, encoder, writer, drop_duplicates=drop_duplicates, votes=votes, settle=False)
             if not votes.contradicted:
                 return self._commit(name, selection, writer, report)
         console.note(f"{name}: some pairs stand there both ways round; read again, to keep what the majority says")
-        with StoreWriter(self._folder / key, key, self._encoder.dtype) as writer:
+        with _only_own_garbage(), StoreWriter(self._folder / key, key, self._encoder.dtype) as writer:
             report = build(selection, encoder, writer, drop_duplicates=drop_duplicates, votes=votes, settle=True)
             return self._commit(name, selection, writer, report)
 
@@ -279,7 +282,7 @@ class _StoreFactory:
                 self._held_out = HeldOut(selection.seed, size)
             else:
                 whole = replace(selection, side="train", held_out=None)
-                self._held_out = HeldOut.of_size(size, selection.seed, iter_prompts(whole))
+                self._held_out = HeldOut.of_size(size, selection.seed, iter_topics(whole))
         return self._held_out
 
     def _key(self, selection: Selection) -> str:
@@ -289,7 +292,7 @@ class _StoreFactory:
             "code": CODE_VERSION,
             "wants": selection.wants,
             "sources": [_identity(source, selection, data) for source in selection.sources],
-            "tokenizer": [self._encoder.state(), self._encoder.bos, self._encoder.eos, self._special_tokens],
+            "tokenizer": [self._encoder.state, self._encoder.bos, self._encoder.eos, self._special_tokens],
             "template": [self._renderer.templates, data.chat_template_kwargs, self._loss_on],
             "duplicates": data.duplicates,
         }
@@ -311,6 +314,16 @@ class _StoreFactory:
             for reason, (at, detail) in account["first_rejected"].items()
         }
         return account
+
+
+@contextmanager
+def _only_own_garbage() -> Iterator[None]:
+    """Keep the garbage collector out of what is loaded already: a search of that takes a tenth of a second."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _paths(selection: Selection) -> list[str]:

@@ -71,6 +71,14 @@ class Record:
         )
 
     @property
+    def topic(self) -> Text:
+        """What no split may divide, and no eval set share with the training data.
+
+        It is the prompt; a text without one stands for itself.
+        """
+        return self.prompt or self.responses[0]
+
+    @property
     def best(self) -> int | None:
         """The response to imitate: the one that the row names, else the one that beats others and loses to none.
 

@@ -15,7 +15,7 @@ from dpoctl.data.sources import SourceRow, read_rows
 from dpoctl.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from dpoctl.recipe.schema import Source
+    from dpoctl.recipe.schema_data import Source
 
 LOOK_AT = 100
 """Rows that a format is told by."""
@@ -180,9 +180,9 @@ def understand(content: Row | Record | Reject, name: str, source: "Source") -> R
         return reject
 
 
-def iter_prompts(selection: Selection) -> Iterable[Text]:
-    """Read the prompts of the rows that can be used."""
-    return (found.outcome.prompt for found in find_rows(selection, RowCount()) if isinstance(found.outcome, Record))
+def iter_topics(selection: Selection) -> Iterable[Text]:
+    """Read the topics of the rows that can be used."""
+    return (found.outcome.topic for found in find_rows(selection, RowCount()) if isinstance(found.outcome, Record))
 
 
 def _count_units(selection: Selection, number: int, name: str) -> int:

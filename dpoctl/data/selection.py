@@ -3,14 +3,16 @@
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dpoctl.data.records import Record, Text, squeeze
 
 if TYPE_CHECKING:
-    from dpoctl.recipe.schema import Source
+    from dpoctl.recipe.schema_data import Source
+
+_canonical = json.JSONEncoder(sort_keys=True).encode
 
 
 @dataclass(frozen=True)
@@ -60,21 +62,21 @@ def sample(source: "Source", count_rows: Callable[[], int], seed: int, number: i
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Which records of the training data form the eval set: by seed and prompt alone, so a prompt is never split.
+    """Which records of the training data form the eval set: by seed and topic alone, so a topic is never split.
 
-    A record is held out when the number that its prompt hashes to is below `threshold`, a share of all numbers.
+    A record is held out when the number that its topic hashes to is below `threshold`, a share of all numbers.
     """
 
     seed: int
     threshold: float
 
     def __contains__(self, record: Record) -> bool:
-        return prompt_number(self.seed, record.prompt) < self.threshold
+        return topic_number(self.seed, record.topic) < self.threshold
 
     @classmethod
-    def of_size(cls, size: int, seed: int, prompts: Iterable[Text]) -> "HeldOut":
-        """Hold out the prompts with the smallest numbers, until there are `size` records or a few more."""
-        numbers = sorted(prompt_number(seed, prompt) for prompt in prompts)
+    def of_size(cls, size: int, seed: int, topics: Iterable[Text]) -> "HeldOut":
+        """Hold out the topics with the smallest numbers, until there are `size` records or a few more."""
+        numbers = sorted(topic_number(seed, topic) for topic in topics)
         if size >= len(numbers):
             return cls(seed, 1.0)
         last = numbers[size - 1]
@@ -82,9 +84,9 @@ class HeldOut:
         return cls(seed, beyond)
 
 
-def prompt_number(seed: int, prompt: Text) -> float:
-    """Map a prompt to a number in [0, 1) that depends on nothing but the seed and its content."""
-    digest = hashlib.sha256(f"{seed} ".encode() + _content(prompt)).digest()
+def topic_number(seed: int, topic: Text) -> float:
+    """Map a topic to a number in [0, 1) that depends on nothing but the seed and its content."""
+    digest = hashlib.sha256(f"{seed} ".encode() + _content(topic)).digest()
     return int.from_bytes(digest[:6]) / 2**48
 
 
@@ -95,9 +97,16 @@ def prompt_digest(prompt: Text) -> bytes:
 
 def record_digest(record: Record) -> bytes:
     """Hash what a record means, to find it again: `(16,)` bytes."""
-    content = json.dumps(record.to_fields() | {"prompt": None}, sort_keys=True).encode()
-    return hashlib.sha256(_content(record.prompt) + b"\0" + content).digest()[:16]
+    others = record.to_fields() | {"prompt": None, "responses": None}
+    return digest_of((record.prompt, *record.responses), others)
+
+
+def digest_of(texts: Sequence[Text], others: Any) -> bytes:
+    """Hash texts, and other JSON values: `(16,)` bytes."""
+    parts = [text if isinstance(text, str) else _canonical(text) for text in texts]
+    kinds = [(isinstance(text, str), len(part)) for text, part in zip(texts, parts, strict=True)]
+    return hashlib.sha256("".join((_canonical([kinds, others]), *parts)).encode()).digest()[:16]
 
 
 def _content(prompt: Text) -> bytes:
-    return json.dumps(prompt, sort_keys=True).encode()
+    return _canonical(prompt).encode()

@@ -9,7 +9,7 @@ from dpoctl.data.selection import prompt_digest
 from dpoctl.errors import DataError
 
 if TYPE_CHECKING:
-    from dpoctl.recipe.schema import Source
+    from dpoctl.recipe.schema_data import Source
 
 Wants = Literal["demonstrations", "pairs", "rankings", "labels"]
 """What a loss learns from."""

@@ -16,7 +16,7 @@ from dpoctl.data.records import Reject, Row
 from dpoctl.errors import DataError
 
 if TYPE_CHECKING:
-    from dpoctl.recipe.schema import Source
+    from dpoctl.recipe.schema_data import Source
 
 STDIN = "-"
 PARTICULAR = {"name": None, "split": "train", "revision": None, "data_files": None}

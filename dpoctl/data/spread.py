@@ -1,6 +1,7 @@
 """Numbers by the million, of which only their spread is asked."""
 
 from array import array
+from collections import defaultdict
 
 import numpy as np
 
@@ -34,7 +35,7 @@ class Lengths:
     """How long prompts and answers are, in whatever unit they are counted in."""
 
     def __init__(self) -> None:
-        self._spreads: dict[str, Spread] = {}
+        self._spreads = defaultdict[str, Spread](Spread)
 
     def add(self, prompt: int, answers: tuple[int, ...], pairs: tuple[tuple[int, int], ...]) -> None:
         """Note the lengths of a record.
@@ -44,18 +45,15 @@ class Lengths:
             answers: Each answer's.
             pairs: (winner, loser), as indices of the answers.
         """
-        self._spread("prompt").add(prompt)
+        self._spreads["prompt"].add(prompt)
         for winner, loser in pairs:
-            self._spread("chosen").add(answers[winner])
-            self._spread("rejected").add(answers[loser])
-            self._spread("gap").add(answers[winner] - answers[loser])
+            self._spreads["chosen"].add(answers[winner])
+            self._spreads["rejected"].add(answers[loser])
+            self._spreads["gap"].add(answers[winner] - answers[loser])
         if not pairs:
             for length in answers:
-                self._spread("answer").add(length)
+                self._spreads["answer"].add(length)
 
     def summary(self) -> dict[str, dict[str, float]]:
         """Describe `prompt`, `answer`, or `chosen`, `rejected` and their `gap` (chosen - rejected)."""
         return {name: spread.summary() for name, spread in self._spreads.items()}
-
-    def _spread(self, name: str) -> Spread:
-        return self._spreads.setdefault(name, Spread())

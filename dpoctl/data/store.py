@@ -42,6 +42,9 @@ COLUMNS = (
 CONTENTS = ("ids.bin", "scored.bin", "records.jsonl", "rejects.jsonl", "report.json")
 MANIFEST = "store.json"
 ABANDONED_SECONDS = 24 * 3600
+BUFFER = 1 << 20
+
+_to_json = json.JSONEncoder(ensure_ascii=False).encode
 
 Column = npt.NDArray[np.int64]
 
@@ -161,7 +164,7 @@ class StoreWriter:
         _remove_abandoned(self._folder)
         self._temporary.mkdir()
         self._ids, self._scored, self._records, self._rejects = (
-            self._files.enter_context((self._temporary / name).open("wb")) for name in CONTENTS[:4]
+            self._files.enter_context((self._temporary / name).open("wb", buffering=BUFFER)) for name in CONTENTS[:4]
         )
         return self
 
@@ -181,14 +184,16 @@ class StoreWriter:
         """
         columns = self._columns
         for ids in (example.shared, *example.suffixes):
-            self._ids.write(np.ascontiguousarray(ids, dtype=self._dtype).tobytes())
+            self._ids.write(np.ascontiguousarray(ids, dtype=self._dtype).data)
         for flags in (example.shared_scored, *example.suffixes_scored):
-            self._scored.write(flags.tobytes())
+            self._scored.write(flags.data)
         lengths = [len(suffix) for suffix in example.suffixes]
-        shared_scored = int(example.shared_scored.sum())
+        shared_scored = int(np.count_nonzero(example.shared_scored))
         columns["shared_len"].append(len(example.shared))
         columns["suffix_len"].extend(lengths)
-        columns["num_tokens"].extend(shared_scored + int(flags.sum()) for flags in example.suffixes_scored)
+        columns["num_tokens"].extend(
+            [shared_scored + int(np.count_nonzero(flags)) for flags in example.suffixes_scored]
+        )
         columns["pairs"].extend(example.pairs.ravel().tolist())
         columns["token_start"].append(columns["token_start"][-1] + len(example.shared) + sum(lengths))
         columns["response_start"].append(len(columns["suffix_len"]))
@@ -196,15 +201,15 @@ class StoreWriter:
         columns["label"].append(example.label)
         columns["target"].append(example.target)
         columns["source"].append(at[0])
-        columns["prompt_hash"].append(int.from_bytes(prompt_digest(record.prompt)[:8], signed=True))
-        line = json.dumps({"at": at, "record": record.to_fields()}, ensure_ascii=False).encode() + b"\n"
+        columns["prompt_hash"].append(int.from_bytes(prompt_digest(record.topic)[:8], signed=True))
+        line = _to_json({"at": at, "record": record.to_fields()}).encode() + b"\n"
         self._records.write(line)
         columns["text_start"].append(columns["text_start"][-1] + len(line))
 
     def reject(self, reject: Reject, at: tuple[int, str, int]) -> None:
         """Note a row that is not in the store, and why."""
         row = {"at": at, "reason": reject.reason, "detail": reject.detail}
-        self._rejects.write(json.dumps(row, ensure_ascii=False).encode(errors="replace") + b"\n")
+        self._rejects.write(_to_json(row).encode(errors="replace") + b"\n")
 
     def column(self, name: str) -> Column:
         """Get a column of what has been added so far."""

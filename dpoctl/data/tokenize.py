@@ -5,8 +5,9 @@ ids are what follows them when both are tokenized together. Where a token would 
 is tokenized as a continuation of its own.
 """
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,22 @@ import numpy as np
 import numpy.typing as npt
 
 from dpoctl.data.records import Message, Record, Reject
+from dpoctl.data.tails import Tail, Tails
 from dpoctl.data.template import BREAK, Completion, Rendered, Renderer
+from dpoctl.data.words import Words, find_words
 from dpoctl.errors import DataError, SetupError
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
+TRAINED, UNTRAINED = b"\1", b"\0"
+NO_PAIRS = np.empty((0, 2))
 Ids = list[int]
+Joint = tuple[Ids, "Encoding | None"]
+"""The ids of a text; and more of it where it is needed, to find tokens by characters."""
+Tokens = tuple[Ids, list["Answer"]]
+"""Of a record: the ids of its prompt, and of each of its answers."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,8 @@ class Answer:
     """The tokens of one response after its prompt, and which of them are trained on."""
 
     ids: Ids
-    scored: list[bool]
+    scored: bytes
+    """One a token: 1 is trained on, 0 is not."""
 
     def cut(self, length: int) -> bool:
         """Keep the first tokens; return whether anything was cut."""
@@ -93,71 +104,93 @@ class Encoder:
             )
         if tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no end-of-sequence token: no answer could ever end")
-        # Padding and truncation are state of the backend, which whoever else calls the tokenizer may have set.
-        self._backend = Tokenizer.from_str(backend.to_str())
-        self._backend.no_padding()
-        self._backend.no_truncation()
+        self._tokenizer = tokenizer
+        self._backend = _private_copy(backend)
         self.eos: int = tokenizer.eos_token_id
         self.bos: int | None = tokenizer.bos_token_id
-        self._anchors = _anchors(tokenizer)
         self.adds_bos = self._backend.encode("a").ids[:1] == [self.bos]
         self.unk: int | None = tokenizer.unk_token_id
-        largest = max(self.vocabulary().values())
-        self.dtype = np.uint16 if largest < 2**16 else np.uint32
 
+    @cached_property
+    def dtype(self) -> "np.dtype[Any]":
+        """The type of number that holds every id."""
+        return np.dtype(np.uint16 if max(self.vocabulary.values()) < 2**16 else np.uint32)
+
+    @cached_property
     def state(self) -> str:
         """Everything that decides which ids a text becomes."""
         return self._backend.to_str()
 
+    @cached_property
     def vocabulary(self) -> dict[str, int]:
         """Every token and its id."""
         vocabulary: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
         return vocabulary
 
-    def encode(self, rendered: Sequence[Rendered]) -> list[tuple[Ids, list[Answer]]]:
+    @cached_property
+    def tails(self) -> Tails:
+        """Where prompts may be cut."""
+        return Tails(self._tokenizer, self._words)
+
+    @cached_property
+    def _words(self) -> Words | None:
+        return find_words(self._backend, self.vocabulary)
+
+    def encode(self, rendered: Sequence[Rendered]) -> list[Tokens]:
         """Tokenize records: the ids of each prompt, and of each of its answers."""
-        tails = [self._tail(item.prompt) for item in rendered]
-        texts = [text for item, (at, _) in zip(rendered, tails, strict=True) for text in _texts(item, at)]
-        # Offsets cost a fifth of the time, and only a row with several spans needs them.
-        inner = any(len(completion.spans) > 1 for item in rendered for completion in item.completions)
-        encode = self._backend.encode_batch if inner else self._backend.encode_batch_fast
-        encodings = iter(encode(texts, add_special_tokens=False))
+        texts, tails = self._texts(rendered)
+        return self._rows(rendered, tails, self._encode(texts, rendered))
+
+    def _texts(self, rendered: Sequence[Rendered]) -> tuple[list[str], list[Tail]]:
+        """List what is tokenized for each record: its prompt, and the end of that with each answer."""
+        tails = [self.tails.of(item.prompt) for item in rendered]
+        texts: list[str] = []
+        for item, tail in zip(rendered, tails, strict=True):
+            texts += item.prompt, *(tail.text + completion.text for completion in item.completions)
+        return texts, tails
+
+    def _encode(self, texts: list[str], rendered: Sequence[Rendered]) -> "list[Joint]":
+        # Offsets cost a fifth of the time, and only an answer that is not trained on as a whole needs them.
+        if any(text.spans != ((0, len(text.text)),) for item in rendered for text in item.completions):
+            return [
+                (encoding.ids, encoding) for encoding in self._backend.encode_batch(texts, add_special_tokens=False)
+            ]
+        if self._words is not None:
+            return [(ids, None) for ids in self._words.encode(texts)]
+        return [(encoding.ids, None) for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def _rows(self, rendered: Sequence[Rendered], tails: list[Tail], encoded: "list[Joint]") -> list[Tokens]:
+        encodings = iter(encoded)
         rows = []
-        for item, (at, anchor) in zip(rendered, tails, strict=True):
-            prompt = next(encodings).ids
+        for item, tail in zip(rendered, tails, strict=True):
+            prompt, _ = next(encodings)
             if BREAK in item.prompt:
                 prompt = self._pieces(item.prompt, (), start=True)[0]
-            tail = item.prompt[at:], prompt if anchor is None else prompt[_last(prompt, anchor) :]
-            answers = [self._answer(*tail, completion, next(encodings)) for completion in item.completions]
+            tail_ids = self.tails.ids(tail, prompt)
+            answers = [self._answer(tail.text, tail_ids, text, *next(encodings)) for text in item.completions]
             rows.append((self._with_bos(prompt), answers))
         return rows
 
-    def _tail(self, prompt: str) -> tuple[int, int | None]:
-        """Find where the last control token of a prompt starts, and its id: what follows is tokenized by itself."""
-        found = ((prompt.rfind(text), token) for text, token in self._anchors.items())
-        at, anchor = max(found, default=(-1, None))
-        return (0, None) if at < 0 else (at, anchor)
-
-    def _answer(self, tail: str, tail_ids: Ids, completion: Completion, joint: Any) -> Answer:
+    def _answer(self, tail: str, tail_ids: Ids, completion: Completion, joint: Ids, encoding: Any) -> Answer:
         tokens = None
         if BREAK not in tail and BREAK not in completion.text:
-            tokens = _after_prompt(tail, tail_ids, completion, joint)
+            tokens = _after_prompt(tail, tail_ids, completion, joint, encoding)
         ids, scored = tokens or self._pieces(completion.text, completion.spans)
         if completion.needs_eos:
-            ids, scored = [*ids, self.eos], [*scored, True]
+            ids, scored = [*ids, self.eos], scored + TRAINED
         return Answer(ids, scored)
 
-    def _pieces(self, text: str, spans: Sequence[tuple[int, int]], *, start: bool = False) -> tuple[Ids, list[bool]]:
+    def _pieces(self, text: str, spans: Sequence[tuple[int, int]], *, start: bool = False) -> tuple[Ids, bytes]:
         """Tokenize a text piece by piece, cut at the ends of spans and at breaks."""
         cuts = sorted({0, len(text), *(end for span in spans for end in span)})
         ids: Ids = []
-        scored: list[bool] = []
+        scored = b""
         for left, right in pairwise(cuts):
             is_scored = any(begin <= left and right <= end for begin, end in spans)
             for piece in filter(None, text[left:right].split(BREAK)):
                 new = self.plain(piece) if start and not ids else self._continuation(piece)
                 ids += new
-                scored += [is_scored] * len(new)
+                scored += bytes([is_scored]) * len(new)
         return ids, scored
 
     def plain(self, text: str) -> Ids:
@@ -212,26 +245,30 @@ def build_example(prompt: Ids, answers: list[Answer], record: Record, dtype: Any
     Raises:
         Reject: The answers of a pair are the same tokens.
     """
-    rows = [np.asarray(prompt + answer.ids, dtype=dtype) for answer in answers]
-    flags = [np.asarray([False] * len(prompt) + answer.scored, dtype=bool) for answer in answers]
-    for row in flags:
-        row[0] = False
     for winner, loser in record.pairs:
-        if np.array_equal(rows[winner], rows[loser]):
+        if answers[winner].ids == answers[loser].ids:
             raise Reject("identical_tokens", "the answers are the same after truncation")
-    shared = min(len(row) for row in rows) - 1
-    for row, flag in zip(rows[1:], flags[1:], strict=True):
-        differs = (row[:shared] != rows[0][:shared]) | (flag[:shared] != flags[0][:shared])
-        shared = int(differs.argmax()) if differs.any() else shared
+    ids, flags = [answer.ids for answer in answers], [answer.scored for answer in answers]
+    if not prompt:
+        flags = [UNTRAINED + flag[1:] for flag in flags]
+    shared = min(min(map(len, ids)) - 1, _shared(ids), _shared(flags))
     return Example(
-        shared=rows[0][:shared],
-        shared_scored=flags[0][:shared],
-        suffixes=tuple(row[shared:] for row in rows),
-        suffixes_scored=tuple(flag[shared:] for flag in flags),
-        pairs=np.asarray(record.pairs, dtype=np.int64).reshape(-1, 2),
+        shared=np.array(prompt + ids[0][:shared], dtype=dtype),
+        shared_scored=np.frombuffer(UNTRAINED * len(prompt) + flags[0][:shared], bool),
+        suffixes=tuple(np.array(row[shared:], dtype=dtype) for row in ids),
+        suffixes_scored=tuple(np.frombuffer(flag, bool, offset=shared) for flag in flags),
+        pairs=np.array(record.pairs or NO_PAIRS, dtype=np.int64),
         label=-1 if record.label is None else int(record.label),
         target=-1 if record.best is None else record.best,
     )
+
+
+def _shared(rows: Sequence[Any]) -> int:
+    """Count what rows of ids, or of flags, begin with alike: all lie between the least and the greatest."""
+    least, greatest = min(rows), max(rows)
+    if greatest[: len(least)] == least:
+        return len(least)
+    return next(at for at, (one, other) in enumerate(zip(least, greatest, strict=False)) if one != other)
 
 
 def render_prompts(
@@ -262,50 +299,43 @@ def render_prompt(
     return render_prompts(tokenizer, [prompt], template_kwargs)[0]
 
 
-def _anchors(tokenizer: "PreTrainedTokenizerBase") -> dict[str, int]:
-    """Control tokens that split every text: what follows one is tokenized as if the text began with it.
+def _private_copy(backend: "Tokenizer") -> "Tokenizer":
+    """Copy a tokenizer, without the padding and truncation that whoever else calls it may have set.
 
-    A token whose characters may be part of another's is none, nor is one that depends on what stands around it.
+    The copy shares the vocabulary, which would take a tenth of a second to build again.
     """
-    added = {token.content: (number, token) for number, token in tokenizer.added_tokens_decoder.items()}
-    used = str(tokenizer.chat_template) + "".join(str(token) for token in tokenizer.special_tokens_map.values())
-    return {
-        text: number
-        for text, (number, token) in added.items()
-        if text in used and token.special and not (token.single_word or token.normalized)
-        if not _overlaps(text, added.keys() - {text})
-    }
+    from tokenizers import Tokenizer
+
+    copy = Tokenizer(backend.model)
+    for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if (part := getattr(backend, name)) is not None:
+            setattr(copy, name, part)
+    copy.encode_special_tokens = backend.encode_special_tokens
+    added = backend.get_added_tokens_decoder()
+    copy.add_tokens([added[number] for number in sorted(added)])
+    if copy.get_added_tokens_decoder() != added:
+        copy = Tokenizer.from_str(backend.to_str())
+        copy.no_padding()
+        copy.no_truncation()
+    return copy
 
 
-def _overlaps(text: str, others: Set[str]) -> bool:
-    heads = tuple(text[:end] for end in range(1, len(text)))
-    tails = tuple(text[start:] for start in range(1, len(text)))
-    return any(text in other or other.endswith(heads) or other.startswith(tails) for other in others)
-
-
-def _last(ids: Ids, token: int) -> int:
-    return len(ids) - 1 - ids[::-1].index(token)
-
-
-def _texts(item: Rendered, at: int) -> list[str]:
-    return [item.prompt, *(item.prompt[at:] + completion.text for completion in item.completions)]
-
-
-def _after_prompt(prompt: str, prompt_ids: Ids, completion: Completion, joint: Any) -> tuple[Ids, list[bool]] | None:
+def _after_prompt(
+    prompt: str, prompt_ids: Ids, completion: Completion, ids: Ids, encoding: Any
+) -> tuple[Ids, bytes] | None:
     """Take an answer's tokens from prompt + answer, or None where a token crosses a boundary."""
-    ids = joint.ids
     if ids[: len(prompt_ids)] != prompt_ids:
         return None
     if completion.spans == ((0, len(completion.text)),):
         answer = ids[len(prompt_ids) :]
-        return answer, [True] * len(answer)
-    scored = [False] * len(ids)
+        return answer, TRAINED * len(answer)
+    scored = bytearray(len(ids))
     for span in completion.spans:
-        begin, end = (_token_at(joint, len(prompt), len(prompt_ids), completion.text, at) for at in span)
+        begin, end = (_token_at(encoding, len(prompt), len(prompt_ids), completion.text, at) for at in span)
         if begin is None or end is None:
             return None
-        scored[begin:end] = [True] * (end - begin)
-    return ids[len(prompt_ids) :], scored[len(prompt_ids) :]
+        scored[begin:end] = TRAINED * (end - begin)
+    return ids[len(prompt_ids) :], bytes(scored[len(prompt_ids) :])
 
 
 def _token_at(joint: Any, prompt_chars: int, prompt_tokens: int, text: str, at: int) -> int | None:

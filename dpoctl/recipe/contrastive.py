@@ -13,7 +13,8 @@ from dpoctl.recipe.expect import Expect, Path
 from dpoctl.recipe.loader import read_text
 from dpoctl.recipe.overrides import apply_overrides
 from dpoctl.recipe.problems import Problem, RecipeError, dotted, shown
-from dpoctl.recipe.schema import Count, DType, QuantizationSection, Section, Text
+from dpoctl.recipe.schema import QuantizationSection
+from dpoctl.recipe.section import Count, DType, Section, Text
 from dpoctl.recipe.suggest import Suggester, closest
 from dpoctl.recipe.validate import keys_of
 from dpoctl.recipe.wording import explain

@@ -14,7 +14,8 @@ from dpoctl.recipe.document import Document
 from dpoctl.recipe.expect import Path
 from dpoctl.recipe.foreign import CONVERSIONS, LOSS_NAMES
 from dpoctl.recipe.problems import Problem, dotted, shown
-from dpoctl.recipe.schema import LOSS, DpoSection, Recipe, Section
+from dpoctl.recipe.schema import LOSS, DpoSection, Recipe
+from dpoctl.recipe.section import Section
 from dpoctl.recipe.suggest import Suggester, closest
 from dpoctl.recipe.wording import explain
 
@@ -104,9 +105,8 @@ def unknown_choice(document: Document, path: Path, given: object, allowed: Itera
     if isinstance(given, str):
         theirs = LOSS_NAMES.get(given.lower().replace("-", "_"))
         match = theirs if theirs in allowed else closest(given, allowed)
-    meant = f", did you mean {match!r}?" if match else ""
-    message = f"{dotted(path)}: expected one of {', '.join(allowed)}, got {shown(given)}{meant}"
-    return Problem(document.value_place(path), message, path)
+    known = f"did you mean {match!r}?" if match else f"expected one of {', '.join(allowed)}"
+    return Problem(document.value_place(path), f"{dotted(path)}: unknown name {shown(given)}, {known}", path)
 
 
 class _Reader:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from dpoctl.recipe.expect import Path
 from dpoctl.recipe.facts import Grade, Remark, Situation
-from dpoctl.recipe.schema import Source
+from dpoctl.recipe.schema_data import Source
 
 Rule = Callable[[Situation], Iterator[Remark]]
 

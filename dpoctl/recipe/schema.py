@@ -7,42 +7,24 @@ error messages and `--set` pick it up.
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from dpoctl.recipe.expect import Expect, Path
 from dpoctl.recipe.inert import inert_keys
+from dpoctl.recipe.schema_data import DataSection
+from dpoctl.recipe.section import Count, DType, Probability, Section, Share, Text
 from dpoctl.recipe.values import (
     auto_or_count,
     auto_or_flag,
-    eval_sets,
     exactly_one,
-    held_out,
     lora_targets,
     name_list,
     one_or_several,
-    source_list,
-    source_path,
     typed_config,
 )
 from dpoctl.recipe.writer import write_yaml
 
 LOSS: Path = ("dpo", "loss")
-DType = Literal["auto", "float32", "bfloat16", "float16"]
-Text = Annotated[str, MinLen(1)]
-Count = Annotated[int, Ge(1)]
-Share = Annotated[float, Ge(0), Le(1)]
-Probability = Annotated[float, Ge(0), Lt(1)]
-PairMode = Literal["best-worst", "best-rest", "best-random", "adjacent", "all"]
-Overlong = Literal["drop", "truncate"]
-PromptTruncation = Literal["keep_end", "keep_start"]
-
-
-class Section(BaseModel):
-    """A part of the recipe: no unknown keys, no coercion, no changes after it is read."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
 
 class TokenizerSpec(Section):
@@ -122,98 +104,6 @@ class LoraSection(Section):
     """Scale by lora_alpha / sqrt(r) instead."""
 
 
-class Source(Section):
-    """One place that rows come from. A bare string is its path."""
-
-    path: Text = Field(examples=["pairs.jsonl"])
-    """A hub id, a file, a folder saved by `datasets`, or a built-in source such as demo:reviewer2."""
-    name: Text | None = Field(default=None, examples=["default"])
-    """The configuration of a hub data set."""
-    split: Text = "train"
-    """The split of a hub data set, of a folder saved by `datasets`, or of a built-in source."""
-    revision: Text | None = Field(default=None, examples=["main"])
-    """The branch, tag or commit of a hub data set."""
-    data_files: Annotated[list[Text], MinLen(1)] | None = Field(default=None, examples=[["part-0.jsonl"]])
-    """Which files of a folder or hub data set, where not all."""
-    format: Text = "auto"
-    """The format of the rows; auto looks at them and says what it found."""
-    format_options: dict[str, Any] = {}
-    """What else the format is told, e.g. which of two judgements counts."""
-    weight: Annotated[float, Gt(0)] = 1.0
-    """How often a row is seen per epoch: 0.5 takes a seeded half, 2 takes each row twice."""
-    max_samples: Count | None = Field(default=None, examples=[1000])
-    """Use no more than this many rows: a seeded sample."""
-    column_map: dict[str, Text] = {}
-    """Canonical column name: its name in the file."""
-    pairs: PairMode | None = None
-    """Which answers of a row that rates several are compared; null is best-worst, for a list-wise loss all."""
-    min_margin: Annotated[float, Ge(0)] | None = None
-    """Drop pairs whose ratings differ by less."""
-    max_pairs_per_prompt: Count | None = None
-    """Use no more than this many pairs of one prompt."""
-    ties: Literal["drop", "keep"] | None = None
-    """What becomes of pairs with equal ratings, always counted; null is drop."""
-    max_length: Annotated[int, Ge(2)] | None = None
-    """data.max_length, for this source."""
-    max_prompt_length: Count | None = None
-    """data.max_prompt_length, for this source."""
-    overlong: Overlong | None = None
-    """data.overlong, for this source."""
-    prompt_truncation: PromptTruncation | None = None
-    """data.prompt_truncation, for this source."""
-    metrics: Text | None = None
-    """The name that metrics of this source's rows go by; null is no metrics of their own."""
-
-
-Sources = Annotated[
-    list[Annotated[Source, BeforeValidator(source_path, json_schema_input_type=str | Source)]],
-    MinLen(1),
-    BeforeValidator(source_list, json_schema_input_type=str | list[str | Source]),
-    Expect("a list of sources, each a path or a mapping with one"),
-]
-
-
-class DataSection(Section):
-    """What the model learns from and is measured on."""
-
-    train: Sources = Field(examples=[["pairs.jsonl"]])
-    """The sources of training rows."""
-    eval: Annotated[
-        dict[Text, Sources],
-        BeforeValidator(
-            eval_sets,
-            json_schema_input_type=str | list[str | Source] | dict[str, str | list[str | Source]] | None,
-        ),
-        Expect("a list of sources, or a mapping of a name to a list of sources"),
-    ] = Field(default={}, examples=[["heldout.jsonl"]])
-    """Named eval sets; a bare list is the one named `eval`."""
-    eval_size: Annotated[
-        float | int | None,
-        BeforeValidator(held_out, json_schema_input_type=float | int | None),
-        Expect("a share above 0 and below 1, a whole number of rows of at least 1, or null"),
-    ] = Field(default=None, examples=[0.05])
-    """Hold out this share, or this many, of the training rows as the eval set `eval`."""
-    max_length: Annotated[int, Ge(2)] = 1024
-    """Tokens of prompt + answer."""
-    max_prompt_length: Count | None = Field(default=None, examples=[512])
-    """Tokens of the prompt; must be smaller than max_length."""
-    overlong: Overlong = "drop"
-    """What becomes of a row that is longer; always counted."""
-    prompt_truncation: PromptTruncation = "keep_end"
-    """Which end of an over-long prompt survives; needs overlong: truncate."""
-    duplicates: Literal["keep", "drop"] = "keep"
-    """What becomes of rows that are seen again; always counted."""
-    chat_template_kwargs: dict[str, Any] = {}
-    """Further variables for the chat template."""
-
-    @property
-    def sources(self) -> list[tuple[Path, Source]]:
-        """Every source of training and evaluation, and where in the recipe it stands."""
-        sets: list[tuple[Path, list[Source]]] = [(("data", "train"), self.train)]
-        sets += [(("data", "eval", name), sources) for name, sources in self.eval.items()]
-        return [((*path, index), source) for path, sources in sets for index, source in enumerate(sources)]
-
-
 class SftSection(Section):
     """Supervised fine-tuning."""
 
@@ -248,7 +138,7 @@ class DpoSection(Section):
         dict[str, Any] | list[dict[str, Any]],
         BeforeValidator(one_or_several, json_schema_input_type=dict[str, Any] | list[dict[str, Any]]),
         Expect("a mapping such as {type: sigmoid, beta: 0.1}, or a list of them"),
-    ] = {"type": "sigmoid"}
+    ] = Field(default={"type": "sigmoid"})
     """The loss by `type`, and the hyperparameters of that loss; or a list of losses, each with its weight in a sum."""
     loss_on: Literal["last", "assistant"] = "last"
     """Judge an answer by its last assistant turn, or by every one after the two conversations part."""
@@ -320,7 +210,7 @@ class TrainingSection(Section):
         list[Literal["tensorboard", "wandb", "trackio"]],
         BeforeValidator(name_list, json_schema_input_type=str | list[str] | None),
         Expect("none, or any of tensorboard, wandb, trackio"),
-    ] = []
+    ] = Field(default=[])
     """Trackers that get the metrics too."""
     run_name: Text | None = Field(default=None, examples=["zephyr-dpo"])
     """The name of the run at wandb and trackio; tensorboard calls it by its folder."""

@@ -81,13 +81,12 @@ def figures(history: History, recipe: Mapping[str, Any]) -> list[Figure]:
 
 def _figures(history: History, recipe: Mapping[str, Any]) -> Iterator[Figure | None]:
     is_dpo = recipe.get("method") == "dpo"
-    starts_at_ln2 = is_dpo and _loss(recipe).get("type") == "sigmoid"
     caption = (
         "Mean over pairs; in training, over those since the last point."
         if is_dpo
         else "Nats per token that is trained on."
     )
-    yield _plain(history, "loss", "Loss", caption, mark=LN2 if starts_at_ln2 else None, allow_log=not is_dpo)
+    yield _plain(history, "loss", "Loss", caption, mark=LN2 if _starts_at_ln2(recipe) else None, allow_log=not is_dpo)
     yield _plain(
         history,
         "rewards/accuracies",
@@ -145,7 +144,7 @@ def remarks(history: History, recipe: Mapping[str, Any]) -> list[str]:
                 f"It was lowest at step {best_step:,.0f} ({number(best)}) and has risen since: "
                 "fewer steps, or a lower learning rate, would do better."
             )
-        if is_dpo and _loss(recipe).get("type") == "sigmoid" and abs(loss[-1][1] - LN2.value) < STUCK:
+        if _starts_at_ln2(recipe) and abs(loss[-1][1] - LN2.value) < STUCK:
             said.append("It has hardly left ln 2 = 0.693, where every DPO begins: the policy has learned nothing yet.")
     broken = [metric for metric, points in history.train.items() if any(not math.isfinite(v) for _, v in points)]
     if broken:
@@ -169,9 +168,17 @@ def _of_pairs(table: Mapping[str, list[Point]]) -> Iterator[str]:
         yield "That chosen answers became less likely too is common: only the gap is trained. Read the samples."
 
 
-def _loss(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+def losses_of(recipe: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """List the terms of a recipe's preference loss: one, those of a weighted sum, or none."""
     loss = (recipe.get("dpo") or {}).get("loss")
-    return loss if isinstance(loss, Mapping) else {}
+    terms = loss if isinstance(loss, list) else [loss]
+    return [term for term in terms if isinstance(term, Mapping)]
+
+
+def _starts_at_ln2(recipe: Mapping[str, Any]) -> bool:
+    """Whether the loss of equal policy and reference is ln 2."""
+    plain = [term.get("type") == "sigmoid" and not term.get("sft_weight") for term in losses_of(recipe)]
+    return recipe.get("method") == "dpo" and plain == [True]
 
 
 def _value(value: Any) -> float | None:

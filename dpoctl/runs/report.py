@@ -17,7 +17,7 @@ from dpoctl.errors import UsageError
 from dpoctl.runs import curves
 from dpoctl.runs.curves import number, percent
 from dpoctl.runs.directory import RESOLVED_RECIPE
-from dpoctl.runs.figures import History, figures, remarks
+from dpoctl.runs.figures import History, figures, losses_of, remarks
 from dpoctl.runs.files import write_atomically
 from dpoctl.runs.metrics import MetricsFile
 from dpoctl.runs.redact import redact, redact_text
@@ -114,7 +114,7 @@ def _contents(run: Path) -> dict[str, Any]:
         "subtitle": _describe(recipe, history),
         "written": _day(run / "metrics.jsonl"),
         "tiles": list(_tiles(recipe, history, evaluation)),
-        "remarks": remarks(history, recipe),
+        "remarks": [*remarks(history, recipe), *_symptoms(run / "health.json")],
         "advice": _advice(run / "advice.json"),
         "figures": figures(history, recipe),
         "evaluations": _evaluations(history),
@@ -132,14 +132,25 @@ def _describe(recipe: Mapping[str, Any], history: History) -> str:
     """The run in one line."""
     model, training = recipe.get("model") or {}, recipe.get("training") or {}
     lora, scratch = recipe.get("lora"), model.get("from_scratch")
-    loss = (recipe.get("dpo") or {}).get("loss") or {}
-    method = "SFT" if recipe.get("method") == "sft" else f"DPO ({loss.get('type')}, β {loss.get('beta')})"
+    method = "SFT" if recipe.get("method") == "sft" else f"DPO ({' + '.join(map(_loss, losses_of(recipe)))})"
     name = f"a new {scratch['config'].get('model_type')}" if scratch else model.get("model_name_or_path")
     with_ = f"LoRA of rank {lora.get('r', '?')}" if lora else "all weights"
     return (
         f"{method} of {name}, {with_}; {history.last_step:,} steps of {training.get('global_batch_size')}, "
         f"learning rate {training.get('learning_rate')}"
     )
+
+
+def _loss(term: Mapping[str, Any]) -> str:
+    weight = f"{term['weight']:g} x " if "weight" in term else ""
+    beta = f", β {term['beta']:g}" if isinstance(term.get("beta"), int | float) else ""
+    return f"{weight}{term.get('type')}{beta}"
+
+
+def _symptoms(path: Path) -> Iterator[str]:
+    """What was seen of the run's health while it trained."""
+    for one in _json(path) or ():
+        yield f"Step {one['step']:,}: {one['message']}; {one['hint']}."
 
 
 def _tiles(recipe: Mapping[str, Any], history: History, evaluation: Mapping[str, Any]) -> Iterator[Tile]:

@@ -1,5 +1,6 @@
 """The machine a run finds itself on: its ranks, its precision, and how many tokens fit into a micro-batch."""
 
+import logging
 from datetime import timedelta
 
 import psutil
@@ -33,6 +34,7 @@ def quiet_libraries() -> None:
     """Keep the libraries' own bars and remarks out of what this program says."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def build_accelerator(recipe: Recipe) -> Accelerator:

@@ -153,7 +153,7 @@ class Samples:
         else:
             self._reference = self._sampler.draw(policy.causal)
 
-    def write(self, step: int, journal: Journal) -> None:
+    def write(self, journal: Journal, step: int) -> None:
         """Draw from the policy as it is now, and write, show and log its samples."""
         if self._sampler is None:
             return

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,11 +161,7 @@ def _train(
     readers, live = _with_reference(readers, recipe, accelerator, policy, plan, task, verdict)
     evals = {name: EvalSet(readers[name], plan.one_pass(Lengths.of(store))) for name, store in data.evals.items()}
     set_gradient_checkpointing(policy, checkpointing)
-    optimizer = extensions.build_optimizer(policy, recipe.training)
-    plain = Scorer(policy.model, policy.causal, verdict, confidence="confidence" in task.needs)
-    scorer, optimizer = accelerator.prepare(plain.train(), optimizer)
-    report = extensions.report(task.report)
-    objective = Objective(accelerator, scorer, task.terms, report, live, recipe.training.seed)
+    objective, optimizer = _objective(recipe, accelerator, policy, verdict, task, live, extensions)
     if newest is None and task.needs_reference and recipe.dpo.reference.path is None:
         check_first_step(objective, plan, readers[TRAIN], task.at_init, policy.dtype)
     start = newest.step if newest else -1
@@ -174,14 +171,7 @@ def _train(
 
     training = recipe.training
     with Journal(
-        recipe,
-        directory,
-        accelerator,
-        policy,
-        optimizer,
-        plan,
-        objective,
-        newest,
+        *(recipe, directory, accelerator, policy, optimizer, plan, objective, newest),
         data_key=data.train.key,
         live=live,
         expected=_expectation(recipe, plan, task),
@@ -197,11 +187,7 @@ def _train(
                 learning_rate=extensions.rates(training, plan.num_steps),
                 max_grad_norm=training.max_grad_norm,
                 outputs=Outputs(
-                    listeners.log,
-                    journal.save,
-                    journal.advance,
-                    lambda step: samples.write(step, journal),
-                    listeners.ended,
+                    *(listeners.log, journal.save, journal.advance), partial(samples.write, journal), listeners.ended
                 ),
                 cadence=_cadence(training),
                 evals=evals,
@@ -213,6 +199,22 @@ def _train(
         policy.export(directory.path, tokenizer)
     accelerator.wait_for_everyone()
     return {"output_dir": str(directory.path), "steps": done, "metrics": journal.last}
+
+
+def _objective(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    policy: Policy,
+    verdict: Verdict,
+    task: Task,
+    live: Live | None,
+    extensions: Extensions,
+) -> tuple[Objective, Any]:
+    """Return what is minimised, and what minimises it, on all ranks together."""
+    plain = Scorer(policy.model, policy.causal, verdict, confidence="confidence" in task.needs)
+    scorer, optimizer = accelerator.prepare(plain.train(), extensions.build_optimizer(policy, recipe.training))
+    report = extensions.report(task.report)
+    return Objective(accelerator, scorer, task.terms, report, live, recipe.training.seed), optimizer
 
 
 def _newest_checkpoint(directory: RunDirectory, accelerator: Accelerator, data_key: str) -> Checkpoint | None:

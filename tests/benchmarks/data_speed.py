@@ -86,6 +86,8 @@ def run_child(name: str, data: Path, tokenizer: Path, cache: Path) -> dict[str, 
 
 def dpoctl_prepare(data: Path, tokenizer: Path, cache: Path) -> dict[str, Any]:
     """Rows to a token store."""
+    import rich.console
+    import rich.table  # noqa: F401
     from transformers import AutoTokenizer
 
     from dpoctl.core.losses import LOSSES
@@ -139,7 +141,7 @@ def describe(rows: int, seconds: float, sequences: Iterator[np.ndarray]) -> dict
 def write_explicit(data: Path, explicit: Path) -> None:
     """Give TRL the rows with their prompts split off, by the converter."""
     from dpoctl.data.convert import Job, run
-    from dpoctl.recipe.schema import Source
+    from dpoctl.recipe.schema_data import Source
 
     run(Job(Source(path=str(data)), str(explicit)))
 

@@ -13,7 +13,7 @@ from dpoctl.data import convert
 from dpoctl.data.convert import Job, detect
 from dpoctl.data.formats import FORMATS, TURN
 from dpoctl.errors import DataError, UsageError
-from dpoctl.recipe.schema import Source
+from dpoctl.recipe.schema_data import Source
 
 FIXTURES = sorted((Path(__file__).parent / "fixtures").iterdir())
 
@@ -130,7 +130,7 @@ def test_outputs_that_exclude_each_other_are_refused(write_rows, tmp_path):
         run(source, output=str(tmp_path / "a"), rejects=str(tmp_path / "a"))
 
 
-IMPORT = "from dpoctl.data.convert import Job, run; from dpoctl.recipe.schema import Source"
+IMPORT = "from dpoctl.data.convert import Job, run; from dpoctl.recipe.schema_data import Source"
 PIPE = f"{IMPORT}; run(Job(Source(path='-'), '-'))"
 
 

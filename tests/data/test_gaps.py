@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dpoctl.data.gaps import GapFinder, GapTally
 from dpoctl.data.records import Record
-from dpoctl.data.tokenize import Answer, Encoder, build_example
+from dpoctl.data.tokenize import TRAINED, Answer, Encoder, build_example
 
 
 def word_level():
@@ -18,7 +18,7 @@ def word_level():
 
 def gaps_of(tokenizer, prompt, *answers, ids=None):
     encoder = Encoder(tokenizer)
-    rows = [Answer(encoder.plain(answer), [True] * len(encoder.plain(answer))) for answer in answers]
+    rows = [Answer(encoder.plain(answer), TRAINED * len(encoder.plain(answer))) for answer in answers]
     record = Record(prompt, answers)
     example = build_example(ids or encoder.plain(prompt), rows, record, np.uint16)
     return GapFinder(encoder).find(example, record)

@@ -114,6 +114,14 @@ def test_pairs_that_share_a_prompt_are_held_out_together(run, write_rows):
     assert len(prepared.evals["eval"]) == 10
 
 
+def test_texts_without_a_prompt_are_held_out_one_by_one(run, write_rows):
+    rows = [{"text": f"text {number}"} for number in range(50)]
+    prepared = run(train=[write_rows(rows)], eval_size=7, method="sft")
+    assert len(prepared.evals["eval"]) == 7
+    assert len(prepared.train) == 43
+    assert prepared.report["evals"]["eval"]["leaked"]["records"] == 0
+
+
 def test_a_split_that_holds_out_everything_is_refused(run, write_rows):
     with pytest.raises(DataError, match="3 held_out"):
         run(train=[write_rows([pair(number) for number in range(3)])], eval_size=5)

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from dpoctl.data.records import Record, Reject
 from dpoctl.data.template import BREAK, Renderer
-from dpoctl.data.tokenize import Encoder, _texts
+from dpoctl.data.tokenize import Encoder
 from dpoctl.errors import DataError
 from dpoctl.recipe.templates import NAMES, template_text
 
@@ -102,19 +102,3 @@ def test_answers_of_a_byte_level_tokenizer(name: str, record: Record, loss_on: s
 @SETTINGS
 def test_answers_of_the_llama_tokenizer(name: str, record: Record, loss_on: str) -> None:
     check(llama, name, record, loss_on)
-
-
-@pytest.mark.parametrize("kind", ["byte-level", "llama"])
-@given(record=conversations())
-@SETTINGS
-def test_tokens_after_the_last_control_token_are_those_of_the_whole_text(kind: str, record: Record) -> None:
-    if kind == "llama" and not LLAMA.is_dir():
-        pytest.skip("the real tokenizer is not here")
-    load, name = (llama, "zephyr") if kind == "llama" else (byte_level, "chatml")
-    encoder = encoder_of(load, name)
-    rendered = Renderer(load(name), {}).render(record)
-    at, anchor = encoder._tail(rendered.prompt)
-    assert anchor is not None
-    for text, tail in zip(_texts(rendered, 0), _texts(rendered, at), strict=True):
-        if BREAK not in text and text != rendered.prompt:
-            assert encoder.plain(text)[-len(encoder.plain(tail)) :] == encoder.plain(tail)

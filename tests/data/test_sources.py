@@ -12,7 +12,7 @@ from dpoctl.data import hub
 from dpoctl.data.records import Reject
 from dpoctl.data.sources import fingerprint, location, read_rows
 from dpoctl.errors import DataError, SetupError
-from dpoctl.recipe.schema import Source
+from dpoctl.recipe.schema_data import Source
 
 
 def rows(**source):
@@ -33,7 +33,7 @@ def test_an_unreachable_hub_id_is_named(monkeypatch):
     assert error.value.exit_code == 5
 
 
-READ = "from dpoctl.data.sources import *; from dpoctl.recipe.schema import Source; "
+READ = "from dpoctl.data.sources import *; from dpoctl.recipe.schema_data import Source; "
 OFFLINE = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
 
 

@@ -6,13 +6,13 @@ import pytest
 
 from dpoctl.data.records import Record, Reject
 from dpoctl.data.store import StoreWriter, find_store
-from dpoctl.data.tokenize import Answer, build_example
+from dpoctl.data.tokenize import TRAINED, Answer, build_example
 
 PAIR = Record("p", (" a", " b"), ((0, 1),))
 
 
 def example(*answers, prompt=(1, 2), pairs=((0, 1),), dtype=np.uint16):
-    rows = [Answer(list(ids), [True] * len(ids)) for ids in answers]
+    rows = [Answer(list(ids), TRAINED * len(ids)) for ids in answers]
     return build_example(list(prompt), rows, Record("p", ("a",) * len(rows), tuple(pairs)), dtype)
 
 

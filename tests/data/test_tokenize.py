@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 from dpoctl.data.records import Record, Reject
 from dpoctl.data.template import Renderer
-from dpoctl.data.tokenize import Answer, Encoder, Limits, build_example, fit, render_prompt
+from dpoctl.data.tokenize import TRAINED, Answer, Encoder, Limits, build_example, fit, render_prompt
 from dpoctl.errors import SetupError
 
 LLAMA = Path(__file__).parents[3] / "shared" / "data" / "llama-tokenizer"
@@ -107,7 +107,7 @@ def test_there_is_exactly_one_bos_if_the_tokenizer_adds_one(tokenizer, encode, w
 def test_state_that_others_left_on_the_tokenizer_does_not_matter(tokenizer):
     mine = copy.deepcopy(tokenizer)
     mine(["a", "b c d"], padding=True, truncation=True, max_length=2)
-    assert Encoder(mine).state() == Encoder(tokenizer).state()
+    assert Encoder(mine).state == Encoder(tokenizer).state
 
 
 def test_a_slow_tokenizer_is_refused_by_name():
@@ -120,7 +120,7 @@ def test_a_slow_tokenizer_is_refused_by_name():
 
 def lengths(prompt, answers, *, room=512, prompt_room=None, truncate=True, keep_start=False):
     """Fit a prompt and answers of these lengths, and return the lengths they have then."""
-    rows = [Answer(list(range(length)), [True] * length) for length in answers]
+    rows = [Answer(list(range(length)), TRAINED * length) for length in answers]
     limits = Limits(room, prompt_room, truncate, keep_start)
     ids, _, _ = fit(list(range(100, 100 + prompt)), rows, limits, bos=None)
     return (len(ids), *(len(row.ids) for row in rows))
@@ -150,20 +150,20 @@ def test_overlong_rows_are_rejected_unless_they_may_be_cut(prompt, answers, opti
 
 
 def test_the_end_of_a_prompt_that_survives_is_the_one_asked_for():
-    row = [Answer([7], [True])]
+    row = [Answer([7], TRAINED)]
     assert fit([1, 2, 3, 4], row, Limits(4, 3, True, False), bos=None)[0] == [2, 3, 4]
     assert fit([1, 2, 3, 4], row, Limits(4, 3, True, True), bos=None)[0] == [1, 2, 3]
     assert fit([1, 2, 3, 4], row, Limits(4, 3, True, False), bos=1)[0] == [1, 3, 4]
 
 
 def test_a_row_is_rejected_when_truncation_leaves_nothing_to_learn():
-    row = [Answer([5, 6, 7, 8], [False, False, False, True])]
+    row = [Answer([5, 6, 7, 8], bytes([0, 0, 0, 1]))]
     with pytest.raises(Reject, match="nothing_to_learn"):
         fit([1], row, Limits(4, None, True, False), bos=None)
 
 
 def example(prompt, *answers, scored=None, pairs=((0, 1),)):
-    rows = [Answer(list(ids), scored or [True] * len(ids)) for ids in answers]
+    rows = [Answer(list(ids), scored or TRAINED * len(ids)) for ids in answers]
     return build_example(prompt, rows, Record("p", ("a",) * len(rows), tuple(pairs)), np.uint16)
 
 
@@ -183,7 +183,7 @@ def test_each_suffix_keeps_a_token_when_one_answer_starts_the_other():
 
 
 def test_tokens_with_other_flags_are_not_shared():
-    rows = [Answer([3, 4, 5], [False, True, True]), Answer([3, 4, 6], [True, True, True])]
+    rows = [Answer([3, 4, 5], bytes([0, 1, 1])), Answer([3, 4, 6], bytes([1, 1, 1]))]
     assert build_example([1], rows, Record("p", ("a", "b"), ((0, 1),)), np.uint16).shared.tolist() == [1]
 
 
@@ -211,20 +211,3 @@ def test_a_prompt_alone_has_the_ids_that_it_is_trained_with(tokenizer, encode):
     for prompt in ([user("hello <|im_end|> world")], "hello "):
         answer = [assistant("yes")] if isinstance(prompt, list) else "yes"
         assert render_prompt(tokenizer, prompt, {}) == encode(prompt, answer)[0]
-
-
-@pytest.mark.parametrize("tail", ["<|im_end|>\n", "<|im_start|>assistant\n", "<|im_end|>", "no control token"])
-def test_only_what_follows_the_last_control_token_is_tokenized_again(tokenizer, tail):
-    encoder = Encoder(tokenizer)
-    at, anchor = encoder._tail("hello <|im_start|>user\nworld" + tail)
-    expected = tail if tail.startswith("<") else "<|im_start|>user\nworldno control token"
-    assert ("hello <|im_start|>user\nworld" + tail)[at:] == expected
-    assert tokenizer.convert_ids_to_tokens(anchor) == expected.partition("|>")[0] + "|>"
-
-
-def test_a_token_that_may_be_part_of_another_is_no_place_to_cut(tokenizer):
-    mine = copy.deepcopy(tokenizer)
-    mine.add_tokens(["<|im_end|>>", "x<|"], special_tokens=True)
-    mine.chat_template = str(mine.chat_template) + "<|im_end|>> x<|"
-    assert Encoder(mine)._anchors == {}
-    assert Encoder(tokenizer)._anchors.keys() == {"<|im_start|>", "<|im_end|>", "<|pad|>"}

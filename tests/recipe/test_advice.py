@@ -3,48 +3,17 @@
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
+from advice_samples import FULL, GOOD, SCRATCH, SFT, examine, findings, rate, told, training
 
-from dpoctl.core.losses import LOSSES
-from dpoctl.data.formats import FORMATS
-from dpoctl.recipe import Examined, examine_recipe
-from dpoctl.recipe.advice import Finding, advise, count_grades, show_warnings
+from dpoctl.recipe.advice import advise, count_grades, show_warnings
 from dpoctl.recipe.facts import Facts, Remark, Situation
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 # A specification of data to make stands there too.
 SHIPPED = [file for file in RECIPES if "training" in yaml.safe_load(file.read_text(encoding="utf-8"))]
-GOOD = """\
-method: dpo
-model: {model_name_or_path: some/model-7b}
-lora: {r: 16}
-data:
-  train: [{path: pairs.jsonl, max_samples: 5000}]
-  eval: [{path: heldout.jsonl, max_samples: 2000}]
-dpo: {loss: {beta: 0.1}}
-training:
-  output_dir: runs/x
-  learning_rate: 2e-5
-  eval_steps: 10
-  save_steps: 100
-"""
-FULL = GOOD.replace("lora: {r: 16}\n", "# all weights\n")
-SFT = GOOD.replace("method: dpo", "method: sft").replace("dpo: {loss: {beta: 0.1}}\n", "# no loss to choose\n")
-RATE = "learning_rate: 2e-5"
-SCRATCH = "{from_scratch: {config: {model_type: llama}, tokenizer: {vocab_size: 300}}}"
-
-
-def rate(text: str, value: str) -> str:
-    return text.replace(RATE, f"learning_rate: {value}")
-
-
-def training(text: str, *lines: str) -> str:
-    return text + "".join(f"  {line}\n" for line in lines)
-
-
 # name: (recipe, code, grade, line, a piece of the message)
 ADVICE = {
     "a rate far too high for LoRA": (rate(GOOD, "5e-4"), "lr-high-lora", "warning", 10, "5e-4 is high for preferences"),
@@ -146,19 +115,6 @@ ADVICE = {
         GOOD.replace("heldout.jsonl", "pairs.jsonl"), "eval-is-train", "warning", 5, "will flatter",
     ),
 }  # fmt: skip
-
-
-def examine(text: str, *overrides: str) -> Examined:
-    return examine_recipe(text, "r.yaml", overrides=overrides, losses=LOSSES, formats=FORMATS)
-
-
-def findings(text: str, *overrides: str, **facts: Any) -> list[Finding]:
-    seen = examine(text, *overrides)
-    return advise(seen.recipe, seen.document, Facts(**facts), seen.problems)
-
-
-def told(found: list[Finding]) -> set[tuple[str, str]]:
-    return {(one.grade, one.code) for one in found}
 
 
 @pytest.mark.parametrize("text", [GOOD, SFT, rate(FULL, "5e-7")], ids=["lora", "sft", "full"])
@@ -349,46 +305,6 @@ def test_a_template_whose_turns_end_with_a_known_token_is_only_noted() -> None:
     assert told(findings(GOOD, split_tokens=("<|user|>",))) == {("note", "control-tokens")}
 
 
-def test_a_loss_that_couples_the_batch_says_over_how_many_rows() -> None:
-    text = GOOD.replace("beta: 0.1", "type: beta_dpo")
-    (found,) = findings(text, coupling=("beta_dpo",))
-    assert (found.grade, found.code) == ("note", "statistics-batch")
-    assert "the loss 'beta_dpo' compares" in found.message
-    assert "64 rows, however they are spread" in found.message
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_no_loss_is_warned_of_its_own_defaults(name: str) -> None:
-    assert findings(GOOD.replace("beta: 0.1", f"type: {name}")) == []
-
-
-def test_the_usual_rate_of_orpo_is_not_too_high_for_it() -> None:
-    text = rate(FULL, "8e-6")
-    assert told(findings(text)) == {("warning", "lr-high-full")}
-    assert told(findings(text.replace("beta: 0.1", "type: orpo"))) == set()
-
-
-@pytest.mark.parametrize(
-    ("labels", "weights", "said"),
-    [
-        ((300, 300), "", None),
-        ((400, 300), "", None),
-        ((300, 600), "", "300 desirable and 600 undesirable rows weigh 300 to 600; its authors keep the first between"),
-        ((300, 600), "", "e.g. by desirable_weight: 2"),
-        ((800, 300), "", "e.g. by undesirable_weight: 2"),
-        ((300, 600), ", desirable_weight: 2.0", None),
-        ((800, 300), ", undesirable_weight: 2.0", None),
-        ((400, 300), ", desirable_weight: 3.0", "weigh 1,200 to 300"),
-    ],
-)
-def test_labels_that_outweigh_one_another_are_noted_with_the_weight_that_levels_them(
-    labels: tuple[int, int], weights: str, said: str | None
-) -> None:
-    found = findings(GOOD.replace("beta: 0.1", f"type: kto{weights}"), labels=labels)
-    assert told(found) == ({("note", "kto-balance")} if said else set())
-    assert all(str(said) in one.message and one.line == 7 for one in found)
-
-
 def test_what_stands_in_for_a_wrong_value_gets_no_advice() -> None:
     found = findings(rate(GOOD, "fast").replace("eval_steps: 10", "eval_steps: none"))
     assert {one.grade for one in found} == {"error"}
@@ -423,7 +339,3 @@ def test_a_run_prints_warnings_and_keeps_notes_to_itself(capsys: pytest.CaptureF
 def test_advice_needs_no_model_library() -> None:
     script = "import sys, dpoctl.recipe.advice; sys.exit(bool({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
-
-
-def test_the_meaning_of_beta_is_told_where_the_loss_is_documented() -> None:
-    assert "higher beta keeps the policy closer" in (LOSSES["sigmoid"].__doc__ or "")

@@ -32,7 +32,9 @@ def refusals(loss: str, rest: str = "", overrides: Sequence[str] = (), good: str
 
 # name: (the loss, column in line 7, how the message starts)
 WRONG = {
-    "no such loss": ("{type: quantum}", 16, "dpo.loss.type: expected one of " + ", ".join(LOSSES) + ", got 'quantum'"),
+    "no such loss": (
+        "{type: quantum}", 16, "dpo.loss.type: unknown name 'quantum', expected one of " + ", ".join(LOSSES),
+    ),
     "no such key": ("{type: kto, zzz: 1}", 21, "unknown key 'zzz' of the loss 'kto'; it takes beta, sft_weight, desir"),
     "misspelt key": ("{type: kto, desireable_weight: 1}", 21, "unknown key 'desireable_weight', did you mean 'desirab"),
     "key of one other loss": ("{gamma_beta_ratio: 1}", 10, "the loss 'sigmoid' has no 'gamma_beta_ratio' (simpo has i"),
@@ -66,7 +68,7 @@ WRONG = {
     "an empty list": ("[]", 9, "dpo.loss: expected a mapping such as {type: sigmoid, beta: 0.1}, or a list of them"),
     "a list of names": ("[ipo, sft]", 9, "dpo.loss: expected a mapping such as"),
     "no type in a list": ("[{beta: 0.1}]", 10, "missing key 'dpo.loss[0].type', one of sigmoid, robust"),
-    "no such loss in a list": ("[{type: ipo}, {type: stf}]", 30, "dpo.loss[1].type: expected one of sigmoid"),
+    "no such loss in a list": ("[{type: ipo}, {type: stf}]", 30, "dpo.loss[1].type: unknown name 'stf', did"),
     "a weight of nothing": ("[{type: ipo, weight: 0}, {type: sft}]", 30, "dpo.loss[0].weight: expected a number above"),
     "a key of sft": ("[{type: ipo}, {type: sft, beta: 1.0}]", 35, "the loss 'sft' has no 'beta' (sigmoid, robust, "),
     "the same twice": ("[{type: ipo}, {type: ipo, weight: 2}]", 23, "'ipo' is in the list already"),
@@ -77,7 +79,7 @@ WRONG = {
     "losses of different rows": (
         "[{type: ipo}, {type: kto}]", 23, "'kto' judges labels, and 'ipo' judges pairs; losses of a list judge the sam",
     ),
-    "a name of others": ("{type: kto_pair}", 16, "dpo.loss.type: expected one of "),
+    "a name of others": ("{type: kto_pair}", 16, "dpo.loss.type: unknown name 'kto_pair', did you mean 'kto'"),
 }  # fmt: skip
 
 
@@ -93,7 +95,7 @@ def test_another_tools_name_of_a_loss_is_answered_with_ours(theirs: str, ours: s
     assert ours in LOSSES
     assert theirs not in LOSSES
     ((_, message),) = refusals(f"{{type: {theirs}}}")
-    assert message.endswith(f"got {theirs!r}, did you mean {ours!r}?")
+    assert message.endswith(f"unknown name {theirs!r}, did you mean {ours!r}?")
 
 
 @pytest.mark.parametrize("name", ["beta_DPO", "IPO", "Plackett-Luce", "simPO"])

@@ -13,7 +13,7 @@ from dpoctl.data.formats import FORMATS
 from dpoctl.recipe import Recipe, RecipeError, json_schema, load_recipe, parse_recipe
 from dpoctl.recipe.document import read_document
 from dpoctl.recipe.expect import hints, unwrap
-from dpoctl.recipe.schema import Source
+from dpoctl.recipe.schema_data import Source
 from dpoctl.recipe.writer import write_yaml
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -274,6 +274,22 @@ def test_a_policy_that_has_learned_nothing_is_told_so(run: Path) -> None:
     assert "the policy has learned nothing yet" in page(run).text
 
 
+def test_a_weighted_sum_of_losses_is_named_by_its_terms(run: Path) -> None:
+    recipe = yaml.safe_load((run / "recipe.resolved.yaml").read_text())
+    terms = [{"type": "sigmoid", "beta": 0.1, "weight": 0.7}, {"type": "hinge", "beta": 0.05, "weight": 0.3}]
+    recipe["dpo"] = {"loss": terms}
+    (run / "recipe.resolved.yaml").write_text(yaml.safe_dump(recipe))
+    found = page(run)
+    assert "DPO (0.7 x sigmoid, β 0.1 + 0.3 x hinge, β 0.05) of" in found.text
+    assert "ln 2" not in found.html
+
+
+def test_symptoms_of_a_run_that_is_not_well_are_told(run: Path) -> None:
+    symptom = {"code": "stuck", "step": 1200, "message": "the loss is still there", "hint": "raise <b>it</b>"}
+    (run / "health.json").write_text(json.dumps([symptom]))
+    assert "Step 1,200: the loss is still there; raise <b>it</b>." in page(run).text
+
+
 def test_a_report_that_fails_does_not_fail_the_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (run / "advice.json").write_text("[{")
     with pytest.raises(UsageError, match=r"advice\.json is not JSON"):

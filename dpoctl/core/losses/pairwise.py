@@ -207,7 +207,10 @@ class EXOPair(PreferenceLoss):
 class DiscoPOP(PreferenceLoss):
     """Discovered preference optimisation (Lu et al., 2024, arXiv 2406.08414), the log-ratio modulated loss.
 
-    -(1 - s) log sigmoid(z) + s exp(-z),  z = beta h,  s = sigmoid(z / tau)
+        -(1 - s) log sigmoid(z) + s exp(-z),  z = beta h,  s = sigmoid(z / tau)
+
+    It falls at h = 0 only for a tau above (1 - ln 2) / 3 = 0.102: with the published one a policy that equals its
+    reference moves away from the winners first, towards a local minimum at a negative margin.
     """
 
     beta: Beta = 0.05

@@ -22,6 +22,9 @@ from dpoctl.data.records import Message, Record, Reject, Row, Text
 FIRST_WINS = ((0, 1),)
 """The pairs of two responses of which the first was preferred."""
 
+CARRIED = {"images", "tools", "chat_template_kwargs", "meta"}
+"""Columns that any format may have."""
+
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
 
 
@@ -235,6 +238,8 @@ def carry(row: Row, record: Record) -> Record:
     Raises:
         Reject: One does not hold what it should, or would change what is trained on and cannot.
     """
+    if row.keys().isdisjoint(CARRIED):
+        return record
     if row.get("images"):
         raise Reject("unsupported_column", "images")
     tools, variables, meta = _parsed(row, "tools", list), _parsed(row, "chat_template_kwargs", dict), row.get("meta")

@@ -96,6 +96,20 @@ def test_nulls_vanish_at_any_depth_and_tools_written_as_text_keep_theirs():
     assert read("messages", as_text).tools == [{"name": "search", "default": None}]
 
 
+def test_arguments_of_a_call_that_are_json_text_become_an_object_and_other_text_stays():
+    def answer(arguments):
+        call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+        return assistant("") | {"tool_calls": [call]}
+
+    def understood(arguments):
+        row = {"prompt": [user("q")], "chosen": [answer(arguments)], "rejected": [assistant("bad")]}
+        return read("trl-explicit", row).responses[0]
+
+    assert understood('{"city": "Bonn"}') == understood({"city": "Bonn"}) == [answer({"city": "Bonn"})]
+    for odd in ("Bonn", "[1]", '{"city"'):
+        assert understood(odd) == [answer(odd)]
+
+
 @pytest.mark.parametrize("tools", ["[", '{"name": "search"}', [7], {"name": "search"}])
 def test_tools_that_are_no_list_of_objects_are_rejected(tools):
     assert outcome("messages", rows("messages")[0] | {"tools": tools}) == "bad_column"
