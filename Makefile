@@ -3,7 +3,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test parity losses faults check lint type floors format clean
+.PHONY: help install demo test parity faults bench losses check lint type floors format clean
 
 help:  ## Show this list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -42,6 +42,10 @@ parity: $(STAMP)  ## Compare every loss with TRL's
 
 faults: $(STAMP)  ## Kill, cut and flood runs in every way that is known, and print what they survived
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --all-faults tests/faults
+
+bench: $(STAMP)  ## Compare a training step with TRL's, in turns, and plan ten million records
+	$(BIN)/python tests/benchmarks/step_speed.py
+	$(BIN)/python tests/benchmarks/plan_scale.py
 
 losses: runs/reviewer2-pairs/pairs-train.jsonl  ## Train every loss on the demo's pairs, and compare what comes out
 	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/losses_table.py runs

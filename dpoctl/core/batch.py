@@ -59,7 +59,8 @@ class Batch:
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True) for name, value in values.items() if isinstance(value, Tensor)
         }
-        return replace(self, **moved)
+        segments = None if self.segments is None else self.segments.to(device)
+        return replace(self, segments=segments, **moved)
 
     def sum_per_response(self, token_logps: Tensor) -> Tensor:
         """Return `[R]` summed log-probabilities from those of the N predicted tokens."""

@@ -5,7 +5,7 @@ things: gradient, check, update, log, evaluate, save, stop.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,8 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor
 
+from dpoctl.core.ahead import Ahead
+from dpoctl.core.batch import Batch
 from dpoctl.core.guard import Guard
 from dpoctl.core.meters import Meter
 from dpoctl.core.objective import Objective
@@ -107,11 +109,12 @@ def fit(run: Run) -> int:
     window = _Window()
     if cadence.eval_on_start and run.start == 0:
         _evaluate_all(run, 0)
-    with StopRequest() as stop:
+    with StopRequest() as stop, Ahead(run.reader, run.accelerator.process_index) as ahead:
         for number in range(run.start, plan.num_steps):
-            step, rate, done = run.plan.step(number), run.learning_rate(number), number + 1
-            with window.measure(int(plan.lengths.tokens[list(step.records)].sum())):
-                grad_norm, signum = _attempt(run, step, rate, meter, stop)
+            step, batches = ahead.take(run.plan, number)
+            rate, done = run.learning_rate(number), number + 1
+            with window.measure(step.tokens):
+                grad_norm, signum = _attempt(run, step, batches, rate, meter, stop)
                 run.updated(done)
             run.outputs.advance(done)
 
@@ -147,22 +150,26 @@ def evaluate(objective: Objective, data: EvalSet) -> Metrics:
     return meter.read(lambda t: _add_up(objective.accelerator, t))
 
 
-def _attempt(run: Run, step: Step, rate: float, meter: Meter, stop: StopRequest) -> tuple[float, int]:
+def _attempt(
+    run: Run, step: Step, batches: Sequence[Batch], rate: float, meter: Meter, stop: StopRequest
+) -> tuple[float, int]:
     """Take one optimizer step, a second time with another plan if `relieve` has one; returns what `_update` does."""
     if run.relieve is None:
-        return _update(run, step, rate, meter, stop)
+        return _update(run, step, batches, rate, meter, stop)
     try:
-        return _update(run, step, rate, meter, stop)
+        return _update(run, step, batches, rate, meter, stop)
     except (RuntimeError, MemoryError) as error:
         plan = run.relieve(error, run.plan, step.number)
     # Behind the handler: what the failed attempt held is free here.
     run.optimizer.zero_grad()
     run.plan = plan
     run.evals = {name: EvalSet(data.reader, plan.one_pass(data.plan.lengths)) for name, data in run.evals.items()}
-    return _update(run, plan.step(step.number), rate, meter, stop)
+    return _update(run, plan.step(step.number), None, rate, meter, stop)
 
 
-def _update(run: Run, step: Step, rate: float, meter: Meter, stop: StopRequest) -> tuple[float, int]:
+def _update(
+    run: Run, step: Step, batches: Sequence[Batch] | None, rate: float, meter: Meter, stop: StopRequest
+) -> tuple[float, int]:
     """Take one optimizer step, if its numbers are finite.
 
     Returns:
@@ -170,7 +177,7 @@ def _update(run: Run, step: Step, rate: float, meter: Meter, stop: StopRequest) 
     """
     set_learning_rate(run.optimizer, rate)
     own = Meter(run.accelerator.device)
-    memory = run.objective.backward(step, run.reader, own)
+    memory = run.objective.backward(step, run.reader, own, batches)
     bound = float("inf") if run.max_grad_norm is None else run.max_grad_norm
     norm = run.accelerator.clip_grad_norm_(run.objective.scorer.parameters(), bound)
     admitted, signum = run.guard.admit(step, own.sum("loss"), norm, stop.signum)

@@ -80,13 +80,21 @@ class Objective:
         """What the terms need of each response besides its log-probability."""
         return frozenset[Need]().union(*(term.loss.needs for term in self.terms))
 
-    def backward(self, step: Step, reader: Reader, meter: Meter) -> tuple[Memory, ...]:
+    def backward(
+        self, step: Step, reader: Reader, meter: Meter, batches: Sequence[Batch] | None = None
+    ) -> tuple[Memory, ...]:
         """Add the gradient of a step's loss to the parameters, and its metrics to the meter.
+
+        Args:
+            step: of the plan.
+            reader: of its records.
+            meter: takes the metrics.
+            batches: this rank's micro-batches, where they were built ahead.
 
         Returns:
             What `memory` must be once the step is applied.
         """
-        batches = self._batches(step, reader)
+        batches = self._batches(step, reader) if batches is None else batches
         if _couples(self.terms):
             return self._backward_coupled(step, reader, batches, meter)
         for index, batch in enumerate(batches):
@@ -202,7 +210,7 @@ class Objective:
 
     def _batches(self, step: Step, reader: Reader) -> list[Batch]:
         """This rank's micro-batches."""
-        return [reader.batch(records) for records in step.schedule[self.accelerator.process_index]]
+        return reader.batches(step.schedule[self.accelerator.process_index])
 
     def _responses(self, batch: Batch) -> Responses:
         return per_response(batch, self.scorer(batch), self.needs)

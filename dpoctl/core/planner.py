@@ -5,27 +5,32 @@ the first four alone: cutting them up is a schedule, and changes no maths. The p
 which is the whole of what resuming needs.
 """
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dpoctl.core.balance import fill_bins
 from dpoctl.core.losses import Item
 from dpoctl.data.store import TokenStore
 from dpoctl.errors import DataError
 from dpoctl.model.probe import Layout
 
-Ints = NDArray[np.int64]
+Ints = NDArray[np.integer[Any]]
+# Lengths are worked out for so many records at a time, which bounds what that needs besides.
+PART = 1 << 20
 # Attention work of one (query, key) pair next to the linear work of one token, for models of usual proportions.
 ATTENTION_COST = 1 / 8192
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """What the plan knows of the records.
+    """What the plan knows of the records, in a few bytes each.
 
     Attributes:
         tokens: `[n]`, tokens a record occupies in the flat layout.
@@ -38,7 +43,7 @@ class Lengths:
     tokens: Ints
     rows: Ints
     longest: Ints
-    cost: NDArray[np.float64]
+    cost: NDArray[np.float32]
     items: dict[Item, Ints]
 
     @classmethod
@@ -46,24 +51,38 @@ class Lengths:
         """Read the lengths of a token store."""
         if len(store) == 0:
             raise DataError("no records to plan with")
-        starts = store.response_start[:-1]
-        suffixes = np.add.reduceat(store.suffix_len, starts)
-        longest = store.shared_len + np.maximum.reduceat(store.suffix_len, starts)
-        rows = np.diff(store.response_start)
-        seen = np.repeat(store.shared_len, rows) + store.suffix_len / 2
-        area = store.shared_len**2 / 2 + np.add.reduceat(store.suffix_len * seen, starts)
-        tokens = store.shared_len + suffixes
+        parts = [cls._of_part(store, start, min(start + PART, len(store))) for start in range(0, len(store), PART)]
+
+        def join(columns: Sequence[NDArray[Any]]) -> NDArray[Any]:
+            return _small(np.concatenate(columns))
+
         return cls(
-            tokens=tokens,
-            rows=rows,
-            longest=longest,
-            cost=tokens + area * ATTENTION_COST,
+            tokens=join([part.tokens for part in parts]),
+            rows=join([part.rows for part in parts]),
+            longest=join([part.longest for part in parts]),
+            cost=np.concatenate([part.cost for part in parts]),
+            items={item: join([part.items[item] for part in parts]) for item in parts[0].items},
+        )
+
+    @classmethod
+    def _of_part(cls, store: TokenStore, first: int, end: int) -> "Lengths":
+        bounds, shared = store.response_start[first : end + 1], store.shared_len[first:end]
+        starts, responses = bounds[:-1] - bounds[0], slice(bounds[0], bounds[-1])
+        own, scored, rows = store.suffix_len[responses], store.num_tokens[responses], np.diff(bounds)
+        seen = np.repeat(shared, rows) + own / 2
+        area = shared**2 / 2 + np.add.reduceat(own * seen, starts)
+        tokens, target = shared + np.add.reduceat(own, starts), store.target[first:end]
+        return cls(
+            tokens=_small(tokens),
+            rows=_small(rows),
+            longest=_small(shared + np.maximum.reduceat(own, starts)),
+            cost=(tokens + area * ATTENTION_COST).astype(np.float32),
             items={
-                "pairs": np.diff(store.pair_start),
-                "responses": rows,
-                "records": np.ones_like(rows),
-                "tokens": np.add.reduceat(store.num_tokens, starts),
-                "target_tokens": np.where(store.target < 0, 0, store.num_tokens[starts + store.target.clip(0)]),
+                "pairs": _small(np.diff(store.pair_start[first : end + 1])),
+                "responses": _small(rows),
+                "records": _small(np.ones_like(rows)),
+                "tokens": _small(np.add.reduceat(scored, starts)),
+                "target_tokens": _small(np.where(target < 0, 0, scored[starts + target.clip(0)])),
             },
         )
 
@@ -83,12 +102,14 @@ class Step:
     Attributes:
         number: counted from 0 over the whole run.
         records: in the order of the seeded permutation.
+        tokens: that they occupy in the flat layout.
         schedule: for each rank its micro-batches, the same number on every rank; an empty one is a filler.
         counts: how many of each item the step has, over all ranks and micro-batches.
     """
 
     number: int
     records: tuple[int, ...]
+    tokens: int
     schedule: tuple[tuple[tuple[int, ...], ...], ...]
     counts: dict[Item, int]
 
@@ -140,7 +161,8 @@ class Plan:
         first = position * self.global_batch_size
         records = self._order(epoch)[first : first + self.global_batch_size]
         counts = {item: int(numbers[records].sum()) for item, numbers in self.lengths.items.items()}
-        return Step(number, tuple(records.tolist()), self._schedule(records), counts)
+        tokens = int(self.lengths.tokens[records].sum())
+        return Step(number, tuple(records.tolist()), tokens, self._schedule(records), counts)
 
     def one_pass(self, lengths: Lengths) -> "Plan":
         """Return the plan of one pass over other records, in their order, on the same machine."""
@@ -155,34 +177,46 @@ class Plan:
         most = math.ceil(len(records) / self.world_size)
         m = min(most, max(1, total // (self.world_size * self.max_tokens)))
         while True:
-            bins = self._fill(records, self.world_size * m)
-            if m >= most or all(self._fits(b) for b in bins):
-                return tuple(tuple(bins[rank :: self.world_size]) for rank in range(self.world_size))
+            bins = fill_bins(self.lengths.cost[records], self.world_size * m)
+            if m >= most or self._fit(records, bins):
+                return self._by_rank(records, bins, m)
             m += 1
 
-    def _fill(self, records: Ints, num_bins: int) -> list[tuple[int, ...]]:
-        """Longest first, each into the bin with the least cost so far."""
-        bins: list[list[int]] = [[] for _ in range(num_bins)]
-        load = np.zeros(num_bins)
-        cost = self.lengths.cost[records]
-        for at in np.argsort(-cost, kind="stable"):
-            lightest = int(load.argmin())
-            bins[lightest].append(int(records[at]))
-            load[lightest] += cost[at]
-        return [tuple(b) for b in bins]
+    def _by_rank(self, records: Ints, bins: Ints, m: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """Records bin by bin, those of the largest cost first, and every `world_size`-th bin to the same rank."""
+        order = np.lexsort((-self.lengths.cost[records], bins))
+        ends = np.cumsum(np.bincount(bins, minlength=self.world_size * m))
+        sorted_records = records[order].tolist()
+        filled = [tuple(sorted_records[start:end]) for start, end in itertools.pairwise([0, *ends.tolist()])]
+        return tuple(tuple(filled[rank :: self.world_size]) for rank in range(self.world_size))
 
-    def _fits(self, records: tuple[int, ...]) -> bool:
-        return len(records) <= 1 or self.tokens_of(records) <= self.max_tokens
+    def _fit(self, records: Ints, bins: Ints) -> bool:
+        """Whether every bin is within the budget, or holds one record only."""
+        lengths, held = self.lengths, np.bincount(bins)
+        if self.layout == "shared":
+            used: NDArray[Any] = np.bincount(bins, weights=lengths.tokens[records])
+        else:
+            widest = np.zeros(len(held))
+            np.maximum.at(widest, bins, lengths.longest[records])
+            used = widest * np.bincount(bins, weights=lengths.rows[records])
+        return bool(np.all((held <= 1) | (used <= self.max_tokens)))
 
     def tokens_of(self, records: tuple[int, ...]) -> int:
         """Tokens that a micro-batch of these records occupies, padding included."""
         at = np.array(records, dtype=np.int64)
         if self.layout == "shared":
             return int(self.lengths.tokens[at].sum())
-        return int(self.lengths.rows[at].sum() * self.lengths.longest[at].max())
+        return int(self.lengths.rows[at].sum()) * int(self.lengths.longest[at].max())
 
 
 @lru_cache(maxsize=2)
 def _permutation(count: int, seed: int, epoch: int) -> Ints:
     """The order of an epoch; kept for its many steps."""
-    return np.random.default_rng([seed, epoch]).permutation(count)
+    return _small(np.random.default_rng([seed, epoch]).permutation(count))
+
+
+def _small(values: Ints) -> Ints:
+    """Whole numbers of at least zero in as few bytes as they need; in none where all are the same."""
+    if values.min() == (largest := values.max()):
+        return np.broadcast_to(largest, values.shape)
+    return values.astype(np.min_scalar_type(largest), copy=False)

@@ -55,6 +55,10 @@ class Reader:
             batch = replace(batch, ref_head_logps=torch.from_numpy(self.ref_head_logps[self._responses(chosen)]))
         return batch.to(self.device)
 
+    def batches(self, schedule: Sequence[Sequence[int]]) -> list[Batch]:
+        """Return the micro-batches of a rank's share of a step."""
+        return [self.batch(records) for records in schedule]
+
     def rows(self, records: Sequence[int]) -> Ints:
         """Return how many responses each record has."""
         at = np.asarray(records)

@@ -7,13 +7,16 @@ transformers' `AttentionInterface`, so no model code is touched; the layout trav
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
+
+from dpoctl.model.varlen import GatheredKeys, find_varlen
 
 SHARED_PREFIX = "dpoctl_shared_prefix"
 
@@ -24,9 +27,31 @@ class Segments:
 
     Attributes:
         records: for each record its first row, the length of its shared prefix, the lengths of its suffixes.
+        keys: where a kernel finds the keys of each response, on its device; `None` where segments are looped over.
     """
 
     records: tuple[tuple[int, int, tuple[int, ...]], ...]
+    keys: GatheredKeys | None = None
+
+    @cached_property
+    def query_lengths(self) -> list[int]:
+        """Rows of each response in turn; those of the first one begin with the shared prefix."""
+        return [
+            shared * (number == 0) + suffix
+            for _, shared, suffixes in self.records
+            for number, suffix in enumerate(suffixes)
+        ]
+
+    @cached_property
+    def key_lengths(self) -> list[int]:
+        """Rows of each prefix, where there is one, and each suffix in turn."""
+        return [rows for _, shared, suffixes in self.records for rows in ((shared, *suffixes) if shared else suffixes)]
+
+    def to(self, device: torch.device) -> "Segments":
+        """Return the segments with what the kernels of a device need."""
+        if device.type != "cuda" or self.keys is not None:
+            return self
+        return replace(self, keys=GatheredKeys.of(self.records).to(device))
 
 
 def shared_prefix_attention(
@@ -44,7 +69,7 @@ def shared_prefix_attention(
     layout: Segments | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend within records, one SDPA call for each response.
+    """Attend within records: in one call where a kernel for uneven lengths serves, else in one for each response.
 
     Args:
         module: the attention layer that calls.
@@ -65,22 +90,24 @@ def shared_prefix_attention(
     """
     if layout is None or attention_mask is not None:
         raise RuntimeError("shared-prefix attention needs the layout of a flat batch, and no mask")
+    attend = _Attend(scaling, dropout, sliding_window, softcap, s_aux)
+    varlen = find_varlen(query, attend.plain, sliding_window)
+    if varlen is not None and layout.keys is not None:
+        return varlen(query, key, value, layout.keys, scaling=scaling, window=sliding_window), None
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    attend = _Attend(scaling, dropout, sliding_window, softcap, s_aux)
+    # Cut in one go: the backward of many slices would fill and add a whole tensor for each of them.
+    queries = iter(query.split(layout.query_lengths, dim=2))
+    keys, values = (iter(t.split(layout.key_lengths, dim=2)) for t in (key, value))
     outputs = []
-    for start, shared, suffixes in layout.records:
-        end = start + shared + suffixes[0]
-        outputs.append(attend(query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]))
-        prefix_k, prefix_v = key[:, :, start : start + shared], value[:, :, start : start + shared]
-        for length in suffixes[1:]:
-            own = slice(end, end + length)
-            keys = torch.cat([prefix_k, key[:, :, own]], dim=2)
-            values = torch.cat([prefix_v, value[:, :, own]], dim=2)
-            outputs.append(attend(query[:, :, own], keys, values))
-            end += length
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    for _, shared, suffixes in layout.records:
+        prefix = (next(keys), next(values)) if shared else None
+        for _ in suffixes:
+            own = (next(keys), next(values))
+            seen = own if prefix is None else tuple(torch.cat(parts, dim=2) for parts in zip(prefix, own, strict=True))
+            outputs.append(attend(next(queries), *seen).transpose(1, 2))
+    return torch.cat(outputs, dim=1), None
 
 
 @dataclass(frozen=True)
@@ -92,6 +119,11 @@ class _Attend:
     window: int | None
     softcap: float | None
     sinks: Tensor | None
+
+    @property
+    def plain(self) -> bool:
+        """Whether scores go into the softmax as they are, and all weights out of it."""
+        return self.softcap is None and self.sinks is None and self.dropout == 0.0
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         queries, keys = query.shape[2], key.shape[2]

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from dpoctl.model.linear_head import LinearHead, is_plain
+
 # Logits of one chunk, in elements: 256 MiB in float32. Far smaller chunks starve the matrix product.
 CHUNK_ELEMENTS = 1 << 26
 
@@ -72,8 +74,9 @@ class Head:
     """The output head of a causal model: log-probabilities of targets given hidden states.
 
     A frozen head costs two matrix products: d logp / d hidden is taken in the forward, chunk by chunk, and kept
-    `[N, hidden]`; backward is then a product with the upstream gradient. A trainable one (or one with an adapter)
-    is recomputed in backward, so that its own gradient flows.
+    `[N, hidden]`; backward is then a product with the upstream gradient. A trainable one costs three, or four where
+    its probabilities are too many to be kept. What is more than a linear layer (an adapter on it, a soft cap) goes
+    through autograd, and is computed again in backward where it is trained.
 
     Args:
         causal: whose head it is.
@@ -85,6 +88,7 @@ class Head:
         self.transform = LogitTransform.of(causal.config)
         self.vocabulary = int(causal.config.vocab_size)
         self.select = score_targets if confidence else select_logps
+        self.linear = LinearHead(self.transform.scale, confidence)
 
     def logps(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Return `[N]` log-probabilities, or `[N, 2]` with confidences.
@@ -93,6 +97,8 @@ class Head:
             hidden: `[N, hidden]`, rows that predict.
             targets: `[N]`, the token each row must predict.
         """
+        if self.transform.softcap is None and is_plain(self.module):
+            return self.linear(cast(nn.Linear, self.module), hidden, targets)
         rows = max(1, CHUNK_ELEMENTS // self.vocabulary)
         chunks = list(zip(hidden.split(rows), targets.split(rows), strict=True))
         if not torch.is_grad_enabled():

@@ -26,6 +26,7 @@ from dpoctl.model.lora import (
     stack_adapter,
     to_float32,
 )
+from dpoctl.model.plain_lora import use_plain_lora
 from dpoctl.model.policy import FROZEN, TRAINED, Policy
 from dpoctl.model.quantize import keep_one_kernel, quantization_config, refuse_quantised_checkpoint
 from dpoctl.model.scratch import build_model
@@ -209,6 +210,7 @@ def _over_base(model: PreTrainedModel, base: Source | None, recipe: "Recipe", dt
     model.requires_grad_(False)
     peft_model = add_adapter(model, recipe.lora, seed=recipe.training.seed)
     to_float32(model, dtype)
+    use_plain_lora(model)
     return Policy(
         model=peft_model, causal=model, dtype=dtype, kind="lora", active=(TRAINED,), original_config=before, **place
     )
@@ -227,6 +229,7 @@ def _over_adapter(model: PreTrainedModel, base: Source, adapter: Path, recipe: "
         peft_model, saved = stack_adapter(model, adapter, recipe.lora, seed=recipe.training.seed)
         active = (FROZEN, TRAINED)
     to_float32(model, dtype)
+    use_plain_lora(model)
     return Policy(
         model=peft_model,
         causal=model,

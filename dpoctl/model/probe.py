@@ -167,7 +167,7 @@ def _flat(records: Sequence[_Record]) -> tuple[Tensor, Tensor, Segments]:
         positions += [torch.arange(shared, shared + len(suffix), device=device) for suffix in record.suffixes]
         segments.append((start, shared, tuple(len(suffix) for suffix in record.suffixes)))
         start += shared + sum(len(suffix) for suffix in record.suffixes)
-    return torch.cat(ids)[None], torch.cat(positions)[None], Segments(tuple(segments))
+    return torch.cat(ids)[None], torch.cat(positions)[None], Segments(tuple(segments)).to(ids[0].device)
 
 
 def _run_shared(causal: PreTrainedModel, records: Sequence[_Record]) -> Tensor:

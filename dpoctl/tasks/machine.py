@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dpoctl.core.planner import Lengths
 from dpoctl.errors import SetupError
-from dpoctl.model.checkpointing import activation_bytes_per_token
+from dpoctl.model.checkpointing import activation_bytes_per_token, ladder
 from dpoctl.model.load import resolve_dtype
 from dpoctl.model.policy import Policy
 from dpoctl.recipe.schema import Recipe
@@ -80,29 +80,28 @@ def be_patient(seconds: float) -> None:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
 
 
-def token_budget(recipe: Recipe, policy: Policy, lengths: Lengths, accelerator: Accelerator) -> tuple[int, bool]:
-    """Return the tokens of a micro-batch and whether layers are recomputed, the same on all ranks.
+def token_budget(recipe: Recipe, policy: Policy, lengths: Lengths, accelerator: Accelerator) -> tuple[int, int]:
+    """Return the tokens of a micro-batch, and every how many layers are recomputed: the same on all ranks.
 
-    With `gradient_checkpointing: auto` layers are recomputed only if two of the longest records would not fit
-    otherwise: recomputing costs a third to a half of the speed.
+    With `gradient_checkpointing: auto` no layer is recomputed if two of the longest records fit like that; else every
+    n-th with the largest n that lets them fit; else every one. Recomputing all costs a third to a half of the speed.
     """
     training = recipe.training
-    wanted = training.gradient_checkpointing
+    wanted, budget = training.gradient_checkpointing, training.max_tokens_per_device
     longest = int(lengths.tokens.max())
-    fits = {again: _fitting(policy, again, accelerator) for again in (False, True)}
-    checkpointing = fits[False] < 2 * longest if wanted == "auto" else bool(wanted)
-    budget = fits[checkpointing] if training.max_tokens_per_device == "auto" else training.max_tokens_per_device
-    if training.max_tokens_per_device != "auto" and wanted == "auto":
-        checkpointing = fits[False] < max(longest, budget)
-    return budget, checkpointing
+    choices = ladder() if wanted == "auto" else (int(wanted),)
+    fits = {every: _fitting(policy, every, accelerator) for every in choices}
+    needed = 2 * longest if budget == "auto" else max(longest, budget)
+    every = next((every for every in choices if fits[every] >= needed), choices[-1])
+    return fits[every] if budget == "auto" else budget, every
 
 
-def _fitting(policy: Policy, checkpointing: bool, accelerator: Accelerator) -> int:
+def _fitting(policy: Policy, every: int, accelerator: Accelerator) -> int:
     trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
     mixed = policy.dtype != torch.float32
     states = trained * (BYTES_PER_TRAINED + (BYTES_PER_CAST if mixed else 0))
     free = (_free_bytes(accelerator.device) - states) * SLACK
-    per_token = activation_bytes_per_token(policy.causal.config, policy.dtype, checkpointing)
+    per_token = activation_bytes_per_token(policy.causal.config, policy.dtype, every)
     tokens = max(1, int(free // per_token))
     if accelerator.device.type == "cpu":
         tokens = min(tokens, CPU_TOKENS)

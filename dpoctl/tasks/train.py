@@ -4,6 +4,7 @@ import json
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,27 @@ NO_EXTENSIONS = Extensions()
 TRAIN = ""  # the name of the training store among the eval sets, whose names are never empty
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What a training is given, and where it runs.
+
+    Attributes:
+        recipe: checked and complete.
+        document: where its keys stand.
+        accelerator: knows the ranks.
+        directory: of the run.
+        extensions: what code replaces.
+        allow_changed: keys that may differ from what the run began with.
+    """
+
+    recipe: Recipe
+    document: Document | None
+    accelerator: Accelerator
+    directory: RunDirectory
+    extensions: Extensions
+    allow_changed: Sequence[str]
+
+
 def run(
     recipe: Recipe,
     *,
@@ -92,12 +114,13 @@ def run(
     accelerator = build_accelerator(recipe)
     with ExitStack() as stack, named(accelerator):
         directory = _open_directory(recipe, accelerator, stack, resume=resume, overwrite=overwrite)
+        job = _Job(recipe, document, accelerator, directory, extensions, allow_changed)
         with accelerator.main_process_first():
-            _write_beginning(directory, recipe, recipe_text, accelerator, extensions, allow_changed if resume else None)
+            _write_beginning(job, recipe_text, resume=resume)
         tokenizer, data = read_data(recipe, accelerator)
         _refuse_different_ranks(recipe, data, accelerator)
         _write_data_report(directory, data, accelerator)
-        summary = _train(recipe, document, accelerator, directory, tokenizer, data, extensions, allow_changed)
+        summary = _train(job, tokenizer, data)
         if accelerator.is_main_process:
             refresh_report(directory.path)
     if json_output:
@@ -120,24 +143,17 @@ def _open_directory(
         return directory
 
 
-def _write_beginning(
-    directory: RunDirectory,
-    recipe: Recipe,
-    text: str,
-    accelerator: Accelerator,
-    extensions: Extensions,
-    may_differ: Sequence[str] | None,
-) -> None:
-    """Write what is known before anything is loaded; `may_differ` is None for a run that begins."""
-    if not accelerator.is_main_process:
+def _write_beginning(job: _Job, text: str, *, resume: bool) -> None:
+    """Write what is known before anything is loaded."""
+    if not job.accelerator.is_main_process:
         return
-    if may_differ is not None:
-        refuse_changes(directory, recipe, may_differ)
-        extensions.check_resumed(directory.path)
-    directory.write_text(directory.resolved_recipe.name, redact_source(recipe.to_yaml()))
-    directory.write_text("recipe.yaml", redact_source(text))
-    environment = describe_environment(world_size=accelerator.num_processes)
-    directory.write_json(ENVIRONMENT, environment | {RECORD: extensions.names()})
+    if resume:
+        refuse_changes(job.directory, job.recipe, job.allow_changed)
+        job.extensions.check_resumed(job.directory.path)
+    job.directory.write_text(job.directory.resolved_recipe.name, redact_source(job.recipe.to_yaml()))
+    job.directory.write_text("recipe.yaml", redact_source(text))
+    environment = describe_environment(world_size=job.accelerator.num_processes)
+    job.directory.write_json(ENVIRONMENT, environment | {RECORD: job.extensions.names()})
 
 
 def _refuse_different_ranks(recipe: Recipe, data: PreparedData, accelerator: Accelerator) -> None:
@@ -154,52 +170,40 @@ def _write_data_report(directory: RunDirectory, data: PreparedData, accelerator:
         directory.write_text(directory.rejects.name, data.rejects.read_text(encoding="utf-8"))
 
 
-def _train(
-    recipe: Recipe,
-    document: Document | None,
-    accelerator: Accelerator,
-    directory: RunDirectory,
-    tokenizer: PreTrainedTokenizerBase,
-    data: PreparedData,
-    extensions: Extensions,
-    allow_changed: Sequence[str],
-) -> dict[str, Any]:
+def _train(job: _Job, tokenizer: PreTrainedTokenizerBase, data: PreparedData) -> dict[str, Any]:
     """Run the whole training, from loaded data to exported model, and return its summary."""
-    newest = _newest_checkpoint(directory, accelerator)
+    recipe, accelerator, extensions = job.recipe, job.accelerator, job.extensions
+    newest = _newest_checkpoint(job.directory, accelerator)
     if newest is not None:
-        refuse_other_data(directory, newest, data.train.key, allow_changed)
+        refuse_other_data(job.directory, newest, data.train.key, job.allow_changed)
     policy = load_policy(recipe, tokenizer, accelerator.device, model_init=extensions.model_init)
     verdict, plan, checkpointing = _lay_out(recipe, policy, Lengths.of(data.train), accelerator, newest)
     _announce(policy, verdict, plan, checkpointing, accelerator)
-    if accelerator.is_main_process:
-        _give_advice(recipe, document, directory, tokenizer, data, policy)
+    _give_advice(job, tokenizer, data, policy)
 
     task = build_task(recipe)
-    readers = _readers(recipe, data, plan, accelerator, int(tokenizer.pad_token_id or 0), extensions)
-    readers, live = _with_reference(readers, recipe, accelerator, policy, plan, task, verdict)
+    readers = _readers(job, data, plan, int(tokenizer.pad_token_id or 0))
+    readers, live = _with_reference(readers, job, policy, plan, task, verdict)
     evals = {name: EvalSet(readers[name], plan.one_pass(Lengths.of(store))) for name, store in data.evals.items()}
     set_gradient_checkpointing(policy, checkpointing)
-    objective, optimizer = _objective(recipe, accelerator, policy, verdict, task, live, extensions)
+    objective, optimizer = _objective(job, policy, verdict, task, live)
     if newest is None and task.needs_reference and recipe.dpo.reference.path is None:
         check_first_step(objective, plan, readers[TRAIN], task.at_init, policy.dtype)
     start = newest.step if newest else -1
-    samples = Samples(recipe, directory.path, accelerator, tokenizer, policy, data.evals, start)
+    samples = Samples(recipe, job.directory.path, accelerator, tokenizer, policy, data.evals, start)
     # Each rank draws its own dropout; everything before this line drew from generators of its own.
     torch.manual_seed(recipe.training.seed + accelerator.process_index)
 
-    training = recipe.training
-    guard = Guard(accelerator, training.on_nonfinite)
-    relief = _relief(training, accelerator, plan, newest)
-    be_patient(training.ddp_timeout)
+    guard, relief = Guard(accelerator, recipe.training.on_nonfinite), _relief(job, plan, newest)
+    be_patient(recipe.training.ddp_timeout)
     with Journal(
-        *(recipe, directory, accelerator, policy, optimizer, plan, objective, newest),
+        *(recipe, job.directory, accelerator, policy, optimizer, plan, objective, newest),
         data_key=data.train.key,
         guard=guard,
         relief=relief,
         live=live,
         expected=_expectation(recipe, plan, task),
     ) as journal:
-        listeners = Listeners(extensions.callbacks, journal.log, accelerator)
         done = fit(
             Run(
                 accelerator=accelerator,
@@ -207,13 +211,10 @@ def _train(
                 optimizer=optimizer,
                 plan=plan,
                 reader=readers[TRAIN],
-                learning_rate=extensions.rates(training, plan.num_steps),
-                max_grad_norm=training.max_grad_norm,
-                outputs=Outputs(
-                    *(listeners.log, journal.save, journal.advance),
-                    *(partial(samples.write, journal), listeners.ended, journal.settle),
-                ),
-                cadence=_cadence(training),
+                learning_rate=extensions.rates(recipe.training, plan.num_steps),
+                max_grad_norm=recipe.training.max_grad_norm,
+                outputs=_outputs(job, journal, samples),
+                cadence=_cadence(recipe.training),
                 guard=guard,
                 relieve=relief,
                 evals=evals,
@@ -222,25 +223,31 @@ def _train(
             )
         )
     if accelerator.is_main_process:
-        policy.export(directory.path, tokenizer)
+        policy.export(job.directory.path, tokenizer)
     accelerator.wait_for_everyone()
-    return {"output_dir": str(directory.path), "steps": done, "metrics": journal.last}
+    return {"output_dir": str(job.directory.path), "steps": done, "metrics": journal.last}
 
 
-def _objective(
-    recipe: Recipe,
-    accelerator: Accelerator,
-    policy: Policy,
-    verdict: Verdict,
-    task: Task,
-    live: Live | None,
-    extensions: Extensions,
-) -> tuple[Objective, Any]:
+def _outputs(job: _Job, journal: Journal, samples: Samples) -> Outputs:
+    listeners = Listeners(job.extensions.callbacks, journal.log, job.accelerator)
+    return Outputs(
+        log=listeners.log,
+        save=journal.save,
+        advance=journal.advance,
+        evaluated=partial(samples.write, journal),
+        ended=listeners.ended,
+        settle=journal.settle,
+    )
+
+
+def _objective(job: _Job, policy: Policy, verdict: Verdict, task: Task, live: Live | None) -> tuple[Objective, Any]:
     """Return what is minimised, and what minimises it, on all ranks together."""
+    training, extensions = job.recipe.training, job.extensions
     plain = Scorer(policy.model, policy.causal, verdict, confidence="confidence" in task.needs)
-    scorer, optimizer = accelerator.prepare(plain.train(), extensions.build_optimizer(policy, recipe.training))
-    report = extensions.report(task.report)
-    return Objective(accelerator, scorer, task.terms, report, live, recipe.training.seed), optimizer
+    scorer, optimizer = job.accelerator.prepare(plain.train(), extensions.build_optimizer(policy, training))
+    return Objective(
+        job.accelerator, scorer, task.terms, extensions.report(task.report), live, training.seed
+    ), optimizer
 
 
 def _newest_checkpoint(directory: RunDirectory, accelerator: Accelerator) -> Checkpoint | None:
@@ -252,8 +259,8 @@ def _newest_checkpoint(directory: RunDirectory, accelerator: Accelerator) -> Che
 
 def _lay_out(
     recipe: Recipe, policy: Policy, lengths: Lengths, accelerator: Accelerator, newest: Checkpoint | None
-) -> tuple[Verdict, Plan, bool]:
-    """Return how the model is run, the plan, and whether layers are recomputed: the same on all ranks."""
+) -> tuple[Verdict, Plan, int]:
+    """Return how the model is run, the plan, and every how many layers are recomputed: the same on all ranks."""
     with accelerator.autocast():
         (verdict,) = broadcast_object_list([probe(policy.causal, max_length=recipe.data.max_length)])
     budget, checkpointing = token_budget(recipe, policy, lengths, accelerator)
@@ -282,71 +289,59 @@ def _expectation(recipe: Recipe, plan: Plan, task: Task) -> Expectation:
     )
 
 
-def _relief(training: TrainingSection, accelerator: Accelerator, plan: Plan, newest: Checkpoint | None) -> Relief:
+def _relief(job: _Job, plan: Plan, newest: Checkpoint | None) -> Relief:
     used = newest is not None and bool(newest.extra.get("relieved"))
-    return Relief(training.max_tokens_per_device == "auto", accelerator, plan.max_tokens, used=used)
+    automatic = job.recipe.training.max_tokens_per_device == "auto"
+    return Relief(automatic, job.accelerator, plan.max_tokens, used=used)
 
 
 def _cadence(training: TrainingSection) -> Cadence:
     return Cadence(training.logging_steps, training.eval_steps, training.save_steps, training.eval_on_start)
 
 
-def _give_advice(
-    recipe: Recipe,
-    document: Document | None,
-    directory: RunDirectory,
-    tokenizer: PreTrainedTokenizerBase,
-    data: PreparedData,
-    policy: Policy,
-) -> None:
-    findings = advise(recipe, document, facts_of(recipe, tokenizer, data, policy))
-    directory.write_json("advice.json", [finding.to_dict() for finding in findings])
-    show_warnings(findings)
+def _give_advice(job: _Job, tokenizer: PreTrainedTokenizerBase, data: PreparedData, policy: Policy) -> None:
+    if job.accelerator.is_main_process:
+        findings = advise(job.recipe, job.document, facts_of(job.recipe, tokenizer, data, policy))
+        job.directory.write_json("advice.json", [finding.to_dict() for finding in findings])
+        show_warnings(findings)
 
 
-def _readers(
-    recipe: Recipe, data: PreparedData, plan: Plan, accelerator: Accelerator, pad: int, extensions: Extensions
-) -> Mapping[str, Reader]:
+def _readers(job: _Job, data: PreparedData, plan: Plan, pad: int) -> Mapping[str, Reader]:
     """Return a reader for each store."""
     stores = {TRAIN: data.train} | dict(data.evals)
     return {
         name: Reader(
             store,
             plan.layout,
-            accelerator.device,
+            job.accelerator.device,
             pad,
-            collate=extensions.collator,
-            names=metric_names(recipe, name),
+            collate=job.extensions.collator,
+            names=metric_names(job.recipe, name),
         )
         for name, store in stores.items()
     }
 
 
 def _with_reference(
-    readers: Mapping[str, Reader],
-    recipe: Recipe,
-    accelerator: Accelerator,
-    policy: Policy,
-    plan: Plan,
-    task: Task,
-    verdict: Verdict,
+    readers: Mapping[str, Reader], job: _Job, policy: Policy, plan: Plan, task: Task, verdict: Verdict
 ) -> tuple[Mapping[str, Reader], Live | None]:
     """Put the reference into the readers, or return it where it runs beside the policy."""
     if not task.needs_reference:
         return readers, None
-    reference = Reference(recipe, policy, verdict, accelerator, task.needs)
-    if recipe.dpo.reference.is_live:
+    reference = Reference(job.recipe, policy, verdict, job.accelerator, task.needs)
+    if job.recipe.dpo.reference.is_live:
         return readers, reference.live()
     # No graph is held in that pass, so more fits.
     return {name: reference.read_into(reader, 4 * plan.max_tokens) for name, reader in readers.items()}, None
 
 
-def _announce(policy: Policy, verdict: Verdict, plan: Plan, checkpointing: bool, accelerator: Accelerator) -> None:
+def _announce(policy: Policy, verdict: Verdict, plan: Plan, checkpointing: int, accelerator: Accelerator) -> None:
     """Say in a few lines what was chosen, and why."""
     sizes = [(p.numel(), p.requires_grad) for p in policy.model.parameters()]
     total, trained = sum(n for n, _ in sizes), sum(n for n, grad in sizes if grad)
     dtype, device = str(policy.dtype).removeprefix("torch."), accelerator.device.type
-    recompute = ", layers recomputed in backward" if checkpointing else ""
+    which = {0: "", 1: ", layers recomputed in backward"}
+    recompute = which.get(checkpointing, f", one layer in {checkpointing} recomputed in backward")
     console.say(
         f"model: {type(policy.causal).__name__}, {total / 1e6:,.1f} M parameters, {trained / 1e6:,.2f} M trained "
         f"({policy.kind}), {dtype} on {device}{recompute}"

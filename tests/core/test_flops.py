@@ -64,8 +64,8 @@ def test_four_answers_cost_at_most_55_percent_of_four_rows(tiny_model) -> None: 
     # What is computed in the worst case is the rectangle around what is seen.
     assert 0 < shared_square < rows_square
     assert (shared + shared_square) / (rows + rows_square) <= LIMIT
-    # Of the backbone alone half is left: 6 lengths of an answer instead of 12. A trainable head is run twice.
-    head = 8 * K * ANSWER * width * model.config.vocab_size
+    # Of the backbone alone half is left: 6 lengths of an answer instead of 12. A trainable head takes three products.
+    head = 6 * K * ANSWER * width * model.config.vocab_size
     assert (shared - head) / (rows - head) == pytest.approx(0.5, abs=1e-3)
 
 

@@ -12,7 +12,7 @@ from dpoctl.core.batch import Batch
 from dpoctl.core.collator import collate
 from dpoctl.core.logps import Responses, Scorer, per_response
 from dpoctl.data.tokenize import Example
-from dpoctl.model import head
+from dpoctl.model import linear_head
 from dpoctl.model.attention import attention
 from dpoctl.model.head import Head, score_targets, select_logps
 from dpoctl.model.probe import Layout, Verdict
@@ -68,7 +68,7 @@ def test_half_precision_logits_are_scored_in_float32() -> None:
 def test_asking_for_confidence_changes_neither_log_probabilities_nor_gradients(
     trainable: bool, tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(head, "CHUNK_ELEMENTS", 384 * 5)  # several chunks
+    monkeypatch.setitem(linear_head.CHUNK_ELEMENTS, "cpu", 384 * 5)  # several chunks
     tiny_llama.requires_grad_(trainable)
     hidden, targets, weights = torch.randn(23, 64), torch.randint(0, 384, (23,)), torch.randn(23)
 

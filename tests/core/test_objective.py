@@ -11,6 +11,7 @@ from memory_store import MemoryStore, by_hand, random_dialogue, random_pairs
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dpoctl.core.guard import Guard
 from dpoctl.core.logps import Scorer
 from dpoctl.core.loop import Cadence, EvalSet, Outputs, Run, fit
 from dpoctl.core.losses import Loss, Memory, PreferenceLoss, Scores, Sigmoid, TargetNLL, Term, TokenNLL, log_sigmoid
@@ -222,7 +223,8 @@ def test_memory_moves_with_applied_steps_alone(tiny_llama: PreTrainedModel, monk
     objective = objective_of(tiny_llama, Counting())
     optimizer = objective.accelerator.prepare(torch.optim.SGD(tiny_llama.parameters(), 0.0))
     outputs = Outputs(lambda *_: None, lambda _: None, lambda _: None)
-    run = Run(objective.accelerator, objective, optimizer, plan, reader, lambda _: 0.0, 1.0, outputs, Cadence())
+    guard = Guard(objective.accelerator)
+    run = Run(objective.accelerator, objective, optimizer, plan, reader, lambda _: 0.0, 1.0, outputs, Cadence(), guard)
     run.evals = {"eval": EvalSet(reader, plan)}
     fit(run)
     assert objective.memory == ({"steps": 1.0},)

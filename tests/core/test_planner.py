@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from memory_store import MemoryStore, random_pairs
 
+from dpoctl.core import planner
+from dpoctl.core.balance import fill_bins
 from dpoctl.core.planner import Lengths, Plan
 
 LENGTHS = Lengths.of(MemoryStore(random_pairs(37)))
@@ -87,3 +89,49 @@ def test_ranks_are_balanced_by_cost() -> None:
     plan = Plan(LENGTHS, 32, world_size=4, seed=0)
     loads = [sum(LENGTHS.cost[list(micro)].sum() for micro in rank) for rank in plan.step(0).schedule]
     assert max(loads) < 1.1 * np.mean(loads)
+
+
+def one_by_one(cost: np.ndarray, count: int) -> list[int]:
+    """Longest first, each into the lightest bin, spelled out."""
+    load, chosen = np.zeros(count), [0] * len(cost)
+    for at in np.argsort(-cost, kind="stable"):
+        chosen[at] = int(load.argmin())
+        load[chosen[at]] += cost[at]
+    return chosen
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 64, 300])
+@pytest.mark.parametrize("spread", ["even", "heavy-tailed", "equal", "few"])
+def test_placing_many_items_at_once_is_placing_one_by_one(count: int, spread: str) -> None:
+    rng = np.random.default_rng(count)
+    cost = {
+        "even": rng.integers(100, 200, 257),
+        "heavy-tailed": np.ceil(rng.pareto(0.7, 257)) + 1,
+        "equal": np.full(129, 5),
+        "few": rng.integers(1, 9, 3),
+    }[spread].astype(np.float64)
+    assert fill_bins(cost, count).tolist() == one_by_one(cost, count)
+
+
+def test_numbers_that_are_all_the_same_take_no_memory() -> None:
+    assert LENGTHS.rows.strides == LENGTHS.items["pairs"].strides == (0,)
+    assert LENGTHS.tokens.dtype.itemsize <= 2
+
+
+def test_lengths_do_not_depend_on_how_many_are_worked_out_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryStore(random_pairs(37))
+    monkeypatch.setattr(planner, "PART", 5)
+    parts = Lengths.of(store)  # type: ignore[arg-type]
+    for name in ("tokens", "rows", "longest", "cost"):
+        assert getattr(parts, name).tolist() == getattr(LENGTHS, name).tolist()
+    assert {k: v.tolist() for k, v in parts.items.items()} == {k: v.tolist() for k, v in LENGTHS.items.items()}
+
+
+def test_512_ranks_of_64_pairs_are_balanced_within_two_percent() -> None:
+    rng = np.random.default_rng(0)
+    tokens = np.clip(rng.lognormal(5.2, 0.8, 512 * 64), 16, 2048).astype(np.int64)
+    ones = np.ones_like(tokens)
+    lengths = Lengths(tokens, ones, tokens, tokens.astype(np.float32), {"pairs": ones})
+    step = Plan(lengths, len(tokens), world_size=512, seed=0).step(0)
+    loads = [sum(tokens[list(micro)].sum() for micro in rank) for rank in step.schedule]
+    assert max(loads) <= 1.02 * min(loads)

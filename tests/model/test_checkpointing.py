@@ -8,7 +8,7 @@ import torch
 from model_samples import IDS
 from transformers import AutoConfig
 
-from dpoctl.model.checkpointing import activation_bytes_per_token, set_gradient_checkpointing
+from dpoctl.model.checkpointing import activation_bytes_per_token, ladder, set_gradient_checkpointing
 from dpoctl.model.policy import Policy
 
 
@@ -33,28 +33,49 @@ def test_gradients_are_the_same_and_layers_run_twice(
     norm.register_forward_hook(lambda *_: calls.append("norm"))
     usual = gradients(policy)
     assert len(calls) == 1
-    set_gradient_checkpointing(policy, True)
+    set_gradient_checkpointing(policy, 1)
     recomputed = gradients(policy)
     assert len(calls) == 3
     assert usual.keys() == recomputed.keys()
     assert all(torch.equal(usual[name], recomputed[name]) for name in usual)
-    set_gradient_checkpointing(policy, False)
+    set_gradient_checkpointing(policy, 0)
     gradients(policy)
     assert len(calls) == 4
 
 
 def test_the_estimate_for_llama_3_8b_is_the_measured_one() -> None:
     config = AutoConfig.for_model("llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
-    assert activation_bytes_per_token(config, torch.bfloat16, checkpointing=False) / 2**20 == pytest.approx(
-        7.5, rel=0.02
-    )
-    assert activation_bytes_per_token(config, torch.bfloat16, checkpointing=True) / 2**20 == pytest.approx(
-        0.48, rel=0.05
-    )
+    assert activation_bytes_per_token(config, torch.bfloat16, every=0) / 2**20 == pytest.approx(7.5, rel=0.02)
+    assert activation_bytes_per_token(config, torch.bfloat16, every=1) / 2**20 == pytest.approx(0.48, rel=0.05)
 
 
 def test_the_estimate_knows_the_names_that_architectures_use() -> None:
     gpt2 = AutoConfig.for_model("gpt2", n_embd=64, n_layer=3)
-    assert activation_bytes_per_token(gpt2, torch.float32, checkpointing=False) == 3 * (
-        4 * (4 * 256 + 8 * 64) + 16 * 64
-    )
+    assert activation_bytes_per_token(gpt2, torch.float32, every=0) == 3 * (4 * (4 * 256 + 8 * 64) + 16 * 64)
+
+
+def test_every_second_layer_is_recomputed_and_gradients_are_the_same(
+    save_base: Any, make_recipe: Any, load: Callable[..., Policy]
+) -> None:
+    if 2 not in ladder():
+        pytest.skip("this release of transformers recomputes all layers or none")
+    save_base("llama", num_hidden_layers=4)
+    policy = load(make_recipe())
+    calls: list[int] = []
+    for number, layer in enumerate(policy.causal.model.layers):
+        layer.input_layernorm.register_forward_hook(lambda *_, number=number: calls.append(number))
+    usual = gradients(policy)
+    calls.clear()
+    set_gradient_checkpointing(policy, 2)
+    recomputed = gradients(policy)
+    again = [number for number in range(4) if calls.count(number) == 2]
+    assert len(again) == 2
+    assert len(calls) == 6
+    assert all(torch.equal(usual[name], recomputed[name]) for name in usual)
+
+
+def test_the_estimate_falls_from_step_to_step_of_the_ladder() -> None:
+    config = AutoConfig.for_model("llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
+    estimates = [activation_bytes_per_token(config, torch.bfloat16, every) for every in (0, 4, 2, 1)]
+    assert estimates == sorted(estimates, reverse=True)
+    assert estimates[2] / estimates[0] == pytest.approx(0.55, abs=0.03)
