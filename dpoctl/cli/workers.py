@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -33,16 +33,19 @@ class Job:
         workers: One process per rank.
         ended: `(rank, return code)` in the order of the ends.
         stopping: A signal to stop was passed on.
+        put_down: Ranks that did not end by themselves, nor when they were asked.
     """
 
     workers: list[subprocess.Popen[bytes]] = field(default_factory=list)
     ended: list[tuple[int, int]] = field(default_factory=list)
     stopping: bool = False
+    put_down: set[int] = field(default_factory=set)
 
     def signal(self, signum: int) -> None:
         """Send a signal to every rank that is alive."""
-        for worker in self.workers:
+        for rank, worker in enumerate(self.workers):
             if worker.poll() is None:
+                self.put_down |= {rank} if signum == signal.SIGKILL else set()
                 worker.send_signal(signum)
 
     def poll(self) -> bool:
@@ -92,7 +95,7 @@ def run_workers(count: int, arguments: Sequence[str]) -> int:
                 job.wait()
             finally:
                 job.signal(signal.SIGKILL)
-        code = conclude(job.ended, Path(reports), as_json="--json" in arguments)
+        code = conclude(job.ended, Path(reports), as_json="--json" in arguments, put_down=job.put_down)
     if code != 0 and (folder := run_directory()) is not None:
         status.settle(folder, code, describe_ends(job.ended))
     return code
@@ -128,31 +131,33 @@ def rank_environment(count: int, reports: str, environment: Mapping[str, str] = 
     }
 
 
-def conclude(ended: Sequence[tuple[int, int]], reports: Path, *, as_json: bool) -> int:
+def conclude(ended: Sequence[tuple[int, int]], reports: Path, *, as_json: bool, put_down: Collection[int] = ()) -> int:
     """Say what failed, once, and return the exit code of the job.
 
-    A user's error tells more than the broken connections that it causes on other ranks, so it goes first.
+    A user's error tells more than the broken connections that it causes on other ranks, so it goes first; then comes
+    a rank that was killed, which breaks connections too.
 
     Args:
         ended: `(rank, return code)` in the order of the ends.
         reports: Where failing ranks have said why.
         as_json: Print an object on stdout too.
+        put_down: Ranks that this process killed.
     """
     bad = [(rank, code) for rank, code in ended if code != 0]
     if not bad:
         return 0
     said = list(_read_reports(reports))
     foreseen = [failure for failure in said if failure.foreseen]
-    rank, code = bad[0]
-    if not foreseen and code < 0:
-        return _conclude_signal(rank, -code, as_json=as_json)
+    killed = [(rank, code) for rank, code in bad if code < 0 and rank not in put_down]
+    if not foreseen and killed and (bad[0] == killed[0] or -killed[0][1] not in FORWARDED):
+        return _conclude_signal(killed[0][0], -killed[0][1], as_json=as_json)
     if said:
         first = (foreseen or said)[0]
         show(first, as_json=as_json)
-        for silent in (rank for rank, code in bad[1:] if code < 0 and not first.foreseen):
+        for silent in sorted(put_down) if not first.foreseen else ():
             console.error(f"rank {silent} did not answer and was ended")
         return first.code
-    return code
+    return bad[0][1]
 
 
 def _conclude_signal(rank: int, signum: int, *, as_json: bool) -> int:

@@ -130,6 +130,9 @@ class ChatTemplate:
             return compile_bounded(self.text)
         except TemplateSyntaxError as error:
             raise DataError(f"the chat template is not a template: line {error.lineno}: {error.message}") from error
+        except SyntaxError as error:
+            # Of the Python that it is translated into: a `break` outside a loop, loops within loops without end.
+            raise DataError(f"the chat template is not a template: {error.msg}") from error
 
     @cached_property
     def _wants_parts(self) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from dpoctl import console
 from dpoctl.errors import SetupError, UsageError
-from dpoctl.runs import checkpoint, lock
+from dpoctl.runs import checkpoint, lock, status
 from dpoctl.runs.files import to_json, write_atomically
 from dpoctl.runs.lock import RunLock
 
@@ -15,7 +15,7 @@ RESOLVED_RECIPE = "recipe.resolved.yaml"
 OWN_FILES = (
     *("README.md", "recipe.yaml", RESOLVED_RECIPE, "env.json", "data_report.json", "rejects.jsonl"),
     *("advice.json", "health.json", "report.html"),
-    *("metrics.jsonl", "eval.json", "trackers.json", "error.log", "run_status.json", checkpoint.LATEST),
+    *("metrics.jsonl", "eval.json", "trackers.json", "error.log", checkpoint.LATEST),
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "sentencepiece.bpe.model", "spiece.model", "chat_template.jinja"),
@@ -114,7 +114,8 @@ class RunDirectory:
     def _entries(self) -> list[Path]:
         if not self.path.exists():
             return []
-        ignored = (lock.NAME, _TORN, _STAGING)
+        # What is written before the mark of a run; a kill in between leaves it alone there.
+        ignored = (lock.NAME, status.NAME, _TORN, _STAGING)
         return sorted(entry for entry in self.path.iterdir() if not _matches(entry, ignored))
 
     def _has_begun(self) -> bool:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-HIDDEN = "[redacted]"
+HIDDEN = "<redacted>"  # a plain word of YAML, and none that is hidden once more
 _WORDS = r"(?:token|secret|password|passwd|api[_-]?key|access_?key|credentials?)"
 # The names of a tokenizer's own tokens, which are no secrets.
 _HARMLESS = r"(?:bos|eos|pad|unk|sep|cls|mask|image|audio|video|boi|eoi|think|special|first|last|end|start)[_-]?"

@@ -89,3 +89,8 @@ def test_a_record_of_ten_megabytes_is_refused_before_it_is_tokenized():
     with pytest.raises(Reject, match="characters") as refused:
         refuse_endless(Record([user("a" * 10_000_000)], ([user("b")],)))
     assert refused.value.reason == "too_long"
+
+
+def test_what_is_no_python_once_it_is_translated_is_no_template(tokenizer):
+    with pytest.raises(DataError, match=r"the chat template is not a template: 'break' outside loop"):
+        rendered(tokenizer, "{% break %}")

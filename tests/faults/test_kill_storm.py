@@ -148,6 +148,7 @@ def before(place: str, number: int = 1) -> Any:
 
 
 MOMENTS = {
+    "before the recipe is written": before("dpoctl.tasks.train:_write_beginning"),
     "while it reads data": before("dpoctl.data.store:StoreWriter.commit"),
     "before the reference is kept": before("dpoctl.tasks.reference:Reference.read_into", 2),
     "in the first step": before("dpoctl.core.objective:Objective.backward", 1),

@@ -23,8 +23,8 @@ def losing(steps: set[int], value: float = float("nan"), rank: int = 0) -> Any:
 
         backward = Objective.backward
 
-        def spoilt(self: Any, step: Any, reader: Any, meter: Any) -> Any:
-            memory = backward(self, step, reader, meter)
+        def spoilt(self: Any, step: Any, reader: Any, meter: Any, batches: Any) -> Any:
+            memory = backward(self, step, reader, meter, batches)
             if step.number in steps and int(os.environ.get("RANK", "0")) == rank:
                 meter._sums["loss"] = torch.tensor(value, dtype=torch.float64)
             return memory
@@ -42,8 +42,8 @@ def spoiling(step: int, rank: int = 0) -> Any:
 
         backward = Objective.backward
 
-        def spoilt(self: Any, at: Any, reader: Any, meter: Any) -> Any:
-            memory = backward(self, at, reader, meter)
+        def spoilt(self: Any, at: Any, reader: Any, meter: Any, batches: Any) -> Any:
+            memory = backward(self, at, reader, meter, batches)
             if at.number == step:
                 parameter = next(p for p in self.scorer.parameters() if p.grad is not None)
                 parameter.grad.view(-1)[0] = float("inf")
@@ -160,9 +160,9 @@ def starving(step: int, times: int, error: Exception) -> Any:
 
         backward = Objective.backward
 
-        def counting(self: Any, at: Any, reader: Any, meter: Any) -> Any:
+        def counting(self: Any, at: Any, reader: Any, meter: Any, batches: Any) -> Any:
             self.steps = at.number
-            return backward(self, at, reader, meter)
+            return backward(self, at, reader, meter, batches)
 
         Objective.backward, Objective._pull = counting, starved  # type: ignore[method-assign]
 

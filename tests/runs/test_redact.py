@@ -1,4 +1,5 @@
 import pytest
+import yaml
 
 from dpoctl.runs.redact import HIDDEN, redact, redact_command, redact_source, redact_text
 
@@ -61,6 +62,12 @@ def test_secrets_of_a_recipe_and_of_a_traceback_are_hidden_where_they_stand():
         f"model: {{hub_token: {HIDDEN}, r: 8}}\n  password = '{HIDDEN}'\napi_key: \"{HIDDEN}\"\n"
         "max_tokens_per_device: 512\n"
     )
+
+
+def test_what_is_hidden_once_stays_as_it_is_and_stays_a_word():
+    once = redact_source("kwargs:\n  hub_token: abc\n")
+    assert redact_source(once) == once
+    assert yaml.safe_load(once) == {"kwargs": {"hub_token": HIDDEN}}
 
 
 def test_what_the_environment_calls_a_secret_is_hidden_in_any_text(monkeypatch):

@@ -63,7 +63,7 @@ def test_a_tracker_gets_the_flat_recipe_without_secrets_and_prefixed_numbers(mon
     assert fake.config == {
         "model.model_name_or_path": "x",
         "model.dtype": None,
-        "hub_token": "[redacted]",
+        "hub_token": "<redacted>",
         "lora": "{}",
         "targets": "['q', 'v']",
     }
