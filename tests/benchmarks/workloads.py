@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from dpoctl.data.convert import Job, run
-from dpoctl.recipe.schema import Source
+from dpoctl.recipe.schema_data import Source
 
 VOCABULARY = 32_000
 SEED = 0
