@@ -13,15 +13,18 @@ from dpoctl.model.attention import Segments
 class Batch:
     """One micro-batch on one rank.
 
-    The flat layout holds all records in one row of T tokens, `S A B | S A B ...`, without padding; the padded one gives
-    each of the R responses a row of L tokens. N rows predict a scored token. A token that all responses of a record
-    share is predicted once and counts for each of them, so N' >= N entries make up the responses, one after another.
+    A flat layout holds everything in one row of T tokens without padding: `shared` is `S A B | S A B ...`, `packed` is
+    `S A | S B | ...`. The others have rows of L tokens: `masked` one, `S A B`, for each of the G records, `padded` one
+    for each of the R responses. N rows predict a scored token. Where prompts are shared, a token that all responses of
+    a record share is predicted once and counts for each of them, so N' >= N entries make up the responses, one after
+    another.
 
     Attributes:
-        input_ids: `[1, T]` or `[R, L]`.
+        input_ids: `[1, T]`, `[G, L]` or `[R, L]`.
         position_ids: like `input_ids`.
-        attention_mask: `[R, L]`, or `None` in the flat layout.
-        segments: where the records stand in the flat layout, else `None`.
+        attention_mask: like `input_ids`, 0 for padding and 1 for tokens, or `None` in a flat layout; in the masked one
+            answers count on from 2, see `dpoctl.model.layouts`.
+        segments: where the records stand in a flat layout, else `None`.
         score_pos: `[N]`, rows that predict, counted over the flattened batch.
         score_tgt: `[N]`, the token each of them must predict.
         token_index: `[N']`, into the N predicted tokens, response by response.

@@ -1,6 +1,6 @@
-"""Examples to batches: laid out flat with shared prefixes, or as padded rows."""
+"""Examples to batches, in each of the layouts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 from dpoctl.core.batch import Batch
 from dpoctl.data.tokenize import Example
 from dpoctl.model.attention import Segments
-from dpoctl.model.probe import Layout
+from dpoctl.model.layouts import PADDING, PROMPT, Layout
 
 Ints = NDArray[np.int64]
 Collate = Callable[..., Batch]
@@ -30,15 +30,15 @@ def collate(
 
     Args:
         examples: the records of a micro-batch.
-        layout: `shared` for one flat row, `padded` for a row a response.
-        pad_token_id: fills rows in the padded layout; masked, so its value changes nothing.
+        layout: how they lie; see `dpoctl.model.layouts`.
+        pad_token_id: fills rows of a padded layout; masked, so its value changes nothing.
         ref_logps: `[R]`, reference log-probabilities of all responses in order.
         is_filler: the batch only keeps ranks in step.
     """
-    build = _Flat() if layout == "shared" else _Padded(pad_token_id)
+    build = _BUILDERS[layout]()
     for example in examples:
         build.add(example)
-    return build.finish(None if ref_logps is None else torch.from_numpy(ref_logps), is_filler)
+    return build.finish(pad_token_id, None if ref_logps is None else torch.from_numpy(ref_logps), is_filler)
 
 
 @dataclass
@@ -78,6 +78,20 @@ class _Targets:
         self.targets.append(first + example.target if example.target >= 0 else -1)
         self.sources.append(example.source)
 
+    def add_shared(self, example: Example, start: int) -> None:
+        """Add a record whose responses stand after one prompt, which starts at a row."""
+        self.add_record(example)
+        scored = np.flatnonzero(example.shared_scored)
+        common = self.predict(start + scored - 1, example.shared[scored])
+        last = start + len(example.shared) - 1
+        first = last + 1
+        for suffix, flags in zip(example.suffixes, example.suffixes_scored, strict=True):
+            scored = np.flatnonzero(flags)
+            # The first token of any suffix is predicted by the last shared row, wherever the suffix stands.
+            own = self.predict(np.where(scored == 0, last, first + scored - 1), suffix[scored])
+            self.add_response(np.concatenate([common, own]))
+            first += len(suffix)
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the fields that a batch has of these."""
         return {
@@ -94,6 +108,8 @@ class _Targets:
 
 
 class _Flat:
+    """One row without padding."""
+
     def __init__(self) -> None:
         self.ids: list[Ints] = []
         self.positions: list[Ints] = []
@@ -101,28 +117,16 @@ class _Flat:
         self.targets = _Targets()
         self.rows = 0
 
-    def add(self, example: Example) -> None:
-        start, shared = self.rows, len(example.shared)
-        lengths = tuple(len(suffix) for suffix in example.suffixes)
-        self.ids += [example.shared, *example.suffixes]
-        self.positions.append(np.arange(shared))
-        self.positions += [np.arange(shared, shared + length) for length in lengths]
-        self.segments.append((start, shared, lengths))
-        self.rows += shared + sum(lengths)
+    def append(self, shared: Ints, suffixes: Sequence[Ints]) -> None:
+        """Add a prefix and what stands after it."""
+        lengths = tuple(len(suffix) for suffix in suffixes)
+        self.ids += [shared, *suffixes]
+        self.positions.append(_positions(len(shared), lengths))
+        self.segments.append((self.rows, len(shared), lengths))
+        self.rows += len(shared) + sum(lengths)
 
-        self.targets.add_record(example)
-        scored = np.flatnonzero(example.shared_scored)
-        common = self.targets.predict(start + scored - 1, example.shared[scored])
-        first = start + shared
-        for suffix, flags in zip(example.suffixes, example.suffixes_scored, strict=True):
-            scored = np.flatnonzero(flags)
-            # The first token of any suffix is predicted by the last shared row, wherever the suffix stands.
-            rows = np.where(scored == 0, start + shared - 1, first + scored - 1)
-            own = self.targets.predict(rows, suffix[scored])
-            self.targets.add_response(np.concatenate([common, own]))
-            first += len(suffix)
-
-    def finish(self, ref_logps: Tensor | None, is_filler: bool) -> Batch:
+    def finish(self, pad_token_id: int, ref_logps: Tensor | None, is_filler: bool) -> Batch:
+        del pad_token_id
         return Batch(
             input_ids=_join(self.ids)[None],
             position_ids=_join(self.positions)[None],
@@ -134,38 +138,87 @@ class _Flat:
         )
 
 
-class _Padded:
-    def __init__(self, pad_token_id: int) -> None:
-        self.pad_token_id = pad_token_id
-        self.rows: list[Ints] = []
-        self.targets = _Targets()
+class _Shared(_Flat):
+    def add(self, example: Example) -> None:
+        self.targets.add_shared(example, self.rows)
+        self.append(example.shared, example.suffixes)
 
+
+class _Packed(_Flat):
     def add(self, example: Example) -> None:
         self.targets.add_record(example)
-        for suffix, flags in zip(example.suffixes, example.suffixes_scored, strict=True):
-            row, scored = np.concatenate([example.shared, suffix]), np.concatenate([example.shared_scored, flags])
-            at = np.flatnonzero(scored)
-            # The width is not known yet: rows are numbered when the batch is finished.
-            self.targets.add_response(self.targets.predict(at - 1, row[at]))
-            self.rows.append(row)
+        for row, scored in _separate(example):
+            self.targets.add_response(self.targets.predict(self.rows + scored - 1, row[scored]))
+            self.append(row[:0], [row])
 
-    def finish(self, ref_logps: Tensor | None, is_filler: bool) -> Batch:
-        width = max(len(row) for row in self.rows)
-        ids = np.full((len(self.rows), width), self.pad_token_id, dtype=np.int64)
-        mask = np.zeros_like(ids)
+
+class _Rows:
+    """Rows of tokens, filled up to the longest."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[Ints, Ints, Ints]] = []
+        self.row_of: list[int] = []
+        self.targets = _Targets()
+
+    def append(self, ids: Ints, positions: Ints, parts: Ints) -> None:
+        """Add a row, in which everything is predicted that was added to the targets since the last one."""
+        # The width is not known yet: where rows start is added when the batch is finished.
+        self.row_of += [len(self.rows)] * (len(self.targets.score_pos) - len(self.row_of))
+        self.rows.append((ids, positions, parts))
+
+    def finish(self, pad_token_id: int, ref_logps: Tensor | None, is_filler: bool) -> Batch:
+        shape = len(self.rows), max(len(ids) for ids, _, _ in self.rows)
+        filled = [np.full(shape, fill, dtype=np.int64) for fill in (pad_token_id, 0, PADDING)]
         for number, row in enumerate(self.rows):
-            ids[number, : len(row)] = row
-            mask[number, : len(row)] = 1
-        self.targets.score_pos = [number * width + at for number, at in enumerate(self.targets.score_pos)]
+            for table, values in zip(filled, row, strict=True):
+                table[number, : len(values)] = values
+        starts = [number * shape[1] for number in self.row_of]
+        self.targets.score_pos = [start + at for start, at in zip(starts, self.targets.score_pos, strict=True)]
+        ids, positions, parts = (torch.from_numpy(table) for table in filled)
         return Batch(
-            input_ids=torch.from_numpy(ids),
-            position_ids=torch.arange(width).expand(len(self.rows), width),
-            attention_mask=torch.from_numpy(mask),
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=parts,
             segments=None,
             ref_logps=ref_logps,
             is_filler=is_filler,
             **self.targets.tensors(),
         )
+
+
+class _Masked(_Rows):
+    def add(self, example: Example) -> None:
+        self.targets.add_shared(example, 0)
+        lengths = [len(suffix) for suffix in example.suffixes]
+        parts = np.repeat(np.arange(PROMPT, PROMPT + 1 + len(lengths)), [len(example.shared), *lengths])
+        ids = np.concatenate([example.shared, *example.suffixes])
+        self.append(ids, _positions(len(example.shared), lengths), parts)
+
+
+class _Padded(_Rows):
+    def add(self, example: Example) -> None:
+        self.targets.add_record(example)
+        for row, scored in _separate(example):
+            self.targets.add_response(self.targets.predict(scored - 1, row[scored]))
+            self.append(row, np.arange(len(row)), np.full(len(row), PROMPT))
+
+
+_BUILDERS: dict[Layout, Callable[[], _Shared | _Masked | _Packed | _Padded]] = {
+    "shared": _Shared,
+    "masked": _Masked,
+    "packed": _Packed,
+    "padded": _Padded,
+}
+
+
+def _separate(example: Example) -> Iterator[tuple[Ints, Ints]]:
+    """Each response after a prompt of its own, and where its scored tokens stand."""
+    for suffix, flags in zip(example.suffixes, example.suffixes_scored, strict=True):
+        yield np.concatenate([example.shared, suffix]), np.flatnonzero(np.concatenate([example.shared_scored, flags]))
+
+
+def _positions(shared: int, lengths: Sequence[int]) -> Ints:
+    return np.concatenate([np.arange(shared), *(np.arange(shared, shared + length) for length in lengths)])
 
 
 def _join(arrays: Sequence[Ints]) -> Tensor:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from dpoctl.core.batch import Batch
 from dpoctl.model.attention import SHARED_PREFIX
 from dpoctl.model.head import Head
+from dpoctl.model.layouts import FLAT, placement
 from dpoctl.model.probe import Verdict, accepts, backbone
 
 
@@ -38,7 +39,7 @@ class Scorer(nn.Module):
         self._causal = (causal,)
         self._head = Head(causal, confidence=confidence)
         self._takes_positions = accepts(backbone(causal), "position_ids")
-        if verdict.layout == "shared":
+        if verdict.layout in FLAT:
             causal.set_attn_implementation(SHARED_PREFIX)
 
     @property
@@ -51,10 +52,8 @@ class Scorer(nn.Module):
         inputs: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         if self._takes_positions:
             inputs["position_ids"] = batch.position_ids
-        if batch.segments is not None:
-            inputs["layout"] = batch.segments
-        else:
-            inputs["attention_mask"] = batch.attention_mask
+        device, dtype = batch.input_ids.device, self.causal.dtype
+        inputs |= placement(self.verdict.layout, batch.segments, batch.attention_mask, device, dtype)
         if not self.verdict.own_head:
             return self._model_logps(batch, inputs)
         hidden = backbone(self.causal)(**inputs).last_hidden_state

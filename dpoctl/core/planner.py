@@ -19,7 +19,7 @@ from dpoctl.core.balance import fill_bins
 from dpoctl.core.losses import Item
 from dpoctl.data.store import TokenStore
 from dpoctl.errors import DataError
-from dpoctl.model.probe import Layout
+from dpoctl.model.layouts import Layout
 
 Ints = NDArray[np.integer[Any]]
 # Lengths are worked out for so many records at a time, which bounds what that needs besides.
@@ -33,7 +33,8 @@ class Lengths:
     """What the plan knows of the records, in a few bytes each.
 
     Attributes:
-        tokens: `[n]`, tokens a record occupies in the flat layout.
+        tokens: `[n]`, tokens a record occupies where its responses share their prompt.
+        separate: `[n]`, tokens it occupies where each response has a prompt of its own.
         rows: `[n]`, its responses.
         longest: `[n]`, tokens of prompt and longest answer.
         cost: `[n]`, work of a forward, in tokens.
@@ -41,6 +42,7 @@ class Lengths:
     """
 
     tokens: Ints
+    separate: Ints
     rows: Ints
     longest: Ints
     cost: NDArray[np.float32]
@@ -58,6 +60,7 @@ class Lengths:
 
         return cls(
             tokens=join([part.tokens for part in parts]),
+            separate=join([part.separate for part in parts]),
             rows=join([part.rows for part in parts]),
             longest=join([part.longest for part in parts]),
             cost=np.concatenate([part.cost for part in parts]),
@@ -74,6 +77,7 @@ class Lengths:
         tokens, target = shared + np.add.reduceat(own, starts), store.target[first:end]
         return cls(
             tokens=_small(tokens),
+            separate=_small(tokens + shared * (rows - 1)),
             rows=_small(rows),
             longest=_small(shared + np.maximum.reduceat(own, starts)),
             cost=(tokens + area * ATTENTION_COST).astype(np.float32),
@@ -92,7 +96,8 @@ class Lengths:
     def first(self, count: int | None) -> "Lengths":
         """Return those of the first records; of all for `None`."""
         items = {item: numbers[:count] for item, numbers in self.items.items()}
-        return Lengths(self.tokens[:count], self.rows[:count], self.longest[:count], self.cost[:count], items)
+        sizes = (self.tokens[:count], self.separate[:count], self.rows[:count], self.longest[:count])
+        return Lengths(*sizes, self.cost[:count], items)
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ class Step:
     Attributes:
         number: counted from 0 over the whole run.
         records: in the order of the seeded permutation.
-        tokens: that they occupy in the flat layout.
+        tokens: that they occupy where responses share their prompt.
         schedule: for each rank its micro-batches, the same number on every rank; an empty one is a filler.
         counts: how many of each item the step has, over all ranks and micro-batches.
     """
@@ -192,21 +197,34 @@ class Plan:
 
     def _fit(self, records: Ints, bins: Ints) -> bool:
         """Whether every bin is within the budget, or holds one record only."""
-        lengths, held = self.lengths, np.bincount(bins)
-        if self.layout == "shared":
-            used: NDArray[Any] = np.bincount(bins, weights=lengths.tokens[records])
+        size, rows = self._sizes
+        held = np.bincount(bins)
+        used: NDArray[Any]
+        if rows is None:
+            used = np.bincount(bins, weights=size[records])
         else:
             widest = np.zeros(len(held))
-            np.maximum.at(widest, bins, lengths.longest[records])
-            used = widest * np.bincount(bins, weights=lengths.rows[records])
+            np.maximum.at(widest, bins, size[records])
+            used = widest * np.bincount(bins, weights=rows[records])
         return bool(np.all((held <= 1) | (used <= self.max_tokens)))
 
     def tokens_of(self, records: tuple[int, ...]) -> int:
         """Tokens that a micro-batch of these records occupies, padding included."""
+        size, rows = self._sizes
         at = np.array(records, dtype=np.int64)
-        if self.layout == "shared":
-            return int(self.lengths.tokens[at].sum())
-        return int(self.lengths.rows[at].sum()) * int(self.lengths.longest[at].max())
+        return int(size[at].sum()) if rows is None else int(rows[at].sum()) * int(size[at].max())
+
+    @cached_property
+    def _sizes(self) -> tuple[Ints, Ints | None]:
+        """What a record occupies of a layout of one row; its longest row and their number, where rows are padded."""
+        lengths = self.lengths
+        sizes: dict[Layout, tuple[Ints, Ints | None]] = {
+            "shared": (lengths.tokens, None),
+            "masked": (lengths.tokens, lengths.items["records"]),
+            "packed": (lengths.separate, None),
+            "padded": (lengths.longest, lengths.rows),
+        }
+        return sizes[self.layout]
 
 
 @lru_cache(maxsize=2)

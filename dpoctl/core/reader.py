@@ -12,7 +12,7 @@ from torch import Tensor
 from dpoctl.core.batch import Batch
 from dpoctl.core.collator import Collate, collate
 from dpoctl.data.store import TokenStore
-from dpoctl.model.probe import Layout
+from dpoctl.model.layouts import Layout
 
 Ints = NDArray[np.int64]
 

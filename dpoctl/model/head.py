@@ -39,7 +39,8 @@ class LogitTransform:
         for multiplier in multipliers:
             scale *= multiplier if multiplier is not None else 1.0
         divisor = getattr(config, "logits_scaling", None)
-        return cls(scale / (divisor or 1.0), getattr(config, "final_logit_softcapping", None))
+        caps = [getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap")]
+        return cls(scale / (divisor or 1.0), next((cap for cap in caps if cap is not None), None))
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Apply to logits of any shape."""

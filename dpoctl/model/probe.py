@@ -1,27 +1,39 @@
 """What an architecture can do, found out by trying: a start-up check of a second, instead of a list of model names.
 
-Two records of two responses run once in the shared layout and once as separate rows of the untouched model. Sharing
-is chosen only if no response can change another row by a single bit, and if both ways agree; our own head is used
-only if it agrees with the model's logits. Adapters are disturbed first, so that an ignored one cannot pass.
+Two records of two responses run as separate rows of the untouched model, and then in one layout after another, the
+best first. One is chosen only if no response can change another row by a single bit, and if it agrees with separate
+rows; our own head is used only if it agrees with the model's logits. Adapters are disturbed first, so that an ignored
+one cannot pass.
 """
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from dpoctl.model.attention import SHARED_PREFIX, Segments, attention
 from dpoctl.model.head import Head, select_logps
+from dpoctl.model.layouts import FLAT, PROMPT, Layout, placement
 
-Layout = Literal["shared", "padded"]
 # Error of log-probabilities, relative to their spread, that rounding explains.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-ALLOWED_LAYERS = {"full_attention", "sliding_attention"}
+# Layers that look at rows as our attention lets them, or at single rows only.
+PLAIN_LAYERS = {"full_attention", "sliding_attention", "mlp", "moe"}
+STATEFUL_LAYERS = {"linear_attention", "conv", "hybrid"}
+# Configuration keys of attention that reaches so many tokens back.
+WINDOWS = ("sliding_window", "window_size")
+LADDER: tuple[Layout, ...] = ("shared", "masked", "packed")
+GAINS: dict[Layout, str] = {
+    "shared": "prompts are computed once for all their answers",
+    "masked": "prompts are computed once for all their answers, under a dense mask",
+    "packed": "nothing is padded, but prompts are not shared",
+    "padded": "prompts are not shared",
+}
 
 
 @dataclass(frozen=True)
@@ -29,7 +41,7 @@ class Verdict:
     """How a model will be run.
 
     Attributes:
-        layout: `shared` computes a prompt once for all its answers; `padded` gives each answer its own row.
+        layout: see `dpoctl.model.layouts`.
         own_head: whether the chunked head may stand in for the model's own logits.
         reason: why, in words for the user.
     """
@@ -44,6 +56,20 @@ class _Record:
     shared: Tensor
     suffixes: tuple[Tensor, ...]
 
+    @property
+    def tokens(self) -> Tensor:
+        return torch.cat([self.shared, *self.suffixes])
+
+    @property
+    def parts(self) -> Tensor:
+        lengths = [len(self.shared), *map(len, self.suffixes)]
+        return torch.cat([torch.full((length,), PROMPT + part) for part, length in enumerate(lengths)])
+
+    @property
+    def positions(self) -> Tensor:
+        ends = [len(self.shared) + len(suffix) for suffix in self.suffixes]
+        return torch.cat([torch.arange(len(self.shared)), *(torch.arange(len(self.shared), end) for end in ends)])
+
     def rows(self) -> list[Tensor]:
         return [torch.cat([self.shared, suffix]) for suffix in self.suffixes]
 
@@ -51,6 +77,8 @@ class _Record:
 def backbone(causal: PreTrainedModel) -> nn.Module:
     """The part of a causal model below its head."""
     inner = getattr(causal, causal.base_model_prefix, None)
+    # Text towers may carry the prefix that they have inside their multimodal model.
+    inner = inner if isinstance(inner, nn.Module) else getattr(causal, "model", None)
     return inner if isinstance(inner, nn.Module) else causal.base_model
 
 
@@ -76,20 +104,28 @@ def probe(causal: PreTrainedModel, *, max_length: int, seed: int = 0) -> Verdict
     try:
         with _disturbed_adapters(causal, seed):
             own_head, truth = _check_head(causal, records)
-            refusal = _static_refusal(causal) if own_head else "its logits are not simply those of its head"
-            refusal = refusal or _check_sharing(causal, records, truth)
+            if not own_head:
+                return _verdict("padded", own_head, "its logits are not simply those of its head")
+            refusals: list[str] = []
+            for layout in LADDER:
+                refusal = _static_refusal(causal, layout) or _check(causal, layout, records, truth)
+                if refusal is None:
+                    return _verdict(layout, own_head, *refusals[:1])
+                refusals.append(refusal)
+            return _verdict("padded", own_head, refusals[0])
     finally:
         causal.train(was_training)
-    if refusal is None:
-        return Verdict("shared", own_head, "prompts are computed once for all their answers")
-    return Verdict("padded", own_head, f"prompts are not shared: {refusal}")
+
+
+def _verdict(layout: Layout, own_head: bool, *refusals: str) -> Verdict:
+    return Verdict(layout, own_head, ": ".join([GAINS[layout], *refusals]))
 
 
 def _records(
     causal: PreTrainedModel, max_length: int, generator: torch.Generator, device: torch.device
 ) -> list[_Record]:
-    window = getattr(causal.config, "sliding_window", None)
-    prefix = window + 5 if isinstance(window, int) and window < max_length else 11
+    windows = [window for window in _windows(causal) if window < max_length]
+    prefix = max(windows) + 5 if windows else 11
 
     def tokens(count: int) -> Tensor:
         return torch.randint(0, int(causal.config.vocab_size), (count,), generator=generator).to(device)
@@ -129,55 +165,79 @@ def _check_head(causal: PreTrainedModel, records: Sequence[_Record]) -> tuple[bo
     return agrees, truth
 
 
-def _static_refusal(causal: PreTrainedModel) -> str | None:
-    """What is known without a forward: the first reason against sharing, if any."""
-    if not causal._can_set_attn_implementation():
+def _windows(causal: PreTrainedModel) -> list[int]:
+    found = (getattr(causal.config, name, None) for name in WINDOWS)
+    return [window for window in found if isinstance(window, int)]
+
+
+def _static_refusal(causal: PreTrainedModel, layout: Layout) -> str | None:
+    """What is known without a forward: the first reason against a layout, if any."""
+    layers = set(getattr(causal.config, "layer_types", None) or ()) - PLAIN_LAYERS
+    # Some choose among keys, or count them, only where rows are longer than those tried here.
+    if unknown := layers - STATEFUL_LAYERS:
+        return f"layers of type {', '.join(sorted(unknown))} have rules of their own"
+    if layers and layout != "packed":
+        return f"layers of type {', '.join(sorted(layers))} carry state from row to row"
+    if layout in FLAT and not causal._can_set_attn_implementation():
         return f"{type(causal).__name__} does not let its attention be replaced"
-    layers = set(getattr(causal.config, "layer_types", None) or ())
-    if layers - ALLOWED_LAYERS:
-        return f"layers of type {', '.join(sorted(layers - ALLOWED_LAYERS))} carry state from row to row"
+    if layout == "masked" and _windows(causal):
+        return "its windows would count columns of the mask"
     if not accepts(backbone(causal), "position_ids"):
         return f"{type(causal).__name__} takes no positions"
     return None
 
 
-def _check_sharing(causal: PreTrainedModel, records: Sequence[_Record], truth: Sequence[Tensor]) -> str | None:
-    """Run the shared layout: the first reason against it, if any."""
+def _check(causal: PreTrainedModel, layout: Layout, records: Sequence[_Record], truth: Sequence[Tensor]) -> str | None:
+    """Run a layout: the first reason against it, if any."""
+    if layout == "packed":
+        # A prefix with one suffix is a sequence that shares nothing.
+        records = [_Record(row[:1], (row[1:],)) for record in records for row in record.rows()]
     try:
-        with attention(causal, SHARED_PREFIX):
-            hidden = _run_shared(causal, records)
-            if _leaks(causal, records, hidden):
+        with attention(causal, SHARED_PREFIX) if layout in FLAT else nullcontext():
+            hidden = _run(causal, layout, records)
+            if _leaks(causal, layout, records, hidden):
                 return "an edit of one answer changed other rows"
             logps = list(_suffix_logps(Head(causal), hidden, records))
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
         # Whatever the architecture stumbles over here, it would stumble over in training: separate rows are the way.
-        return f"its forward refuses the flat layout ({type(error).__name__})"
-    worst = max(_error(ours, true) for ours, true in zip(logps, truth, strict=True))
+        return f"its forward refuses the {layout} layout ({type(error).__name__})"
+    worst = max(_error(ours[-len(true) :], true) for ours, true in zip(logps, truth, strict=True))
     return None if worst < _tolerance(causal) else f"its log-probabilities differ by {worst:.1e} from separate rows"
 
 
-def _flat(records: Sequence[_Record]) -> tuple[Tensor, Tensor, Segments]:
-    ids, positions, segments, start = [], [], [], 0
+def _run(causal: PreTrainedModel, layout: Layout, records: Sequence[_Record]) -> Tensor:
+    """Return `[tokens, hidden]`, record by record, each shared prefix before its suffixes."""
+    ids, positions, segments, parts = _flat(records) if layout in FLAT else _rows(records)
+    output = backbone(causal)(
+        input_ids=ids,
+        position_ids=positions,
+        use_cache=False,
+        **placement(layout, segments, parts, ids.device, causal.dtype),
+    )
+    hidden: Tensor = output.last_hidden_state
+    return hidden[0] if parts is None else hidden[parts > 0]
+
+
+def _flat(records: Sequence[_Record]) -> tuple[Tensor, Tensor, Segments, None]:
+    segments, start = [], 0
     for record in records:
-        shared, device = len(record.shared), record.shared.device
-        ids += [record.shared, *record.suffixes]
-        positions.append(torch.arange(shared, device=device))
-        positions += [torch.arange(shared, shared + len(suffix), device=device) for suffix in record.suffixes]
-        segments.append((start, shared, tuple(len(suffix) for suffix in record.suffixes)))
-        start += shared + sum(len(suffix) for suffix in record.suffixes)
-    return torch.cat(ids)[None], torch.cat(positions)[None], Segments(tuple(segments)).to(ids[0].device)
+        segments.append((start, len(record.shared), tuple(len(suffix) for suffix in record.suffixes)))
+        start += len(record.tokens)
+    ids, positions = (
+        torch.cat(column)[None] for column in zip(*((r.tokens, r.positions) for r in records), strict=True)
+    )
+    return ids, positions.to(ids.device), Segments(tuple(segments)).to(ids.device), None
 
 
-def _run_shared(causal: PreTrainedModel, records: Sequence[_Record]) -> Tensor:
-    ids, positions, segments = _flat(records)
-    output = backbone(causal)(input_ids=ids, position_ids=positions, use_cache=False, layout=segments)
-    hidden: Tensor = output.last_hidden_state[0]
-    return hidden
+def _rows(records: Sequence[_Record]) -> tuple[Tensor, Tensor, None, Tensor]:
+    columns = zip(*((r.tokens, r.positions, r.parts) for r in records), strict=True)
+    ids, positions, parts = (pad_sequence(list(column), batch_first=True) for column in columns)
+    return ids, positions.to(ids.device), None, parts.to(ids.device)
 
 
-def _leaks(causal: PreTrainedModel, records: Sequence[_Record], hidden: Tensor) -> bool:
+def _leaks(causal: PreTrainedModel, layout: Layout, records: Sequence[_Record], hidden: Tensor) -> bool:
     """Edit one response at a time; every other row must keep its bits.
 
     With experts an edit changes how many rows each expert gets, and so how the products of other rows are rounded.
@@ -190,7 +250,7 @@ def _leaks(causal: PreTrainedModel, records: Sequence[_Record], hidden: Tensor) 
             suffixes = list(record.suffixes)
             suffixes[which] = (suffix + 1) % int(causal.config.vocab_size)
             edited = [*records[:index], _Record(record.shared, tuple(suffixes)), *records[index + 1 :]]
-            changed = ((_run_shared(causal, edited) - hidden).abs() > allowed).any(-1)
+            changed = ((_run(causal, layout, edited) - hidden).abs() > allowed).any(-1)
             changed[start : start + len(suffix)] = False
             if changed.any():
                 return True

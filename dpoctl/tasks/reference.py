@@ -80,7 +80,7 @@ class _Origin:
         other = load_named(recipe, accelerator.device, stored)
         with accelerator.autocast():
             own = probe(other.causal, max_length=recipe.data.max_length)
-        if verdict.layout == "shared" and own.layout != "shared":
+        if verdict.layout not in ("padded", own.layout):
             raise UsageError(
                 f"dpo.reference.path: '{recipe.dpo.reference.path}' cannot be run as the policy is: {own.reason}",
                 hint="name a model of the policy's architecture",
@@ -203,7 +203,7 @@ class Reference:
     def _identity(self) -> str:
         """Everything but the store that decides the numbers."""
         causal, verdict = self._origin.scorer.causal, self._origin.scorer.verdict
-        run_by = verdict.layout if verdict.layout == "shared" else causal.config._attn_implementation
+        run_by = f"{verdict.layout} {causal.config._attn_implementation}"
         weights, config = fingerprint(self._origin.tensors()), describe_config(causal.config)
         return f"{VERSION} {run_by} {verdict.own_head} {self._policy.dtype} {weights} {config}"
 

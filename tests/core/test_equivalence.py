@@ -13,7 +13,8 @@ from dpoctl.core.collator import collate
 from dpoctl.core.logps import Scorer
 from dpoctl.core.losses import Scores, Sigmoid
 from dpoctl.data.tokenize import Example
-from dpoctl.model.probe import Layout, Verdict, probe
+from dpoctl.model.layouts import Layout
+from dpoctl.model.probe import Verdict, probe
 
 ARCHITECTURES = ["llama", "mistral", "qwen3", "gemma3_text", "mixtral"]
 Build = Callable[..., PreTrainedModel]

@@ -15,7 +15,8 @@ from dpoctl.data.tokenize import Example
 from dpoctl.model import linear_head
 from dpoctl.model.attention import attention
 from dpoctl.model.head import Head, score_targets, select_logps
-from dpoctl.model.probe import Layout, Verdict
+from dpoctl.model.layouts import Layout
+from dpoctl.model.probe import Verdict
 
 Build = Callable[..., PreTrainedModel]
 ROUTES = {"shared": Verdict("shared", True, ""), "padded": Verdict("padded", True, ""),
@@ -121,7 +122,7 @@ def by_hand(model: PreTrainedModel, examples: list[Example]) -> tuple[torch.Tens
     return torch.stack(confidence).float(), torch.stack(heads).float()
 
 
-@pytest.mark.parametrize("layout", ["shared", "padded"])
+@pytest.mark.parametrize("layout", ["shared", "masked", "packed", "padded"])
 def test_heads_end_where_the_record_s_shortest_response_does(layout: Layout) -> None:
     batch = collate([lengths_only(4, 5, 3), lengths_only(2, 1, 2, 4)], layout)
     chosen, rejected = [-1.0, -2.0, -0.5, -0.5, -1.0], [-1.0, -1.0, -1.0]

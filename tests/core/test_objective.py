@@ -20,7 +20,8 @@ from dpoctl.core.objective import Judged, Objective
 from dpoctl.core.planner import Lengths, Plan
 from dpoctl.core.reader import Reader
 from dpoctl.errors import RunError
-from dpoctl.model.probe import Layout, Verdict
+from dpoctl.model.layouts import Layout
+from dpoctl.model.probe import Verdict
 from dpoctl.tasks import dpo, sft
 
 BUDGETS = [60, 200, 1 << 62]
@@ -73,7 +74,7 @@ def gradient(
 
 
 @pytest.mark.parametrize("loss", [Sigmoid(), TokenNLL(), BatchCentred()], ids=["dpo", "sft", "coupled"])
-@pytest.mark.parametrize("layout", ["shared", "padded"])
+@pytest.mark.parametrize("layout", ["shared", "masked", "packed", "padded"])
 def test_token_budgets_change_neither_gradients_nor_metrics(
     loss: Loss, layout: Layout, tiny_llama: PreTrainedModel
 ) -> None:
@@ -241,7 +242,7 @@ def test_memory_moves_with_applied_steps_alone(tiny_llama: PreTrainedModel, monk
     assert objective.memory == ({"steps": 1.0},)
 
 
-@pytest.mark.parametrize("layout", ["shared", "padded"])
+@pytest.mark.parametrize("layout", ["shared", "masked", "packed", "padded"])
 def test_the_plan_knows_of_records_what_their_batch_says(layout: Layout) -> None:
     examples = random_pairs(6)
     examples = [replace(e, label=n % 2, target=n % 3 - 1, source=n) for n, e in enumerate(examples)]

@@ -42,7 +42,7 @@ def test_tokens_to_imitate_are_those_of_each_record_s_target() -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("max_tokens", [1, 90, 300, 1 << 62])
-@pytest.mark.parametrize("layout", ["shared", "padded"])
+@pytest.mark.parametrize("layout", ["shared", "masked", "packed", "padded"])
 def test_every_record_is_used_once_an_epoch_within_the_budget(world_size: int, max_tokens: int, layout: str) -> None:
     plan = Plan(LENGTHS, 8, world_size, max_tokens, layout, seed=3, num_epochs=2)
     used = trained(plan)
@@ -122,7 +122,7 @@ def test_lengths_do_not_depend_on_how_many_are_worked_out_at_a_time(monkeypatch:
     store = MemoryStore(random_pairs(37))
     monkeypatch.setattr(planner, "PART", 5)
     parts = Lengths.of(store)  # type: ignore[arg-type]
-    for name in ("tokens", "rows", "longest", "cost"):
+    for name in ("tokens", "separate", "rows", "longest", "cost"):
         assert getattr(parts, name).tolist() == getattr(LENGTHS, name).tolist()
     assert {k: v.tolist() for k, v in parts.items.items()} == {k: v.tolist() for k, v in LENGTHS.items.items()}
 
@@ -131,7 +131,7 @@ def test_512_ranks_of_64_pairs_are_balanced_within_two_percent() -> None:
     rng = np.random.default_rng(0)
     tokens = np.clip(rng.lognormal(5.2, 0.8, 512 * 64), 16, 2048).astype(np.int64)
     ones = np.ones_like(tokens)
-    lengths = Lengths(tokens, ones, tokens, tokens.astype(np.float32), {"pairs": ones})
+    lengths = Lengths(tokens, tokens, ones, tokens, tokens.astype(np.float32), {"pairs": ones, "records": ones})
     step = Plan(lengths, len(tokens), world_size=512, seed=0).step(0)
     loads = [sum(tokens[list(micro)].sum() for micro in rank) for rank in step.schedule]
     assert max(loads) <= 1.02 * min(loads)

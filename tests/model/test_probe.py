@@ -4,55 +4,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from architectures import BY_TYPE
+from transformers import PreTrainedModel
 
 from dpoctl.model import attention as attention_module
-from dpoctl.model.probe import probe
+from dpoctl.model import layouts
+from dpoctl.model.probe import backbone, probe
 
 Build = Callable[..., PreTrainedModel]
-
-
-@pytest.mark.parametrize(
-    ("architecture", "changes"),
-    [
-        ("llama", {}),
-        ("mistral", {"sliding_window": 8}),
-        ("qwen3", {}),
-        ("gemma3_text", {}),
-        ("mixtral", {}),
-        ("gpt2", {}),
-        ("gemma2", {"head_dim": 16, "sliding_window": 8}),
-        ("gpt_oss", {"head_dim": 16, "sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2}),
-        ("granite", {"logits_scaling": 4.0}),
-        ("cohere", {"logit_scale": 0.3}),
-    ],
-)
-def test_attention_only_models_share_prompts(architecture: str, changes: dict[str, object], tiny_model: Build) -> None:
-    verdict = probe(tiny_model(architecture, **changes), max_length=128)
-    assert (verdict.layout, verdict.own_head) == ("shared", True), verdict.reason
-
-
-def mamba() -> PreTrainedModel:
-    config = AutoConfig.for_model(
-        "mamba2", vocab_size=384, hidden_size=64, num_hidden_layers=2, head_dim=16, num_heads=8
-    )
-    return AutoModelForCausalLM.from_config(config)
-
-
-def falcon_h1() -> PreTrainedModel:
-    config = AutoConfig.for_model(
-        "falcon_h1", vocab_size=384, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16,
-    )  # fmt: skip
-    return AutoModelForCausalLM.from_config(config)
-
-
-@pytest.mark.parametrize("build", [mamba, falcon_h1])
-def test_models_that_carry_state_fall_back_to_padded_rows(build: Callable[[], PreTrainedModel]) -> None:
-    torch.manual_seed(0)
-    verdict = probe(build(), max_length=128)
-    assert verdict.layout == "padded"
-    assert "not shared" in verdict.reason
 
 
 def test_an_attention_that_lets_answers_see_each_other_is_found_out(
@@ -68,8 +27,28 @@ def test_an_attention_that_lets_answers_see_each_other_is_found_out(
 
     monkeypatch.setitem(AttentionInterface._global_mapping, attention_module.SHARED_PREFIX, leaking)
     verdict = probe(tiny_llama, max_length=64)
-    assert verdict.layout == "padded"
+    assert verdict.layout == "masked", "the model's own attention does not leak"
     assert "edit of one answer" in verdict.reason
+
+
+def test_a_mask_that_lets_answers_see_each_other_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def leaking(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        hidden = torch.ones(parts.shape[-1], parts.shape[-1]).triu(1).bool()
+        return torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(dtype).min).expand(len(parts), 1, -1, -1)
+
+    assert probe(BY_TYPE["stablelm"].build(), max_length=64).layout == "masked"
+    monkeypatch.setattr(layouts, "_dense_mask", leaking)
+    assert probe(BY_TYPE["stablelm"].build(), max_length=64).layout == "padded"
+
+
+def test_a_window_over_columns_rules_out_a_mask_even_where_no_row_is_longer() -> None:
+    # Between a prompt and its second answer stands the first: more columns than positions lie between their tokens.
+    assert probe(BY_TYPE["gpt_neo"].build(window_size=256), max_length=64).layout == "padded"
+
+
+def test_a_text_tower_under_a_name_of_its_multimodal_model_has_a_backbone() -> None:
+    model = BY_TYPE["llama4_text"].build()
+    assert backbone(model) is model.model
 
 
 def test_a_window_that_is_ignored_is_found_out(tiny_model: Build, monkeypatch: pytest.MonkeyPatch) -> None:
