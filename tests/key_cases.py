@@ -178,6 +178,7 @@ CASES: dict[str, Case] = {
     "training.gradient_checkpointing": Case(
         True, lambda o: o.forwards["mlp"], {"training.gradient_checkpointing": False}
     ),
+    "training.torch_compile": Case(True, lambda o: "compile" in o.asked),
     "training.logging_steps": Case(2, "steps"),
     "training.eval_on_start": Case(False, "evaluations"),
     "training.eval_steps": Case(1, "evaluations"),

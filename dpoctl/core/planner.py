@@ -182,16 +182,17 @@ class Plan:
         most = math.ceil(len(records) / self.world_size)
         m = min(most, max(1, total // (self.world_size * self.max_tokens)))
         while True:
-            bins = fill_bins(self.lengths.cost[records], self.world_size * m)
-            if m >= most or self._fit(records, bins):
-                return self._by_rank(records, bins, m)
+            order, bins = fill_bins(self.lengths.cost[records], self.world_size * m)
+            if m >= most or self._fit(records[order], bins):
+                return self._by_rank(records[order], bins, m)
             m += 1
 
     def _by_rank(self, records: Ints, bins: Ints, m: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """Records bin by bin, those of the largest cost first, and every `world_size`-th bin to the same rank."""
-        order = np.lexsort((-self.lengths.cost[records], bins))
-        ends = np.cumsum(np.bincount(bins, minlength=self.world_size * m))
-        sorted_records = records[order].tolist()
+        """Records bin by bin, in the order that they have, and every `world_size`-th bin to the same rank."""
+        count = self.world_size * m
+        ends = np.cumsum(np.bincount(bins, minlength=count))
+        # Numbers of two bytes are sorted in a few passes.
+        sorted_records = records[np.argsort(_small(bins), kind="stable")].tolist()
         filled = [tuple(sorted_records[start:end]) for start, end in itertools.pairwise([0, *ends.tolist()])]
         return tuple(tuple(filled[rank :: self.world_size]) for rank in range(self.world_size))
 

@@ -30,6 +30,7 @@ from transformers import (
 
 from dpoctl.errors import RunError
 from dpoctl.model.attention import SHARED_PREFIX, attention
+from dpoctl.model.compiled import as_written
 
 
 @dataclass(frozen=True)
@@ -257,6 +258,7 @@ def _generating(causal: PreTrainedModel) -> Iterator[None]:
     modes = [(module, module.training) for module in causal.modules()]
     settings = causal.generation_config
     with ExitStack() as stack:
+        stack.enter_context(as_written(causal))
         if causal.config._attn_implementation == SHARED_PREFIX:
             stack.enter_context(attention(causal, "sdpa" if causal._supports_sdpa else "eager"))
         if (narrow := _autocast_dtype(causal)) is not None:

@@ -28,7 +28,7 @@ BYTES_PER_TRAINED = 12
 # Autocast keeps the cast of every trained weight until the end of the forward.
 BYTES_PER_CAST = 2
 # On a CPU larger micro-batches bring no speed, only memory.
-CPU_TOKENS = 8192
+CPU_TOKENS = 2048
 # A few tokens less than fit: allocators need room, and the head its chunk of logits.
 SLACK = 0.6
 

@@ -24,6 +24,7 @@ from dpoctl.core.planner import Lengths, Plan
 from dpoctl.core.reader import Reader
 from dpoctl.data.prepare import PreparedData
 from dpoctl.model.checkpointing import set_gradient_checkpointing
+from dpoctl.model.compiled import compile_layers
 from dpoctl.model.load import load_policy
 from dpoctl.model.policy import Policy
 from dpoctl.model.probe import Verdict, probe
@@ -178,6 +179,8 @@ def _train(job: _Job, tokenizer: PreTrainedTokenizerBase, data: PreparedData) ->
         refuse_other_data(job.directory, newest, data.train.key, job.allow_changed)
     policy = load_policy(recipe, tokenizer, accelerator.device, model_init=extensions.model_init)
     verdict, plan, checkpointing = _lay_out(recipe, policy, Lengths.of(data.train), accelerator, newest)
+    if recipe.training.torch_compile:
+        compile_layers(policy.causal)
     _announce(policy, verdict, plan, checkpointing, accelerator)
     _give_advice(job, tokenizer, data, policy)
 

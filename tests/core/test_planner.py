@@ -109,8 +109,10 @@ def test_placing_many_items_at_once_is_placing_one_by_one(count: int, spread: st
         "heavy-tailed": np.ceil(rng.pareto(0.7, 257)) + 1,
         "equal": np.full(129, 5),
         "few": rng.integers(1, 9, 3),
-    }[spread].astype(np.float64)
-    assert fill_bins(cost, count).tolist() == one_by_one(cost, count)
+    }[spread].astype(np.float32)
+    order, bins = fill_bins(cost, count)
+    assert order.tolist() == np.argsort(-cost, kind="stable").tolist()
+    assert bins.tolist() == [one_by_one(cost, count)[item] for item in order]
 
 
 def test_numbers_that_are_all_the_same_take_no_memory() -> None:

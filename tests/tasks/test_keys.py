@@ -122,6 +122,7 @@ def spy(patch: pytest.MonkeyPatch, seen: Outcome, world: dict[str, str]) -> None
     patch.setattr(datasets, "load_dataset", remember("dataset", lambda *_, **__: rows))
     patch.setattr(trackers, "installed_version", lambda _: "1")
     patch.setitem(trackers.TRACKERS, "wandb", remember("wandb", lambda _: MagicMock()))
+    patch.setattr(training, "compile_layers", remember("compile", lambda _: None))
     patch.setattr(training, "be_patient", remember("patience", training.be_patient))
     count("scorer", Scorer)
     count("mlp", LlamaMLP)
