@@ -145,11 +145,12 @@ def compare(profile: str, kind: str, arguments: argparse.Namespace, root: Path) 
     rows = arguments.pairs * (arguments.rounds + 1)
     work = build(root, arguments.shape, profile, rows, arguments.shared, sft=kind == "sft", dtype=arguments.dtype)
     contestants = [entry("dpoctl", "dpoctl", work, kind, arguments, root)]
+    batch = best_batch(work, kind, arguments, root) if {"tuned", "precomputed"} & {*arguments.programs} else 0
     if "padded" in arguments.programs:
         contestants.append(entry("dpoctl, padded rows", "dpoctl", work, kind, arguments, root, layout="padded"))
     for name in ("tuned", "precomputed", "defaults"):
         if name in arguments.programs and not (kind == "sft" and name == "precomputed"):
-            contestants.append(best_trl(name, work, kind, arguments, root))
+            contestants.append(trl(name, 8 if name == "defaults" else batch, work, kind, arguments, root))
     peak = entry("matmul", "peak", work, kind, arguments, root)
     running = [*contestants, peak]
     try:
@@ -177,23 +178,25 @@ def entry(
     return Contestant(name, spec | more)
 
 
-def best_trl(name: str, work: Workload, kind: str, arguments: argparse.Namespace, root: Path) -> Contestant:
-    """TRL at the batch that is fastest in one step; at its defaults, if these are asked for."""
+def trl(
+    name: str, batch: int, work: Workload, kind: str, arguments: argparse.Namespace, root: Path, **more: Any
+) -> Contestant:
+    """TRL with so many rows at a time; tuned, tuned and with log-probabilities of the reference from before, or not."""
+    more |= {"batch": batch, "tuned": name != "defaults", "precompute": name == "precomputed"}
+    return entry(f"TRL {name}, batch {batch}", "trl", work, kind, arguments, root, **more)
 
-    def at(batch: int) -> Contestant:
-        title = f"TRL {name}, batch {batch}"
-        more = {"batch": batch, "tuned": name != "defaults", "precompute": name == "precomputed"}
-        return entry(title, "trl", work, kind, arguments, root, **more)
 
-    batches = [8] if name == "defaults" else [b for b in arguments.batches if b <= arguments.pairs]
-    if len(batches) == 1:
-        return at(batches[0])
-    trials = [at(batch) for batch in batches]
+def best_batch(work: Workload, kind: str, arguments: argparse.Namespace, root: Path) -> int:
+    """The batch at which TRL is fastest, in one step of as many pairs as the largest has."""
+    batches = [batch for batch in arguments.batches if batch <= arguments.pairs]
+    trials = [trl("tuned", batch, work, kind, arguments, root, pairs=max(batches)) for batch in batches]
+    if len(trials) == 1:
+        return batches[0]
     for trial in trials:
         trial.start()
         trial.turn()
         trial.stop()
-    return at(min(zip(trials, batches, strict=True), key=lambda pair: pair[0].median("seconds"))[1])
+    return min(zip(trials, batches, strict=True), key=lambda pair: pair[0].median("seconds"))[1]
 
 
 def report(profile: str, kind: str, contestants: list[Contestant], peak: Contestant, pairs: int) -> None:
