@@ -149,7 +149,7 @@ def test_code_that_comes_with_a_model_never_runs_unasked(file: str, scene: Scene
     def agree() -> None:
         import builtins
 
-        builtins.input = lambda *_: asked.write_text("") and "" or "y"  # type: ignore[assignment]
+        builtins.input = lambda *_: (asked.write_text("") and "") or "y"  # type: ignore[assignment]
 
     ended = scene.changed({"model.model_name_or_path": str(folder)}).run(scene.folder / "run", faults=[agree])
     assert ended.code == 2
