@@ -37,6 +37,7 @@ from dpoctl.runs.environment import describe_environment
 from dpoctl.runs.health import Expectation
 from dpoctl.runs.redact import redact_source
 from dpoctl.runs.report import refresh_report
+from dpoctl.runs.signals import terminable
 from dpoctl.runs.status import reported
 from dpoctl.runs.trackers import check_installed
 from dpoctl.tasks.check import facts_of
@@ -112,7 +113,7 @@ def run(
     check_installed(recipe.training.report_to)
     resume = resume or (recipe.training.resume == "auto" and not overwrite)
     accelerator = build_accelerator(recipe)
-    with ExitStack() as stack, named(accelerator):
+    with terminable(), ExitStack() as stack, named(accelerator):
         directory = _open_directory(recipe, accelerator, stack, resume=resume, overwrite=overwrite)
         job = _Job(recipe, document, accelerator, directory, extensions, allow_changed)
         with accelerator.main_process_first():
