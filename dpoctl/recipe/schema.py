@@ -17,6 +17,7 @@ from dpoctl.recipe.values import (
     auto_or_count,
     auto_or_flag,
     exactly_one,
+    hub_repository,
     lora_targets,
     name_list,
     one_or_several,
@@ -220,6 +221,12 @@ class TrainingSection(Section):
     """Trackers that get the metrics too."""
     run_name: Text | None = Field(default=None, examples=["zephyr-dpo"])
     """The name of the run at wandb and trackio; tensorboard calls it by its folder."""
+    hub_model_id: Annotated[
+        str | None, BeforeValidator(hub_repository, json_schema_input_type=str | None), Expect("owner/name, or null")
+    ] = Field(default=None, examples=["me/zephyr-dpo"])
+    """The repository on the hub that the exported model is uploaded to at the end; null uploads nothing."""
+    hub_private_repo: bool = True
+    """Make that repository private, if it does not exist yet."""
     seed: Annotated[int, Ge(0), Lt(2**32)] = 42
     """Seeds everything that is random: order of rows, splits, dropout, new weights."""
 

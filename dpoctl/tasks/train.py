@@ -52,6 +52,7 @@ from dpoctl.tasks.samples import Samples
 from dpoctl.tasks.self_check import check_first_step
 from dpoctl.tasks.task import Task, build_task
 from dpoctl.tasks.trouble import Relief, named
+from dpoctl.tasks.upload import require_login, upload
 
 NO_EXTENSIONS = Extensions()
 TRAIN = ""  # the name of the training store among the eval sets, whose names are never empty
@@ -111,6 +112,7 @@ def run(
         show_plan(recipe, document=document, json_output=json_output)
         return {}
     check_installed(recipe.training.report_to)
+    require_login(recipe.training)
     resume = resume or (recipe.training.resume == "auto" and not overwrite)
     accelerator = build_accelerator(recipe)
     with terminable(), ExitStack() as stack, named(accelerator):
@@ -124,6 +126,7 @@ def run(
         summary = _train(job, tokenizer, data)
         if accelerator.is_main_process:
             refresh_report(directory.path)
+            upload(directory.path, recipe.training)
     if json_output:
         console.emit(json.dumps(summary))
     else:
