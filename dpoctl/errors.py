@@ -62,5 +62,6 @@ class StoppedError(UserError):
             f"stopped by signal {signum} {when}",
             hint="the same command with --resume goes on from there",
         )
+        self.step = step
         # A process is said to exit with 128 plus the signal that ended it.
         self.exit_code = 128 + signum
