@@ -14,6 +14,7 @@ def sft(
     *,
     overrides: Sequence[str] = (),
     resume: bool = False,
+    allow_changed: Sequence[str] = (),
     overwrite: bool = False,
     collator: Callable[..., Any] | None = None,
     model_init: Callable[[], Any] | None = None,
@@ -49,6 +50,7 @@ def sft(
         recipe: the YAML file, or a mapping of what would stand in it.
         overrides: `key=value` texts that win over the recipe.
         resume: go on from the newest checkpoint; with the code that the run began with.
+        allow_changed: keys that may differ from what the run began with, by their names in the refusal.
         overwrite: replace an earlier run in the run directory.
         collator: see the table.
         model_init: see the table.
@@ -71,6 +73,7 @@ def dpo(
     *,
     overrides: Sequence[str] = (),
     resume: bool = False,
+    allow_changed: Sequence[str] = (),
     overwrite: bool = False,
     collator: Callable[..., Any] | None = None,
     model_init: Callable[[], Any] | None = None,

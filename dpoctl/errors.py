@@ -49,17 +49,19 @@ class SetupError(UserError):
 
 
 class StoppedError(UserError):
-    """A signal ended the run after a checkpoint.
+    """A signal ended the run.
 
     Args:
         signum: the signal.
-        step: the step whose checkpoint was written.
+        step: the step whose checkpoint was written; None where no step was being taken.
     """
 
-    def __init__(self, signum: int, step: int) -> None:
+    def __init__(self, signum: int, step: int | None = None) -> None:
+        when = "while no step was taken" if step is None else f"after step {step}; a checkpoint was written"
         super().__init__(
-            f"stopped by signal {signum} after step {step}; a checkpoint was written",
+            f"stopped by signal {signum} {when}",
             hint="the same command with --resume goes on from there",
         )
+        self.step = step
         # A process is said to exit with 128 plus the signal that ended it.
         self.exit_code = 128 + signum

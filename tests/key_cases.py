@@ -189,6 +189,10 @@ CASES: dict[str, Case] = {
     "training.ddp_timeout": Case(60, lambda o: o.asked["patience"][0]["arguments"]),
     "training.report_to": Case(["tensorboard"], "files"),
     "training.run_name": Case("mine", lambda o: o.asked["wandb"][0]["arguments"][0].run_name, WANDB),
+    "training.hub_model_id": Case("me/model", lambda o: [call["repo_id"] for call in o.asked.get("upload", [])]),
+    "training.hub_private_repo": Case(
+        False, lambda o: o.asked["repository"][0]["private"], {"training.hub_model_id": "me/model"}
+    ),
     "training.seed": Case(2, "weights"),
 }
 """Every leaf key of the recipe, but for the keys of sources."""

@@ -4,12 +4,15 @@ import ast
 import os
 import re
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from dpoctl.core.losses import LOSSES
 from dpoctl.data.formats import FORMATS
@@ -162,6 +165,38 @@ def test_a_constraint_pins_every_dependency_exactly():
     pinned = {re.sub(r"[-_.]+", "-", line.split("==")[0]).lower() for line in lines}
     required = {name.lower() for name in re.findall(r'"([\w-]+)[>=]=', pyproject)} - {"hatchling", "wandb", "trackio"}
     assert required - pinned == set()
+
+
+# The oldest versions without a known hole that a model, a template or a file of strangers could use.
+SAFE = {
+    "torch": "2.10",  # CVE-2025-32434, CVE-2026-24747: reading weights
+    "transformers": "5.3",  # CVE-2026-1839, CVE-2026-4372: random states, kernels named by a config
+    "jinja2": "3.1.6",  # CVE-2024-56326: out of the sandbox
+    "pyyaml": "5.4",  # CVE-2020-14343: the full loader
+}
+
+
+def floors() -> dict[str, Version]:
+    """The oldest version of each dependency that is installed."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    texts = [*project["dependencies"], *(text for texts in project["optional-dependencies"].values() for text in texts)]
+    found = {}
+    for text in texts:
+        needed = Requirement(text)
+        (bound,) = needed.specifier
+        assert bound.operator in (">=", "=="), text
+        found[needed.name.lower()] = Version(bound.version)
+    return found
+
+
+def test_no_version_with_a_known_hole_is_installed():
+    assert {name: str(floors()[name]) for name, safe in SAFE.items() if floors()[name] < Version(safe)} == {}
+
+
+def test_the_pinned_versions_are_ones_that_the_project_takes():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {line.split("==")[0].lower(): Version(line.split("==")[1]) for line in lines if line[0] != "#"}
+    assert {name: str(pinned[name]) for name, floor in floors().items() if pinned.get(name, floor) < floor} == {}
 
 
 def readme() -> str:

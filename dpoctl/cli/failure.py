@@ -95,11 +95,16 @@ def _describe(error: Exception, log: Path | None) -> Failure:
     if isinstance(error, UserError):
         details = {"code": error.exit_code, "message": error.message, "hint": error.hint} | _places(error)
         text = str(error) if "problems" in details else f"error: {console.printable(str(error), keep='')}"
-        return Failure(error.exit_code, text, details, rank, foreseen=not isinstance(error, LostRanksError))
+        return Failure(error.exit_code, text, details, rank, foreseen=not _may_follow(error))
     message = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'}"
     where = f"traceback in {log}" if log else "pass --debug for the traceback"
     details = {"code": UNEXPECTED, "message": message, "hint": where}
     return Failure(UNEXPECTED, f"error: {message} ({where})", details, rank, foreseen=False)
+
+
+def _may_follow(error: UserError) -> bool:
+    """Whether an error may be a consequence of another rank's: then no answer comes, and a launcher sends a signal."""
+    return isinstance(error, LostRanksError) or (isinstance(error, StoppedError) and error.step is None)
 
 
 def _places(error: UserError) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from datetime import date
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from dpoctl.data.limits import RENDER_SECONDS, compile_bounded, limited_time, within_size
+from dpoctl.data.limits import RENDER_SECONDS, compile_bounded, compiling_bounded, limited_time, within_size
 from dpoctl.data.records import Message, Record, Reject
 from dpoctl.errors import DataError, UsageError
 from dpoctl.recipe.templates import NAMES
@@ -84,14 +84,16 @@ class ChatTemplate:
                         ),
                         messages,
                     )
-                text = self._tokenizer.apply_chat_template(
-                    messages,
-                    tools=[*record.tools] or None,
-                    chat_template=self.tools_text if record.tools else self.text,
-                    tokenize=False,
-                    add_generation_prompt=generate,
-                    **variables,
-                )
+                with compiling_bounded():
+                    text = self._tokenizer.apply_chat_template(
+                        messages,
+                        tools=[*record.tools] or None,
+                        chat_template=self.tools_text if record.tools else self.text,
+                        tokenize=False,
+                        add_generation_prompt=generate,
+                        **variables,
+                    )
+                return within_size(str(text), [*messages, *record.tools])
         except TimeoutError as error:
             # One row that takes for ever is one too many, and the next ones will not be faster.
             raise DataError(
@@ -100,7 +102,6 @@ class ChatTemplate:
         except Exception as error:
             # A template is a program, and may fail over a conversation in any way.
             raise Reject("template_refuses", self._why(messages, generate, record, error)) from error
-        return str(text)
 
     def _why(self, messages: list[Message], generate: bool, record: Record, error: Exception) -> str:
         """What the template says, and what to do where it is the system message that it cannot take."""

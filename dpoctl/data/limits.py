@@ -4,6 +4,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache, lru_cache
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ def refuse_endless(record: Record) -> None:
         raise Reject("too_long", f"{size:,} characters; at most {LONGEST_RECORD:,} are tokenized")
 
 
+@lru_cache(maxsize=8)
 def compile_bounded(text: str) -> "Template":
     """Compile a chat template as transformers does, with bounded arithmetic.
 
@@ -45,16 +47,35 @@ def compile_bounded(text: str) -> "Template":
         DataError: It is too long.
         TemplateSyntaxError: It is no template.
     """
-    from transformers.utils import chat_template_utils
-
     if len(text) > LONGEST_TEMPLATE:
         raise DataError(f"the chat template has {len(text):,} characters; at most {LONGEST_TEMPLATE:,} are read")
-    # The environment of another template: compiling one already multiplies what is constant in it.
+    template: Template = _environment().from_string(text)
+    return template
+
+
+@contextmanager
+def compiling_bounded() -> Iterator[None]:
+    """Have what transformers compiles meanwhile compiled by `compile_bounded`."""
+    from transformers.utils import chat_template_utils
+
+    _environment()
+    original = chat_template_utils._compile_jinja_template
+    chat_template_utils._compile_jinja_template = compile_bounded
+    try:
+        yield
+    finally:
+        chat_template_utils._compile_jinja_template = original
+
+
+@cache
+def _environment() -> Any:
+    """The environment of another template: to compile one is already to multiply what is constant in it."""
+    from transformers.utils import chat_template_utils
+
     environment: Any = chat_template_utils._compile_jinja_template("").environment
     environment.intercepted_binops = frozenset(["*", "**"])
     environment.call_binop = _bounded
-    template: Template = environment.from_string(text)
-    return template
+    return environment
 
 
 @contextmanager

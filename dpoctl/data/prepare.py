@@ -257,14 +257,22 @@ class _StoreFactory:
         with _only_own_garbage(), StoreWriter(self._folder / key, key, self._encoder.dtype) as writer:
             report = build(selection, encoder, writer, drop_duplicates=drop_duplicates, votes=votes, settle=False)
             if not votes.contradicted:
-                return self._commit(name, selection, writer, report)
+                return self._commit(name, selection, key, writer, report)
         console.note(f"{name}: some pairs stand there both ways round; read again, to keep what the majority says")
         with _only_own_garbage(), StoreWriter(self._folder / key, key, self._encoder.dtype) as writer:
             report = build(selection, encoder, writer, drop_duplicates=drop_duplicates, votes=votes, settle=True)
-            return self._commit(name, selection, writer, report)
+            return self._commit(name, selection, key, writer, report)
 
-    def _commit(self, name: str, selection: Selection, writer: StoreWriter, report: dict[str, Any]) -> TokenStore:
+    def _commit(
+        self, name: str, selection: Selection, key: str, writer: StoreWriter, report: dict[str, Any]
+    ) -> TokenStore:
         paths = _paths(selection)
+        if self._key(selection) != key:
+            # Kept under that key, it would be taken for the data as it was before.
+            raise DataError(
+                f"{name}: {', '.join(dict.fromkeys(paths))} changed while it was read",
+                hint="start again once it is written",
+            )
         if not report["used"]:
             raise explain_nothing_used(name, paths, report)
         if selection.wants == "rankings" and report["most_answers"] < 3:

@@ -121,6 +121,8 @@ def kind_of(source_path: str) -> Kind:
         raise DataError(f"{source_path[:80]}: cannot be read: {error.strerror or error}") from error
     if is_file and "\0" in source_path:
         raise DataError(f"{source_path}: no path has such a character")
+    if path.is_char_device() or path.is_block_device():
+        raise DataError(f"{source_path}: a device, not a file")
     return FILE if is_file else HUB
 
 

@@ -1,6 +1,7 @@
 """From a trained policy to files that plain transformers and peft load."""
 
 import copy
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -153,8 +154,16 @@ def _moved_into(folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as staging:
         yield Path(staging)
+        open_weights(Path(staging))
         for file in sorted(Path(staging).iterdir(), key=lambda file: (file.name in _CONFIGS, file.name)):
             file.replace(folder / file.name)
+
+
+def open_weights(folder: Path) -> None:
+    """Let those read a model's weights who may read its configuration; safetensors lets nobody but their owner."""
+    (config, *_) = (folder / name for name in _CONFIGS if (folder / name).exists())
+    for file in folder.glob("*.safetensors"):
+        shutil.copymode(config, file)
 
 
 def _peft(policy: "Policy") -> Any:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from dpoctl.errors import RunError, UsageError
 from dpoctl.model.decoder import find_decoder
+from dpoctl.model.export import open_weights
 from dpoctl.model.head import select_logps
 from dpoctl.model.lora import ends_of
 from dpoctl.model.policy import TRAINED, Policy
@@ -108,6 +109,7 @@ def save_merged(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedToken
     Its generation settings are the base's, with the tokenizer's end-of-turn among the tokens that end a text.
     """
     model.save_pretrained(folder)
+    open_weights(folder)
     tokenizer.save_pretrained(folder)
     settings = read_json(folder / GENERATION_CONFIG) if (folder / GENERATION_CONFIG).is_file() else {}
     named = settings.get("eos_token_id")

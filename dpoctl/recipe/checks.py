@@ -1,5 +1,6 @@
 """What the keys of a recipe must be to one another."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path as FilePath
@@ -28,6 +29,8 @@ class Finding:
 
 Stands = Callable[[Path, tuple[Path, ...]], bool]
 QUANTIZATION: Path = ("quantization",)
+LONGEST_NAME, LONGEST_PATH = 255, 4000
+"""Bytes of a file's name, and of a whole path with room for what a run puts below it."""
 UNDECIDED = "undecided"
 """What a judge calls a text of no category."""
 ROWS = {
@@ -62,7 +65,8 @@ def check(recipe: Recipe, command: str, stands: Stands, losses: Sequence[Named])
             f"the method is {recipe.method} and the command is {command}; run `dpoctl {recipe.method}` on it",
         )
     yield from _inert(recipe, stands)
-    yield from _model(recipe)
+    nameless = list(_names(recipe))
+    yield from nameless or _model(recipe)
     yield from _data(recipe)
     yield from _training(recipe)
     if recipe.eval.judge is not None:
@@ -77,6 +81,22 @@ def _inert(recipe: Recipe, stands: Stands) -> Iterator[Finding]:
     for path, inert in inert_keys(recipe).items():
         if stands(path, inert.causes):
             yield Finding(path, f"{dotted(path)} would do nothing: {inert.reason}", inert.causes)
+
+
+def _names(recipe: Recipe) -> Iterator[Finding]:
+    """Names that no file system knows: to ask it about one is an error."""
+    names: dict[Path, str | None] = {
+        ("model", "model_name_or_path"): recipe.model.model_name_or_path,
+        ("dpo", "reference", "path"): recipe.dpo.reference.path,
+        ("training", "output_dir"): recipe.training.output_dir,
+    }
+    for path, name in names.items():
+        if name is None:
+            continue
+        if len(name) > LONGEST_PATH or max(len(part.encode()) for part in name.split("/")) > LONGEST_NAME:
+            yield Finding(path, f"{dotted(path)}: a name of {len(name):,} characters is longer than any can be")
+        elif name.startswith("~") and os.path.expanduser(name).startswith("~"):  # noqa: PTH111 - pathlib's raises
+            yield Finding(path, f"{dotted(path)}: there is no home folder {name.partition('/')[0]}")
 
 
 def _model(recipe: Recipe) -> Iterator[Finding]:

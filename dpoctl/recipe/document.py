@@ -22,6 +22,7 @@ from dpoctl.recipe.problems import Place, Problem, RecipeError, shown
 from dpoctl.recipe.scalars import read_scalar
 
 MAX_DEPTH = 20
+MAX_VALUES = 10_000
 LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 SYNTAX = {
@@ -159,6 +160,8 @@ class _Composer:
         self._document.values[path] = self._at(event)
         if len(path) > MAX_DEPTH:
             raise RecipeError([Problem(self._at(event), f"more than {MAX_DEPTH} levels deep")])
+        if len(self._document.values) > MAX_VALUES:
+            raise RecipeError([Problem(self._at(event), f"more than {MAX_VALUES:,} values; is this a recipe?")])
         if isinstance(event, AliasEvent):
             self._refuse(event, path, f"aliases (*{event.anchor}) are not read; write the value out")
             return None
@@ -173,6 +176,9 @@ class _Composer:
 
     def _scalar(self, event: ScalarEvent, path: Path) -> str | int | float | bool | None:
         if not event.implicit[0]:
+            if "\0" in event.value:
+                self._refuse(event, path, "the character NUL can be part of no value")
+                return None
             return str(event.value)
         try:
             return read_scalar(event.value)

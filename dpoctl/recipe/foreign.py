@@ -128,6 +128,8 @@ KEYS: dict[str, str] = {
     "wandb_project": "training.report_to",
     "use_wandb": "training.report_to",
     "wandb_name": "training.run_name",
+    "push_to_hub": "training.hub_model_id",
+    "hub_private": "training.hub_private_repo",
     "random_seed": "training.seed",
 }
 """Their keys. One with a section of ours is theirs there alone."""

@@ -95,6 +95,9 @@ def _of_the_training(recipe: "Recipe") -> dict[Path, Inert]:
     if not NAMING_TRACKERS & set(recipe.training.report_to):
         why = Inert(f"report_to has none of {', '.join(sorted(NAMING_TRACKERS))}", (("training", "report_to"),))
         inert[("training", "run_name")] = why
+    if recipe.training.hub_model_id is None:
+        why = Inert("hub_model_id is not set, nothing is uploaded", (("training", "hub_model_id"),))
+        inert[("training", "hub_private_repo")] = why
     return inert
 
 

@@ -1,5 +1,6 @@
 """Reading a recipe: the file, the overrides, the checks; no model library is needed for any of it."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,13 +138,13 @@ def read_text(path: Path | str) -> str:
         RecipeError: It is larger than 1 MiB, or not UTF-8.
     """
     file = Path(path)
-    if not file.exists():
-        near = _nearest(file)
-        raise UsageError(f"there is no recipe {str(path)!r}", hint=f"did you mean {near!r}?" if near else None)
-    if file.is_dir():
-        raise UsageError(f"{str(path)!r} is a folder", hint="name the YAML file of a recipe")
     try:
-        with file.open("rb") as stream:
+        if not file.exists():
+            near = _nearest(file)
+            raise UsageError(f"there is no recipe {str(path)!r}", hint=f"did you mean {near!r}?" if near else None)
+        if file.is_dir():
+            raise UsageError(f"{str(path)!r} is a folder", hint="name the YAML file of a recipe")
+        with open(file, "rb", opener=_without_waiting) as stream:
             raw = stream.read(MAX_BYTES + 1)
     except OSError as error:
         raise UsageError(f"the recipe {str(path)!r} cannot be read: {error.strerror}") from None
@@ -155,6 +156,13 @@ def read_text(path: Path | str) -> str:
         lines = LINE_BREAK.split(raw[: error.start].decode("utf-8-sig"))
         place = Place(str(path), len(lines), len(lines[-1]) + 1, lines[-1])
         raise RecipeError([Problem(place, "not UTF-8 text")]) from None
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a pipe that nobody writes to as an empty file; one that somebody writes to is read to its end."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    os.set_blocking(descriptor, True)
+    return descriptor
 
 
 def _nearest(file: Path) -> str | None:

@@ -4,6 +4,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any, Protocol, get_type_hints
 
 from annotated_types import Gt
@@ -53,6 +54,7 @@ class Named:
     loss: Loss
 
 
+@cache
 def loss_parameters(loss: Any, *, with_weight: bool = False) -> type[Section]:
     """The section that a loss's hyperparameters make: as strict as every other.
 

@@ -29,6 +29,8 @@ def _apply(document: Document, text: str, place: Place, known: list[Path]) -> No
     name, equals, value = text.partition("=")
     if not (equals and name.strip()):
         raise RecipeError([Problem(place, f"expected key=value, got {shown(text)}")])
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise RecipeError([Problem(place, f"not UTF-8 text: {shown(text)}")])
     given = read_value(value, place)
     path = _put(document, _resolve(name.strip(), place, known), given.data, place)
     document.problems += [Problem(problem.place, problem.message, (*path, *problem.path)) for problem in given.problems]

@@ -17,6 +17,7 @@ from dpoctl.recipe.values import (
     auto_or_count,
     auto_or_flag,
     exactly_one,
+    hub_repository,
     lora_targets,
     name_list,
     one_or_several,
@@ -212,7 +213,7 @@ class TrainingSection(Section):
     """`auto` goes on with the run in output_dir if there is one, as --resume does: for schedulers that start again."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What becomes of a step whose loss or gradient is not finite; the weights never see it, and it is counted."""
-    ddp_timeout: Count = 1800
+    ddp_timeout: Annotated[int, Ge(1), Le(2_592_000)] = 1800
     """Seconds that a process waits for the others before the run ends."""
     report_to: Annotated[
         list[Literal["tensorboard", "wandb", "trackio"]],
@@ -222,6 +223,12 @@ class TrainingSection(Section):
     """Trackers that get the metrics too."""
     run_name: Text | None = Field(default=None, examples=["zephyr-dpo"])
     """The name of the run at wandb and trackio; tensorboard calls it by its folder."""
+    hub_model_id: Annotated[
+        str | None, BeforeValidator(hub_repository, json_schema_input_type=str | None), Expect("owner/name, or null")
+    ] = Field(default=None, examples=["me/zephyr-dpo"])
+    """The repository on the hub that the exported model is uploaded to at the end; null uploads nothing."""
+    hub_private_repo: bool = True
+    """Make that repository private, if it does not exist yet."""
     seed: Annotated[int, Ge(0), Lt(2**32)] = 42
     """Seeds everything that is random: order of rows, splits, dropout, new weights."""
 
@@ -233,7 +240,7 @@ class SamplesSection(Section):
     """How many prompts of each eval set, its first ones; 0 is no samples."""
     prompts: Annotated[list[Text], MinLen(1)] | None = Field(default=None, examples=[["Who are you?"]])
     """What to answer, instead of prompts of the eval sets."""
-    max_new_tokens: Count = 128
+    max_new_tokens: Annotated[int, Ge(1), Le(1_000_000)] = 128
     """A text that is longer is cut off."""
     temperature: Annotated[float, Ge(0)] = 0.7
     """0 takes the most likely token."""
@@ -241,7 +248,7 @@ class SamplesSection(Section):
     """Draw from the most likely tokens that hold this much probability together."""
     seed: Annotated[int, Ge(0), Lt(2**32)] = 0
     """Seeds the texts, each by itself: training is the same with and without samples."""
-    per_prompt: Count = 1
+    per_prompt: Annotated[int, Ge(1), Le(1000)] = 1
     """How many texts each of the two writes to a prompt."""
 
 

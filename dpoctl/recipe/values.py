@@ -1,8 +1,11 @@
 """What a key takes besides its type: short forms that are read as long ones, and choices that types cannot say."""
 
+import re
 from typing import Any
 
 from pydantic_core import PydanticCustomError
+
+HUB_REPOSITORY = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 
 
 def refuse(expected: str) -> PydanticCustomError:
@@ -79,6 +82,13 @@ def held_out(value: Any) -> Any:
     if value is None:
         return None
     raise refuse("a share above 0 and below 1, a whole number of rows of at least 1, or null")
+
+
+def hub_repository(value: Any) -> Any:
+    """Take the name of a repository on the hub with its owner's."""
+    if value is None or (isinstance(value, str) and HUB_REPOSITORY.fullmatch(value)):
+        return value
+    raise refuse("owner/name, or null")
 
 
 def typed_config(value: dict[str, Any]) -> dict[str, Any]:

@@ -12,13 +12,18 @@ from dpoctl.runs.files import to_json, write_atomically
 from dpoctl.runs.lock import RunLock
 
 RESOLVED_RECIPE = "recipe.resolved.yaml"
-OWN_FILES = (
-    *("README.md", "recipe.yaml", RESOLVED_RECIPE, "env.json", "data_report.json", "rejects.jsonl"),
-    *("advice.json", "health.json", "report.html"),
-    *("metrics.jsonl", "eval.json", "trackers.json", "error.log", checkpoint.LATEST),
-    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json"),
+MODEL_FILES = (
+    *("README.md", "config.json", "generation_config.json", "adapter_config.json"),
+    *("*.safetensors", "*.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "sentencepiece.bpe.model", "spiece.model", "chat_template.jinja"),
+)
+"""What makes up a model at the root of a run directory."""
+OWN_FILES = (
+    *MODEL_FILES,
+    *("recipe.yaml", RESOLVED_RECIPE, "env.json", "data_report.json", "rejects.jsonl"),
+    *("advice.json", "health.json", "report.html"),
+    *("metrics.jsonl", "eval.json", "trackers.json", "error.log", checkpoint.LATEST),
 )
 OWN_FOLDERS = ("checkpoints", "logs", "merged", "samples", "tensorboard")
 """With `OWN_FILES`, all that a run writes at the root of its directory: nothing else is ever deleted there."""

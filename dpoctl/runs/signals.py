@@ -1,10 +1,49 @@
-"""A request to stop: a signal sets a number, which the loop looks at once a step, on all ranks together."""
+"""A request to stop: a signal sets a number, which the loop looks at once a step, on all ranks together.
+
+Before the first step and after the last one a signal ends the process as an error does: through every `finally`.
+"""
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
+
+from dpoctl.errors import StoppedError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class TerminatedError(BaseException):
+    """A signal came; like `KeyboardInterrupt` no `except Exception` may take it for something else."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Let a signal end what is done here, wherever it is; a second one ends the process at once.
+
+    Raises:
+        StoppedError: A signal came.
+    """
+
+    def terminate(signum: int, frame: FrameType | None) -> NoReturn:
+        for number in before:
+            signal.signal(number, signal.SIG_DFL)
+        raise TerminatedError(signum)
+
+    # Of SIGINT Python does as much by itself.
+    before = {number: signal.signal(number, terminate) for number in SIGNALS if number != signal.SIGINT}
+    try:
+        yield
+    except TerminatedError as error:
+        raise StoppedError(error.signum) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class StopRequest:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from dpoctl.errors import StoppedError, UserError
 from dpoctl.runs.files import to_json, write_atomically
 from dpoctl.runs.redact import redact_text
+from dpoctl.runs.signals import TerminatedError
 
 NAME = "run_status.json"
 INTERRUPTED = 130
@@ -48,6 +49,8 @@ def _end_of(error: BaseException) -> tuple[State, int, str]:
         return "stopped", error.exit_code, str(error)
     if isinstance(error, UserError):
         return "failed", error.exit_code, str(error)
+    if isinstance(error, TerminatedError):
+        return _end_of(StoppedError(error.signum))
     if isinstance(error, KeyboardInterrupt):
         return "stopped", INTERRUPTED, "interrupted"
     return "failed", 1, f"{type(error).__name__}: {error}"

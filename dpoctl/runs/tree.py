@@ -6,6 +6,7 @@ so reading a tree runs no code. In the JSON a one-entry object whose key starts 
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def write_tree(folder: Path, name: str, tree: Any) -> list[str]:
     if tensors:
         names.append(f"{name}.safetensors")
         save_file(tensors, folder / names[1])
+        shutil.copymode(folder / names[0], folder / names[1])  # safetensors lets nobody but the owner read
         sync(folder / names[1])
     return names
 

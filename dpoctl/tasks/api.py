@@ -22,6 +22,7 @@ def run(
     *,
     overrides: Sequence[str] = (),
     resume: bool = False,
+    allow_changed: Sequence[str] = (),
     overwrite: bool = False,
     callbacks: Sequence[Any] = (),
     **code: Any,
@@ -33,6 +34,7 @@ def run(
         recipe: the YAML file, or what would stand in it.
         overrides: `key=value` texts.
         resume: go on from the newest checkpoint.
+        allow_changed: keys that may differ from what the run began with.
         overwrite: replace an earlier run.
         callbacks: of `Extensions`.
         code: the other fields of `Extensions`; None is the default.
@@ -51,6 +53,7 @@ def run(
         recipe_text=text,
         document=examined.document,
         resume=resume,
+        allow_changed=allow_changed,
         overwrite=overwrite,
         extensions=Extensions(callbacks=tuple(callbacks), **given),
     )

@@ -19,6 +19,7 @@ FREE = {
     *("training.eval_on_start", "training.save_steps", "training.save_total_limit", "training.report_to"),
     *("training.run_name", "training.max_tokens_per_device", "training.gradient_checkpointing"),
     *("training.resume", "training.on_nonfinite", "training.ddp_timeout"),
+    *("training.hub_model_id", "training.hub_private_repo"),
 }
 # Another version of one of these may compute other bits.
 COMPUTING = ("dpoctl", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "numpy")

@@ -38,6 +38,7 @@ from dpoctl.runs.environment import describe_environment
 from dpoctl.runs.health import Expectation
 from dpoctl.runs.redact import redact_source
 from dpoctl.runs.report import refresh_report
+from dpoctl.runs.signals import terminable
 from dpoctl.runs.status import reported
 from dpoctl.runs.trackers import check_installed
 from dpoctl.tasks.check import facts_of
@@ -52,6 +53,7 @@ from dpoctl.tasks.samples import Samples
 from dpoctl.tasks.self_check import check_first_step
 from dpoctl.tasks.task import Task, build_task
 from dpoctl.tasks.trouble import Relief, named
+from dpoctl.tasks.upload import require_login, upload
 
 NO_EXTENSIONS = Extensions()
 TRAIN = ""  # the name of the training store among the eval sets, whose names are never empty
@@ -111,9 +113,10 @@ def run(
         show_plan(recipe, document=document, json_output=json_output)
         return {}
     check_installed(recipe.training.report_to)
+    require_login(recipe.training)
     resume = resume or (recipe.training.resume == "auto" and not overwrite)
     accelerator = build_accelerator(recipe)
-    with ExitStack() as stack, named(accelerator):
+    with terminable(), ExitStack() as stack, named(accelerator):
         directory = _open_directory(recipe, accelerator, stack, resume=resume, overwrite=overwrite)
         job = _Job(recipe, document, accelerator, directory, extensions, allow_changed)
         with accelerator.main_process_first():
@@ -124,6 +127,7 @@ def run(
         summary = _train(job, tokenizer, data)
         if accelerator.is_main_process:
             refresh_report(directory.path)
+            upload(directory.path, recipe.training)
     if json_output:
         console.emit(json.dumps(summary))
     else:

@@ -153,7 +153,8 @@ def test_what_is_no_file_is_named(convert, tmp_path, monkeypatch):
         "loop": "loop: cannot be read: ",
         "gone.jsonl": "gone.jsonl: cannot be read: No such file",
         "/no/such/folder": "/no/such/folder: no such file or folder",
-        "/dev/null": "/dev/null: no rows",
+        "/dev/null": "/dev/null: a device, not a file",
+        "/dev/zero": "/dev/zero: a device, not a file",
         "x" * 5000: "File name too long",
         "demo:none": "demo:",
     }

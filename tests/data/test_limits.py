@@ -13,11 +13,14 @@ from dpoctl.data.limits import LONGEST_RECORD, limited_time, refuse_endless
 from dpoctl.data.records import Record, Reject
 from dpoctl.errors import DataError
 
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
 
-def rendered(tokenizer, template: str, content: str = "hello") -> str:
+
+def rendered(tokenizer, template: str, content: str = "hello", tools=()) -> str:
     tokenizer.chat_template = template
     try:
-        return ChatTemplate(tokenizer, {}).apply([user(content)], generate=True)
+        record = Record([user(content)], (), tools=[*tools])
+        return ChatTemplate(tokenizer, {}).apply([user(content)], generate=True, record=record)
     finally:
         tokenizer.chat_template = CHATML
 
@@ -44,11 +47,12 @@ GREEDY = {
 }
 
 
+@pytest.mark.parametrize("tools", [[], [TOOL]], ids=["plain", "tools"])
 @pytest.mark.parametrize("what", GREEDY)
-def test_a_template_that_takes_too_much_is_refused_at_once(tokenizer, what):
+def test_a_template_that_takes_too_much_is_refused_at_once(tokenizer, what, tools):
     began = time.monotonic()
     with pytest.raises((Reject, DataError)):
-        rendered(tokenizer, GREEDY[what])
+        rendered(tokenizer, GREEDY[what], tools=tools)
     assert time.monotonic() - began < 5
 
 

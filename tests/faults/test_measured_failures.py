@@ -1,11 +1,14 @@
 """What was measured to go wrong elsewhere (B1 to B25), and where each is shown to go right here."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_runs import KINDS, Scene, at_step, outcome, rows_of
+from fault_runs import KINDS, Scene, at_step, die, outcome, rows_of
+from tiny_world import save_adapter
 
 HERE = Path(__file__).parents[1]
 SHOWN = {
@@ -20,27 +23,31 @@ SHOWN = {
     "B9": ("tasks/test_invariance.py", "token_budgets_give_the_same_curve"),
     "B10": ("tasks/test_invariance.py", "two_processes_give_the_curve_of_one"),
     "B11": ("data/test_hostile_rows.py", "a_hostile_row_is_counted"),
-    "B12": ("data/test_tokenize.py", "def test_"),
+    "B12": ("data/test_prepare.py", "every_row_is_used_or_rejected_with_its_place"),
     "B13": ("data/test_hostile_rows.py", "a_hostile_row_is_counted"),
-    "B14": ("data/test_properties.py", "def test_"),
+    "B14": ("data/test_tokenize.py", "control_strings_in_contents_never_become_control_tokens"),
     "B15": ("data/test_hostile_rows.py", "a_hostile_row_is_counted"),
     "B16": ("faults/test_measured_failures.py", "a_tracker_that_fails_or_hangs"),
     "B17": ("faults/test_damage.py", "a_full_disk_keeps_the_old_checkpoint"),
     "B18": ("faults/test_damage.py", "damaged_in_any_file_is_never_used"),
     "B19": ("faults/test_damage.py", "damaged_in_any_file_is_never_used"),
     "B20": ("faults/test_measured_failures.py", "a_planted_secret_is_in_no_file"),
-    "B21": ("tasks/test_keys.py", "def test_"),
+    "B21": ("faults/test_measured_failures.py", "code_that_comes_with_a_model_never_runs_unasked"),
     "B22": ("data/test_limits.py", "a_template_that_does_not_end_is_stopped"),
     "B23": ("data/test_limits.py", "ten_megabytes_is_refused"),
-    "B24": ("tasks/test_reference.py", "def test_"),
+    "B24": ("faults/test_measured_failures.py", "the_reference_over_an_sft_adapter"),
     "B25": ("faults/test_signals.py", "stops_all_at_the_same_step"),
 }
 
 
 def test_every_measured_failure_has_its_test() -> None:
     assert list(SHOWN) == [f"B{number}" for number in range(1, 26)]
-    missing = [name for name, (file, words) in SHOWN.items() if words not in (HERE / file).read_text(encoding="utf-8")]
+    missing = [name for name, (file, words) in SHOWN.items() if words not in names_of_tests(file)]
     assert missing == []
+
+
+def names_of_tests(file: str) -> str:
+    return "\n".join(re.findall(r"^def (test_\w+)", (HERE / file).read_text(encoding="utf-8"), re.MULTILINE))
 
 
 @pytest.mark.parametrize("method", ["sft", "dpo"])
@@ -118,3 +125,78 @@ def test_the_status_of_a_finished_run_says_so(scene: Scene) -> None:
     scene.finish(scene.folder / "run")
     status = json.loads((scene.folder / "run" / "run_status.json").read_text())
     assert (status["state"], status["exit_code"], status["checkpoint"]) == ("finished", 0, "step-000005")
+
+
+AUTO_MAP = {
+    "config.json": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"},
+    "tokenizer_config.json": {"AutoTokenizer": ["evil.T", "evil.T"]},
+}
+
+
+@pytest.mark.parametrize("file", AUTO_MAP)
+def test_code_that_comes_with_a_model_never_runs_unasked(file: str, scene: Scene, tally: Any) -> None:
+    """Somebody at the keyboard would say yes to everything; nobody asks."""
+    folder, ran, asked = (scene.folder / name for name in ("evil", "ran", "asked"))
+    shutil.copytree(scene.recipe["model"]["model_name_or_path"], folder)
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    told = json.loads((folder / file).read_text())
+    if file == "config.json":
+        told["model_type"] = "evil"
+    else:
+        told["tokenizer_class"] = "EvilTokenizer"
+    (folder / file).write_text(json.dumps(told | {"auto_map": AUTO_MAP[file]}))
+
+    def agree() -> None:
+        import builtins
+
+        builtins.input = lambda *_: (asked.write_text("") and "") or "y"  # type: ignore[assignment]
+
+    ended = scene.changed({"model.model_name_or_path": str(folder)}).run(scene.folder / "run", faults=[agree])
+    assert ended.code == 2
+    assert "comes with its own code" in ended.last
+    survived = not ran.exists() and not asked.exists() and "Traceback" not in ended.err
+    tally("a model that brings its own code", survived)
+    assert survived
+
+
+@pytest.mark.parametrize("reference", ["cached", "live"])
+@pytest.mark.parametrize("start", [{"start": "new", "r": 3}, {"start": "continue"}], ids=["new", "continue"])
+def test_the_reference_over_an_sft_adapter_is_the_same_after_a_kill(
+    start: dict[str, Any], reference: str, scene: Scene, tally: Any
+) -> None:
+    adapter = save_adapter(scene.folder / "adapter", Path(scene.recipe["model"]["model_name_or_path"]))
+    changes = {"model.model_name_or_path": str(adapter), "lora": start, "dpo.reference.mode": reference}
+    scene = scene.changed(KINDS["dpo"] | changes)
+    whole, out = scene.folder / "whole", scene.folder / "killed"
+    scene.finish(whole, DPOCTL_CACHE=f"{whole}-cache")
+    assert scene.run(out, faults=[at_step(5, die)], DPOCTL_CACHE=f"{out}-cache").code == -9
+    shutil.rmtree(f"{out}-cache")  # what is known by then is computed anew, beside weights that have moved
+    scene.finish(out, DPOCTL_CACHE=f"{out}-cache")
+    survived = outcome(out) == outcome(whole) and tables_of(f"{out}-cache") == tables_of(f"{whole}-cache")
+    assert len(tables_of(f"{out}-cache")) == (2 if reference == "cached" else 0)
+    tally("the reference over an SFT adapter, after a kill", survived)
+    assert survived
+
+
+def tables_of(cache: str) -> list[bytes]:
+    return [table.read_bytes() for table in sorted(Path(cache).glob("reference/*.npy"))]
+
+
+def test_the_learning_rate_of_every_step_is_the_same_after_any_kill(scene: Scene, tally: Any) -> None:
+    """In hexadecimal: with warm-up, decay, and several micro-batches a step."""
+    scene = scene.changed(KINDS["sft"] | {"training.warmup_steps": 3, "training.max_tokens_per_device": 60})
+    scene.finish(scene.folder / "whole")
+    rates = rates_of(scene.folder / "whole")
+    assert len(set(rates)) > 8
+    survived = []
+    for step in (1, 3, 4, 7, 9):
+        out = scene.folder / f"killed-{step}"
+        assert scene.run(out, faults=[at_step(step, die)]).code == -9
+        scene.finish(out)
+        survived.append(rates_of(out) == rates)
+    tally("the learning rate of every step, after a kill", *survived)
+    assert all(survived)
+
+
+def rates_of(run: Path) -> list[str]:
+    return [row["learning_rate"].hex() for row in rows_of(run) if "learning_rate" in row]

@@ -90,11 +90,59 @@ def test_a_storm_of_signals_leaves_one_good_checkpoint(scene: Scene, tally: Any)
     assert survived
 
 
-def test_a_signal_before_the_first_step_ends_the_run_and_leaves_no_model(scene: Scene, tally: Any) -> None:
+MOMENTS = {
+    "while the data are read": "dpoctl.tasks.train:read_data",
+    "while the model is loaded": "dpoctl.tasks.train:load_policy",
+    "while the model is exported": "dpoctl.tasks.train:refresh_report",
+}
+
+
+@pytest.mark.parametrize("options", [(), TWO], ids=["one process", "two processes"])
+@pytest.mark.parametrize("signum", SIGNALS)
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_signal_while_no_step_is_taken_ends_the_run_and_says_so(
+    moment: str, signum: signal.Signals, options: tuple[str, ...], scene: Scene, whole: bool, tally: Any
+) -> None:
+    if not whole and options and (moment, signum) != ("while the model is loaded", signal.SIGTERM):
+        pytest.skip("part of the whole suite")
+    out = scene.folder / "run"
+    fault = before(MOMENTS[moment], to_itself(signum))
+    ended = scene.run(out, *options, faults=[fault], DPOCTL_CACHE=str(scene.folder / "cache"))
+    assert ended.code == SIGNALS[signum], ended.err[-2000:]
+    assert "Traceback" not in ended.err
+    status = status_of(out)
+    assert (status["state"], status["exit_code"]) == ("stopped", SIGNALS[signum])
+    assert leftovers(out) == []
+    scene.finish(out)
+    tally("a signal while no step is taken", True)
+    assert status_of(out)["state"] == "finished"
+
+
+def before(place: str, fault: Any) -> Any:
+    """Do something before a function is called, by its dotted name."""
+
+    def install() -> None:
+        import importlib
+
+        module, _, name = place.partition(":")
+        owner = importlib.import_module(module)
+        original = getattr(owner, name)
+
+        def first(*args: Any, **options: Any) -> Any:
+            fault()
+            return original(*args, **options)
+
+        setattr(owner, name, first)
+
+    return install
+
+
+def test_a_signal_of_somebody_else_finds_the_run_as_it_stands(scene: Scene, tally: Any) -> None:
     child = scene.start(scene.folder / "run", DPOCTL_CACHE=str(scene.folder / "cache"))
     wait_until(lambda: (scene.folder / "run" / "recipe.yaml").exists(), child)
     child.send_signal(signal.SIGTERM)
-    assert child.wait().code in (-15, 143)
+    assert child.wait().code == 143
+    assert status_of(scene.folder / "run")["state"] == "stopped"
     assert not list((scene.folder / "run").glob("*.safetensors"))
     scene.finish(scene.folder / "run")
     tally("a signal before the first step", True)

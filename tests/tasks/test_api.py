@@ -50,6 +50,14 @@ def test_a_recipe_is_a_file_or_a_mapping(sft_recipe: Recipe, tmp_path: Path) -> 
         dpoctl.sft(mapping, resume=True, overwrite=True)
 
 
+def test_a_run_goes_on_with_a_changed_key_where_that_is_allowed(sft_recipe: Recipe) -> None:
+    dpoctl.sft(sft_recipe)
+    changed = merge(sft_recipe, {"training.num_train_epochs": 2})
+    with pytest.raises(UsageError, match=r"--allow-changed training\.num_train_epochs"):
+        dpoctl.sft(changed, resume=True)
+    assert dpoctl.sft(changed, resume=True, allow_changed=["training.num_train_epochs"])["steps"] == 10
+
+
 def test_one_process_can_train_several_times_in_several_precisions(
     sft_recipe: Recipe, dpo_recipe: Recipe, tmp_path: Path
 ) -> None:

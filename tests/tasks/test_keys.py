@@ -12,7 +12,7 @@ from unittest.mock import MagicMock
 import datasets
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from key_cases import CASES, SOURCE_CASES, Outcome
 from loss_samples import random_scores
 from pydantic import BaseModel
@@ -124,6 +124,9 @@ def spy(patch: pytest.MonkeyPatch, seen: Outcome, world: dict[str, str]) -> None
     patch.setitem(trackers.TRACKERS, "wandb", remember("wandb", lambda _: MagicMock()))
     patch.setattr(training, "compile_layers", remember("compile", lambda _: None))
     patch.setattr(training, "be_patient", remember("patience", training.be_patient))
+    patch.setenv("HF_TOKEN", "some-token")
+    patch.setattr(HfApi, "create_repo", remember("repository", lambda *_, **__: None))
+    patch.setattr(HfApi, "upload_folder", remember("upload", lambda *_, **__: "https://hub"))
     count("scorer", Scorer)
     count("mlp", LlamaMLP)
 

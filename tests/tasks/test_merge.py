@@ -58,6 +58,7 @@ def test_a_merged_model_generates_what_base_and_adapter_do(
     assert AutoTokenizer.from_pretrained(run / "merged").chat_template
     settings = json.loads((run / "merged" / "generation_config.json").read_text())
     assert AutoTokenizer.from_pretrained(run).eos_token_id in [settings["eos_token_id"]]
+    assert len({file.stat().st_mode for file in (run / "merged").iterdir()}) == 1
 
 
 @pytest.mark.parametrize("start", ["new", "continue"])

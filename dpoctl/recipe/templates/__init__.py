@@ -18,8 +18,11 @@ def template_text(name_or_path: str) -> str:
     """
     if name_or_path in NAMES:
         return files(__package__).joinpath(f"{name_or_path}.jinja").read_text(encoding="utf-8")
+    path = Path(name_or_path)
     try:
-        return Path(name_or_path).read_text(encoding="utf-8")
+        if path.exists() and not path.is_file():
+            raise OSError("not a file")  # a device or a pipe may have no end
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"model.chat_template: no template named {name_or_path!r}, and no such file can be read",
