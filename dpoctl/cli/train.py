@@ -56,6 +56,7 @@ def train(
     """
     from dpoctl.core.losses import LOSSES
     from dpoctl.data.formats import FORMATS
+    from dpoctl.data.sources import refuse_missing
     from dpoctl.errors import UsageError
     from dpoctl.recipe import examine_recipe, read_text
 
@@ -67,6 +68,7 @@ def train(
     examined = examine_recipe(text, str(path), command=command, overrides=overrides, losses=LOSSES, formats=FORMATS)
     recipe = examined.accept()
     failure.remember_run_directory(Path(recipe.training.output_dir))
+    refuse_missing(source for sources in (recipe.data.train, *recipe.data.eval.values()) for source in sources)
     plan = launch.plan_launch(where.num_processes, where.accelerate_config)
     if plan is not None and not dry_run:
         if code := plan.run():

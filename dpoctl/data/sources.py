@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -124,6 +124,19 @@ def kind_of(source_path: str) -> Kind:
     if path.is_char_device() or path.is_block_device():
         raise DataError(f"{source_path}: a device, not a file")
     return FILE if is_file else HUB
+
+
+def refuse_missing(sources: Iterable["Source"]) -> None:
+    """See that files are there; cheap enough to ask before anything heavy is imported.
+
+    Raises:
+        DataError: One is not.
+    """
+    for source in sources:
+        if kind_of(source.path) == FILE and not Path(source.path).exists():
+            raise DataError(
+                f"{source.path}: cannot be read: No such file or directory", hint="look at data.train and data.eval"
+            )
 
 
 def _refuse_idle_keys(source: "Source") -> None:
