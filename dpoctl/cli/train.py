@@ -4,10 +4,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from dpoctl.cli import failure, launch
+
+if TYPE_CHECKING:
+    from dpoctl.recipe.loader import Examined
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,21 +58,17 @@ def train(
         UserError: What the user can mend.
         typer.Exit: With the workers' exit code, where they failed.
     """
-    from dpoctl.core.losses import LOSSES
-    from dpoctl.data.formats import FORMATS
     from dpoctl.data.sources import refuse_missing
     from dpoctl.errors import UsageError
-    from dpoctl.recipe import examine_recipe, read_text
 
     if resume and overwrite:
         raise UsageError("--resume and --overwrite exclude each other")
     if where.output_dir is not None:
         overrides = [*overrides, f"training.output_dir={json.dumps(where.output_dir)}"]
-    text = read_text(path)
-    examined = examine_recipe(text, str(path), command=command, overrides=overrides, losses=LOSSES, formats=FORMATS)
+    text, examined = _read(command, path, overrides)
     recipe = examined.accept()
     failure.remember_run_directory(Path(recipe.training.output_dir))
-    refuse_missing(source for sources in (recipe.data.train, *recipe.data.eval.values()) for source in sources)
+    refuse_missing(recipe.data)
     plan = launch.plan_launch(where.num_processes, where.accelerate_config)
     if plan is not None and not dry_run:
         if code := plan.run():
@@ -87,3 +87,14 @@ def train(
         dry_run=dry_run,
         json_output=json_output,
     )
+
+
+def _read(command: str, path: Path, overrides: Sequence[str]) -> tuple[str, "Examined"]:
+    """Return a recipe's text, and what there is to say of it."""
+    from dpoctl.core.losses import LOSSES
+    from dpoctl.data.formats import FORMATS
+    from dpoctl.recipe import examine_recipe, read_text
+
+    text = read_text(path)
+    found = examine_recipe(text, str(path), command=command, overrides=overrides, losses=LOSSES, formats=FORMATS)
+    return text, found

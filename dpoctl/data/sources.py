@@ -3,7 +3,7 @@
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,7 +16,7 @@ from dpoctl.data.records import Reject, Row
 from dpoctl.errors import DataError
 
 if TYPE_CHECKING:
-    from dpoctl.recipe.schema_data import Source
+    from dpoctl.recipe.schema_data import DataSection, Source
 
 STDIN = "-"
 PARTICULAR = {"name": None, "split": "train", "revision": None, "data_files": None}
@@ -126,13 +126,13 @@ def kind_of(source_path: str) -> Kind:
     return FILE if is_file else HUB
 
 
-def refuse_missing(sources: Iterable["Source"]) -> None:
-    """See that files are there; cheap enough to ask before anything heavy is imported.
+def refuse_missing(data: "DataSection") -> None:
+    """See that the files of a recipe are there; cheap enough to ask before anything heavy is imported.
 
     Raises:
         DataError: One is not.
     """
-    for source in sources:
+    for source in (source for sources in (data.train, *data.eval.values()) for source in sources):
         if kind_of(source.path) == FILE and not Path(source.path).exists():
             raise DataError(
                 f"{source.path}: cannot be read: No such file or directory", hint="look at data.train and data.eval"

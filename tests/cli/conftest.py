@@ -66,6 +66,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a recipe, where training is the stand-in; `FATE` says what becomes of it."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    (tmp_path / "pairs.jsonl").touch()
     site = tmp_path / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(STAND_IN, encoding="utf-8")
