@@ -122,7 +122,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=4, help="pairs a step")
     parser.add_argument("--rounds", type=int, default=3, help="steps that are timed")
     parser.add_argument(
-        "--batches", type=int, nargs="*", default=[4], help="TRL's batches, the fastest of which counts"
+        "--batches", type=int, nargs="*", default=[1], help="TRL's batches, the fastest of which counts"
     )
     parser.add_argument("--programs", nargs="*", default=["padded", "tuned", "precomputed"],
                         choices=["padded", "tuned", "precomputed", "defaults"])  # fmt: skip
