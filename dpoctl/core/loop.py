@@ -114,7 +114,7 @@ def fit(run: Run) -> int:
             step, batches = ahead.take(run.plan, number)
             rate, done = run.learning_rate(number), number + 1
             with window.measure(step.tokens):
-                grad_norm, signum = _attempt(run, step, batches, rate, meter, stop)
+                grad_norm, signum = _attempt(run, ahead, step, batches, rate, meter, stop)
                 run.updated(done)
             run.outputs.advance(done)
 
@@ -151,7 +151,7 @@ def evaluate(objective: Objective, data: EvalSet) -> Metrics:
 
 
 def _attempt(
-    run: Run, step: Step, batches: Sequence[Batch], rate: float, meter: Meter, stop: StopRequest
+    run: Run, ahead: Ahead, step: Step, batches: Sequence[Batch], rate: float, meter: Meter, stop: StopRequest
 ) -> tuple[float, int]:
     """Take one optimizer step, a second time with another plan if `relieve` has one; returns what `_update` does."""
     if run.relieve is None:
@@ -164,11 +164,11 @@ def _attempt(
     run.optimizer.zero_grad()
     run.plan = plan
     run.evals = {name: EvalSet(data.reader, plan.one_pass(data.plan.lengths)) for name, data in run.evals.items()}
-    return _update(run, plan.step(step.number), None, rate, meter, stop)
+    return _update(run, *ahead.take(plan, step.number), rate, meter, stop)
 
 
 def _update(
-    run: Run, step: Step, batches: Sequence[Batch] | None, rate: float, meter: Meter, stop: StopRequest
+    run: Run, step: Step, batches: Sequence[Batch], rate: float, meter: Meter, stop: StopRequest
 ) -> tuple[float, int]:
     """Take one optimizer step, if its numbers are finite.
 

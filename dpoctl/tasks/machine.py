@@ -75,8 +75,6 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
             hint="every rank needs the same MASTER_ADDR and MASTER_PORT, and a RANK of its own",
         ) from error
     be_patient(PATIENCE.total_seconds())
-    if not on_gpu:
-        keep_freed_memory()
     return accelerator
 
 

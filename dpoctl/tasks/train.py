@@ -45,7 +45,7 @@ from dpoctl.tasks.check import facts_of
 from dpoctl.tasks.dry_run import show_plan
 from dpoctl.tasks.extensions import ENVIRONMENT, RECORD, Extensions, Listeners
 from dpoctl.tasks.journal import Journal
-from dpoctl.tasks.machine import be_patient, build_accelerator, quiet_libraries, token_budget
+from dpoctl.tasks.machine import be_patient, build_accelerator, keep_freed_memory, quiet_libraries, token_budget
 from dpoctl.tasks.prepared import metric_names, read_data
 from dpoctl.tasks.reference import Live, Reference
 from dpoctl.tasks.resume import refuse_changes, refuse_other_data
@@ -116,6 +116,8 @@ def run(
     require_login(recipe.training)
     resume = resume or (recipe.training.resume == "auto" and not overwrite)
     accelerator = build_accelerator(recipe)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     with terminable(), ExitStack() as stack, named(accelerator):
         directory = _open_directory(recipe, accelerator, stack, resume=resume, overwrite=overwrite)
         job = _Job(recipe, document, accelerator, directory, extensions, allow_changed)
@@ -252,9 +254,8 @@ def _objective(job: _Job, policy: Policy, verdict: Verdict, task: Task, live: Li
     training, extensions = job.recipe.training, job.extensions
     plain = Scorer(policy.model, policy.causal, verdict, confidence="confidence" in task.needs)
     scorer, optimizer = job.accelerator.prepare(plain.train(), extensions.build_optimizer(policy, training))
-    return Objective(
-        job.accelerator, scorer, task.terms, extensions.report(task.report), live, training.seed
-    ), optimizer
+    report = extensions.report(task.report)
+    return Objective(job.accelerator, scorer, task.terms, report, live, training.seed), optimizer
 
 
 def _newest_checkpoint(directory: RunDirectory, accelerator: Accelerator) -> Checkpoint | None:

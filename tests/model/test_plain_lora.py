@@ -39,16 +39,20 @@ def pull(model: PeftModel, x: Tensor) -> list[Tensor]:
     return [out.detach(), leaf.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("config", [{}, {"use_rslora": True, "r": 4}], ids=["usual", "rank-stabilised"])
-def test_output_and_gradients_are_peft_s(bias: bool, config: dict[str, Any]) -> None:
-    model, x = adapted(bias=bias, **config).double(), torch.randn(2, 7, 12, dtype=torch.float64)
+def assert_output_and_gradients_stay(model: Any, x: Tensor) -> None:
     theirs = pull(model, x)
     use_plain_lora(model)
     ours = pull(model, x)
     assert len(ours) == len(theirs) == 6
     for mine, true in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, true, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("config", [{}, {"use_rslora": True, "r": 4}], ids=["usual", "rank-stabilised"])
+def test_output_and_gradients_are_peft_s(bias: bool, config: dict[str, Any]) -> None:
+    model, x = adapted(bias=bias, **config).double(), torch.randn(2, 7, 12, dtype=torch.float64)
+    assert_output_and_gradients_stay(model, x)
 
 
 def test_two_adapters_at_once_add_up_as_peft_s_do() -> None:
@@ -57,12 +61,7 @@ def test_two_adapters_at_once_add_up_as_peft_s_do() -> None:
     tuner: Any = model.double().base_model
     tuner.set_adapter(["frozen", "default"])
     tuner.set_requires_grad("frozen", False)
-    theirs = pull(model, x)
-    use_plain_lora(model)
-    ours = pull(model, x)
-    assert len(ours) == len(theirs) == 6
-    for mine, true in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, true, rtol=1e-12, atol=1e-12)
+    assert_output_and_gradients_stay(model, x)
 
 
 def test_under_autocast_no_input_is_copied_to_float32() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from good_recipe import GOOD
 from tiny_runs import merge
 
 from dpoctl.cli.app import main
@@ -22,16 +23,6 @@ from dpoctl.recipe.schema_data import Source
 from dpoctl.recipe.validate import keys_of
 from dpoctl.recipe.writer import write_yaml
 
-GOOD = """\
-method: dpo
-model:
-  model_name_or_path: some/model
-data:
-  train: [pairs.jsonl]
-training:
-  output_dir: runs/x
-  learning_rate: 5e-7
-"""
 BASE = yaml.safe_load(GOOD.replace("5e-7", "5.0e-7"))
 HERE = "@here@"
 SOURCE = "data.train[0]"

@@ -9,21 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+from good_recipe import GOOD
 
 from dpoctl.cli.app import main
 from dpoctl.core.losses import LOSSES
 from dpoctl.recipe import RecipeError, parse_recipe
-
-GOOD = """\
-method: dpo
-model:
-  model_name_or_path: some/model
-data:
-  train: [pairs.jsonl]
-training:
-  output_dir: runs/x
-  learning_rate: 5e-7
-"""
 
 
 def with_lines(*lines: str, at: str = "training:") -> str:
