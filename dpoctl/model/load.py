@@ -17,16 +17,7 @@ from dpoctl import console
 from dpoctl.errors import SetupError, UsageError
 from dpoctl.model.decoder import find_decoder
 from dpoctl.model.dropout import disable_dropout
-from dpoctl.model.lora import (
-    add_adapter,
-    check_adapter,
-    continue_adapter,
-    ends_of,
-    load_adapter,
-    stack_adapter,
-    to_float32,
-)
-from dpoctl.model.plain_lora import use_plain_lora
+from dpoctl.model.modules import ends_of
 from dpoctl.model.policy import FROZEN, TRAINED, Policy
 from dpoctl.model.quantize import keep_one_kernel, quantization_config, refuse_quantised_checkpoint
 from dpoctl.model.scratch import build_model
@@ -134,6 +125,8 @@ def load_run(
     if adapter is None:
         model.requires_grad_(False)
         return Policy(model=model, causal=model, dtype=dtype, kind="full", base=base.name)
+    from dpoctl.model.lora import load_adapter  # noqa: PLC0415 - peft takes a second to import
+
     _fit_vocabulary(model, _rows_in(adapter, model), trained=True, seed=0)
     peft_model = load_adapter(model, adapter, TRAINED, trainable=False)
     return Policy(
@@ -180,6 +173,8 @@ def _from_source(
     saved = list(lora.modules_to_save or ()) if lora is not None else []
     base = source
     if adapter is not None:
+        from dpoctl.model.lora import check_adapter  # noqa: PLC0415 - peft takes a second to import
+
         base = base_of(adapter, trust_remote_code=source.trust_remote_code)
         saved += check_adapter(adapter).get("modules_to_save") or []
     model = _load_weights(
@@ -207,6 +202,9 @@ def _over_base(model: PreTrainedModel, base: Source | None, recipe: "Recipe", dt
     if recipe.lora is None:
         model.requires_grad_(True)
         return Policy(model=model, causal=model, dtype=dtype, kind="full", original_config=before, **place)
+    from dpoctl.model.lora import add_adapter, to_float32  # noqa: PLC0415 - peft takes a second to import
+    from dpoctl.model.plain_lora import use_plain_lora  # noqa: PLC0415
+
     model.requires_grad_(False)
     peft_model = add_adapter(model, recipe.lora, seed=recipe.training.seed)
     to_float32(model, dtype)
@@ -218,6 +216,9 @@ def _over_base(model: PreTrainedModel, base: Source | None, recipe: "Recipe", dt
 
 def _over_adapter(model: PreTrainedModel, base: Source, adapter: Path, recipe: "Recipe", dtype: torch.dtype) -> Policy:
     """Start from an SFT adapter, which is the reference: under a new one, or as a frozen copy."""
+    from dpoctl.model.lora import continue_adapter, stack_adapter, to_float32  # noqa: PLC0415 - peft takes a second to import
+    from dpoctl.model.plain_lora import use_plain_lora  # noqa: PLC0415
+
     assert recipe.lora is not None
     before = _without_cache(model)
     model.requires_grad_(False)

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dpoctl import console
 from dpoctl.errors import UsageError
+from dpoctl.model.modules import bare, ends_of, linear_layers
 from dpoctl.model.policy import FROZEN, TRAINED
 from dpoctl.model.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json, reading, reason
 
@@ -135,8 +136,9 @@ def continue_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     return peft_model
 
 
-def add_frozen_adapter(peft_model: PeftModel, folder: Path) -> None:
-    """Load the reference's adapter beside the one that is active."""
+def add_frozen_adapter(model: nn.Module, folder: Path) -> None:
+    """Load the reference's adapter beside the one that is active in a `PeftModel`."""
+    peft_model = cast(PeftModel, model)
     with _peft_speaks_our_way():
         peft_model.load_adapter(
             folder, FROZEN, is_trainable=False, torch_device=str(peft_model.device), low_cpu_mem_usage=False
@@ -200,23 +202,6 @@ def unmatched_targets(model: PreTrainedModel, lora: "LoraSection") -> tuple[str,
     return tuple(t for t in lora.target_modules if t in left and not any(_ends_with(name, t) for name in adapted))
 
 
-def linear_layers(model: PreTrainedModel) -> tuple[str, ...]:
-    """Last names of the layers that an adapter can be put on, without the head."""
-    head = _head_of(model)
-    found = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(_bare(module), (nn.Linear, Conv1D)) and _bare(module) is not head and ".lora_" not in name
-    }
-    return tuple(sorted(found - {"base_layer"}))
-
-
-def ends_of(model: PreTrainedModel) -> tuple[nn.Module, nn.Module | None]:
-    """The embedding and the head of a model."""
-    untyped: Any = model
-    return untyped.get_input_embeddings(), untyped.get_output_embeddings()
-
-
 def _new_config(model: PreTrainedModel, lora: "LoraSection") -> LoraConfig:
     _check_names(model, lora)
     config = LoraConfig(
@@ -229,7 +214,7 @@ def _new_config(model: PreTrainedModel, lora: "LoraSection") -> LoraConfig:
         use_rslora=lora.use_rslora,
         bias="none",
     )
-    conv1d = [isinstance(_bare(model.get_submodule(name)), Conv1D) for name in _targeted(model, config)]
+    conv1d = [isinstance(bare(model.get_submodule(name)), Conv1D) for name in _targeted(model, config)]
     config.fan_in_fan_out = any(conv1d)
     return config
 
@@ -274,7 +259,7 @@ def _has_new(module: LoraLayer) -> bool:
 
 def _targeted(model: PreTrainedModel, config: LoraConfig) -> list[str]:
     """Names of the modules that a configuration would adapt."""
-    head = _head_of(model)
+    head = ends_of(model)[1]
     found = []
     for name, module in model.named_modules():
         if ".lora_" in name or name.endswith(".base_layer"):
@@ -282,7 +267,7 @@ def _targeted(model: PreTrainedModel, config: LoraConfig) -> list[str]:
         if any(_is_at_or_under(name, saved) or _ends_with(name, saved) for saved in config.modules_to_save or ()):
             continue
         if config.target_modules == "all-linear":
-            matches = isinstance(_bare(module), (nn.Linear, Conv1D)) and module is not head
+            matches = isinstance(bare(module), (nn.Linear, Conv1D)) and module is not head
         else:
             matches = any(_ends_with(name, target) for target in config.target_modules or ())
         if matches:
@@ -308,14 +293,6 @@ def _base_weights_among(saved: Iterable[str], model: PreTrainedModel) -> dict[st
 def _whole(number: float) -> Any:
     """The readers of peft's files expect a whole number to be written as one."""
     return int(number) if number == int(number) else number
-
-
-def _head_of(model: PreTrainedModel) -> nn.Module | None:
-    return ends_of(model)[1]
-
-
-def _bare(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if isinstance(module, LoraLayer) else module
 
 
 def _ends_with(name: str, ending: str) -> bool:

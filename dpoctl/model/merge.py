@@ -16,7 +16,7 @@ from dpoctl.errors import RunError, UsageError
 from dpoctl.model.decoder import find_decoder
 from dpoctl.model.export import open_weights
 from dpoctl.model.head import select_logps
-from dpoctl.model.lora import ends_of
+from dpoctl.model.modules import ends_of
 from dpoctl.model.policy import TRAINED, Policy
 from dpoctl.model.probe import TOLERANCE
 from dpoctl.model.source import Source, read_json, reading

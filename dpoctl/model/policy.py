@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpoctl.errors import RunError
-from dpoctl.model.export import export_adapter, export_full
+from dpoctl.model.export import export_full
+from dpoctl.model.modules import is_adapted
 
 TRAINED = "default"
 """The adapter that is trained; peft saves and loads this name at the root of a folder."""
@@ -96,7 +96,7 @@ class Policy:
     def adapter_scales(self) -> Iterator[tuple[str, Tensor]]:
         """What each adapter is multiplied by, layer by layer: `r` and `lora_alpha` stand in no weight."""
         for name, module in self.causal.named_modules():
-            if isinstance(module, LoraLayer):
+            if is_adapted(module):
                 for adapter, scale in module.scaling.items():
                     yield f"{name}.{adapter}.scaling", torch.tensor(scale)
 
@@ -135,6 +135,8 @@ class Policy:
         if self.kind == "full":
             export_full(self.causal, self.dtype, self.original_config, folder, tokenizer)
         else:
+            from dpoctl.model.export_adapter import export_adapter  # noqa: PLC0415 - peft takes a second to import
+
             export_adapter(self, folder, tokenizer)
 
     def _activate(self, adapters: tuple[str, ...]) -> None:

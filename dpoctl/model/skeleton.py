@@ -6,7 +6,6 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpoctl.model.decoder import find_decoder
-from dpoctl.model.lora import add_adapter
 from dpoctl.model.scratch import build_model
 from dpoctl.model.source import ADAPTER_CONFIG, base_of, find_source, reading
 
@@ -24,6 +23,8 @@ def build_skeleton(recipe: "Recipe", tokenizer: PreTrainedTokenizerBase) -> PreT
     with torch.device("meta"):
         model = _bare_model(recipe, tokenizer)
         if recipe.lora is not None and recipe.lora.start == "new":
+            from dpoctl.model.lora import add_adapter  # noqa: PLC0415 - peft takes a second to import
+
             add_adapter(model, recipe.lora, seed=recipe.training.seed)
     return model
 

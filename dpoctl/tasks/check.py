@@ -13,7 +13,7 @@ from dpoctl.core.losses import LOSSES
 from dpoctl.data.prepare import PreparedData, cache_dir, count_rows, iter_texts, prepare
 from dpoctl.data.records import Record, Text
 from dpoctl.errors import DataError, SetupError, UserError
-from dpoctl.model.lora import linear_layers, unmatched_targets
+from dpoctl.model.modules import linear_layers
 from dpoctl.model.policy import Policy
 from dpoctl.model.skeleton import build_skeleton
 from dpoctl.model.tokenizer import load_tokenizer
@@ -101,7 +101,11 @@ def facts_of(
 
 
 def _of_the_model(recipe: Recipe, causal: PreTrainedModel) -> dict[str, Any]:
-    unmatched = () if recipe.lora is None else unmatched_targets(causal, recipe.lora)
+    unmatched: tuple[str, ...] = ()
+    if recipe.lora is not None:
+        from dpoctl.model.lora import unmatched_targets  # noqa: PLC0415 - peft takes a second to import
+
+        unmatched = unmatched_targets(causal, recipe.lora)
     return {
         "parameters": int(causal.num_parameters()),
         "context_length": getattr(causal.config, "max_position_embeddings", None),

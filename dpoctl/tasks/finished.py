@@ -5,18 +5,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Self, cast
+from typing import Self
 
 import torch
 import yaml
-from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpoctl.core.losses import LOSSES
 from dpoctl.data.formats import FORMATS
 from dpoctl.errors import UsageError
 from dpoctl.model.load import load_policy, load_run, resolve_dtype
-from dpoctl.model.lora import add_frozen_adapter
 from dpoctl.model.policy import FROZEN, Policy
 from dpoctl.model.source import ADAPTER_CONFIG, find_adapter, find_source
 from dpoctl.model.tokenizer import read_tokenizer
@@ -161,6 +159,8 @@ class FinishedRun:
         adapter = find_adapter(start)
         if adapter is None:
             return self.policy
-        add_frozen_adapter(cast(PeftModel, self.policy.model), adapter)
+        from dpoctl.model.lora import add_frozen_adapter  # noqa: PLC0415 - peft takes a second to import
+
+        add_frozen_adapter(self.policy.model, adapter)
         self.policy.model.requires_grad_(False)
         return replace(self.policy, reference_adapters=(FROZEN,))

@@ -10,6 +10,7 @@ import resource
 import sys
 import time
 from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,9 @@ def device_peak() -> dict[str, int]:
 def dpoctl_run(spec: dict[str, Any], turns: Turns) -> None:
     """Train with dpoctl."""
     import dpoctl
+
+    # Before its parts are reached for, as the command line imports it.
+    import_module("dpoctl.tasks")
 
     # The loop's own update, watched; nothing in it is replaced.
     import dpoctl.core.loop as loop

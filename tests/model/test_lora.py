@@ -11,7 +11,8 @@ from model_samples import logits
 from safetensors.torch import load_file, save_file
 
 from dpoctl.errors import SetupError, UsageError
-from dpoctl.model.lora import linear_layers, unmatched_targets
+from dpoctl.model.lora import unmatched_targets
+from dpoctl.model.modules import linear_layers
 from dpoctl.model.policy import Policy
 
 
