@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from dpoctl.model import cpu_attention
 from dpoctl.model.varlen import GatheredKeys, find_varlen
 
 SHARED_PREFIX = "dpoctl_shared_prefix"
@@ -46,6 +47,10 @@ class Segments:
     def key_lengths(self) -> list[int]:
         """Rows of each prefix, where there is one, and each suffix in turn."""
         return [rows for _, shared, suffixes in self.records for rows in ((shared, *suffixes) if shared else suffixes)]
+
+    def fits(self, window: int | None) -> bool:
+        """Whether a sliding window hides nothing of any response."""
+        return window is None or all(shared + max(suffixes) <= window for _, shared, suffixes in self.records)
 
     def to(self, device: torch.device) -> "Segments":
         """Return the segments with what the kernels of a device need."""
@@ -94,6 +99,8 @@ def shared_prefix_attention(
     varlen = find_varlen(query, attend.plain, sliding_window)
     if varlen is not None and layout.keys is not None:
         return varlen(query, key, value, layout.keys, scaling=scaling, window=sliding_window), None
+    if attend.plain and cpu_attention.takes(query, key, value) and layout.fits(sliding_window):
+        return cpu_attention.attend(query, key, value, layout.records, scaling), None
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)

@@ -29,8 +29,9 @@ PATIENCE = timedelta(hours=3)
 BYTES_PER_TRAINED = 12
 # Autocast keeps the cast of every trained weight until the end of the forward.
 BYTES_PER_CAST = 2
-# glibc's M_MMAP_THRESHOLD, as large as it can be, and M_TRIM_THRESHOLD, as large as an int: setting one freezes both.
-MALLOC = {-3: 32 << 20, -1: (1 << 31) - 1}
+# glibc's M_MMAP_MAX: no block is mapped for itself, not even an embedding's gradient; and M_TRIM_THRESHOLD, as large as
+# an int: what is free at the end of the heap stays.
+MALLOC = {-4: 0, -1: (1 << 31) - 1}
 # On a CPU larger micro-batches bring no speed, only memory.
 CPU_TOKENS = 2048
 # A few tokens less than fit: allocators need room, and the head its chunk of logits.
@@ -108,7 +109,9 @@ def token_budget(recipe: Recipe, policy: Policy, lengths: Lengths, accelerator: 
     fits = {every: _fitting(policy, every, accelerator) for every in choices}
     needed = 2 * longest if budget == "auto" else max(longest, budget)
     every = next((every for every in choices if fits[every] >= needed), choices[-1])
-    return fits[every] if budget == "auto" else budget, every
+    if budget != "auto":
+        return budget, every
+    return fits[every] if accelerator.device.type == "cuda" else min(fits[every], CPU_TOKENS), every
 
 
 def _fitting(policy: Policy, every: int, accelerator: Accelerator) -> int:
@@ -118,8 +121,6 @@ def _fitting(policy: Policy, every: int, accelerator: Accelerator) -> int:
     free = (_free_bytes(accelerator.device) - states) * SLACK
     per_token = activation_bytes_per_token(policy.causal.config, policy.dtype, every)
     tokens = max(1, int(free // per_token))
-    if accelerator.device.type == "cpu":
-        tokens = min(tokens, CPU_TOKENS)
     everywhere: Tensor = accelerator.gather(torch.tensor([tokens], device=accelerator.device))
     return int(everywhere.min())
 

@@ -67,9 +67,10 @@ class Turns:
                 **device_peak(),
             )
         self._done += 1
+        # After the last step too: what a program does at its end must not fall into the turns of the others.
+        sys.stdin.readline()
         if self._done > self._left:
             return True
-        sys.stdin.readline()
         self._began, self._cpu = time.perf_counter(), time.process_time()
         return False
 

@@ -46,9 +46,9 @@ class Mode:
 
 
 MODES = {
-    "full, probabilities kept": Mode(False, 1 << 28, 0, 529_142_528, 13_277_184),
-    "full, probabilities computed again": Mode(False, 0, 1, 564_482_816, 13_484_736),
-    "lora": Mode(True, 1 << 28, 0, 394_081_024, 11_943_504),
+    "full, probabilities kept": Mode(False, 1 << 28, 0, 524_248_576, 11_706_800),
+    "full, probabilities computed again": Mode(False, 0, 1, 559_588_864, 11_914_352),
+    "lora": Mode(True, 1 << 28, 0, 389_187_072, 10_373_120),
 }
 
 
