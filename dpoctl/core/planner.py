@@ -165,9 +165,9 @@ class Plan:
         epoch, position = divmod(number, self.steps_per_epoch)
         first = position * self.global_batch_size
         records = self._order(epoch)[first : first + self.global_batch_size]
-        counts = {item: int(numbers[records].sum()) for item, numbers in self.lengths.items.items()}
-        tokens = int(self.lengths.tokens[records].sum())
-        return Step(number, tuple(records.tolist()), tokens, self._schedule(records), counts)
+        counts = {item: _total(numbers, records) for item, numbers in self.lengths.items.items()}
+        tokens = _total(self.lengths.tokens, records)
+        return Step(number, tuple(records.tolist()), tokens, self._schedule(records, tokens), counts)
 
     def one_pass(self, lengths: Lengths) -> "Plan":
         """Return the plan of one pass over other records, in their order, on the same machine."""
@@ -176,14 +176,15 @@ class Plan:
     def _order(self, epoch: int) -> Ints:
         return np.arange(len(self.lengths)) if self.seed is None else _permutation(len(self.lengths), self.seed, epoch)
 
-    def _schedule(self, records: Ints) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    def _schedule(self, records: Ints, tokens: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
         """Lay records over `world_size * m` bins of about equal cost, with the smallest m that fits the budget."""
-        total = int(self.lengths.tokens[records].sum())
         most = math.ceil(len(records) / self.world_size)
-        m = min(most, max(1, total // (self.world_size * self.max_tokens)))
+        m = min(most, max(1, tokens // (self.world_size * self.max_tokens)))
+        cost, (size, rows) = self.lengths.cost[records], self._sizes
+        size, rows = size[records], None if rows is None else rows[records]
         while True:
-            order, bins = fill_bins(self.lengths.cost[records], self.world_size * m)
-            if m >= most or self._fit(records[order], bins):
+            order, bins = fill_bins(cost, self.world_size * m)
+            if m >= most or self._fit(size[order], None if rows is None else rows[order], bins):
                 return self._by_rank(records[order], bins, m)
             m += 1
 
@@ -196,17 +197,16 @@ class Plan:
         filled = [tuple(sorted_records[start:end]) for start, end in itertools.pairwise([0, *ends.tolist()])]
         return tuple(tuple(filled[rank :: self.world_size]) for rank in range(self.world_size))
 
-    def _fit(self, records: Ints, bins: Ints) -> bool:
+    def _fit(self, size: Ints, rows: Ints | None, bins: Ints) -> bool:
         """Whether every bin is within the budget, or holds one record only."""
-        size, rows = self._sizes
         held = np.bincount(bins)
         used: NDArray[Any]
         if rows is None:
-            used = np.bincount(bins, weights=size[records])
+            used = np.bincount(bins, weights=size)
         else:
             widest = np.zeros(len(held))
-            np.maximum.at(widest, bins, size[records])
-            used = widest * np.bincount(bins, weights=rows[records])
+            np.maximum.at(widest, bins, size)
+            used = widest * np.bincount(bins, weights=rows)
         return bool(np.all((held <= 1) | (used <= self.max_tokens)))
 
     def tokens_of(self, records: tuple[int, ...]) -> int:
@@ -232,6 +232,11 @@ class Plan:
 def _permutation(count: int, seed: int, epoch: int) -> Ints:
     """The order of an epoch; kept for its many steps."""
     return _small(np.random.default_rng([seed, epoch]).permutation(count))
+
+
+def _total(numbers: Ints, records: Ints) -> int:
+    """The sum over some records."""
+    return int(numbers[0]) * len(records) if numbers.strides == (0,) else int(numbers[records].sum())
 
 
 def _small(values: Ints) -> Ints:

@@ -127,7 +127,7 @@ def test_frozen_head_s_stored_gradient_is_autograd_s(
 ) -> None:
     from dpoctl.model import head, linear_head
 
-    monkeypatch.setitem(linear_head.CHUNK_ELEMENTS, "cpu", 384 * 5)  # several chunks
+    monkeypatch.setitem(linear_head.BLOCK, "cpu", (5, 100))
     hidden, targets = torch.randn(23, 64), torch.randint(0, 384, (23,))
     weights = torch.randn(23)
 

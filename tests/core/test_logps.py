@@ -69,7 +69,7 @@ def test_half_precision_logits_are_scored_in_float32() -> None:
 def test_asking_for_confidence_changes_neither_log_probabilities_nor_gradients(
     trainable: bool, tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(linear_head.CHUNK_ELEMENTS, "cpu", 384 * 5)  # several chunks
+    monkeypatch.setitem(linear_head.BLOCK, "cpu", (5, 100))
     tiny_llama.requires_grad_(trainable)
     hidden, targets, weights = torch.randn(23, 64), torch.randint(0, 384, (23,)), torch.randn(23)
 

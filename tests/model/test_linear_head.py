@@ -41,7 +41,7 @@ def test_gradients_are_autograd_s(
     kept: int, trained: bool, bias: bool, scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(linear_head, "KEPT_ELEMENTS", kept)
-    monkeypatch.setitem(linear_head.CHUNK_ELEMENTS, "cpu", WORDS * 5)  # several chunks
+    monkeypatch.setitem(linear_head.BLOCK, "cpu", (5, 7))
     module, hidden, targets, weights = world(bias=bias)
     module.requires_grad_(trained)
     logps, own = pull(lambda h: LinearHead(scale)(module, h, targets), module, hidden, weights)
@@ -90,6 +90,46 @@ def test_extreme_logits_are_scored_exactly() -> None:
     torch.testing.assert_close(LinearHead()(module, hidden, targets), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kept", [1 << 20, 0], ids=["kept", "computed again"])
+def test_peaks_that_grow_beyond_all_exponents_lose_nothing(
+    dtype: torch.dtype, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A word a block, each far above the one before: what was summed up fades to nothing, and targets stay."""
+    monkeypatch.setattr(linear_head, "KEPT_ELEMENTS", kept)
+    monkeypatch.setitem(linear_head.BLOCK, "cpu", (2, 1))
+    module = nn.Linear(1, 4, bias=True, dtype=dtype)
+    module.weight.data = torch.tensor([[1.0], [2.0], [3.0], [3.01]], dtype=dtype)
+    hidden, targets = torch.tensor([[90.0], [-90.0], [400.0], [1.0]], dtype=dtype), torch.tensor([0, 3, 2, 1])
+    weights = torch.tensor([1.0, -2.0, 0.5, 1.0], dtype=dtype)
+    logps, own = pull(lambda h: LinearHead()(module, h, targets), module, hidden, weights)
+    true_logps, true = pull(lambda h: select_logps(module(h), targets), module, hidden, weights)
+    # A logit of 400 has an error of 2e-5 in float32, on either route.
+    near = {"rtol": 5e-3, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(logps, true_logps, **near)
+    for mine, gradient in zip(own, true, strict=True):
+        torch.testing.assert_close(mine, gradient, **near)
+
+
+def test_a_token_that_is_nearly_certain_keeps_its_digits() -> None:
+    """Where p is one but for 1e-10, float32 still holds 1 - p, which is all that its gradient is made of."""
+    module, *_, weights = world(bias=False)
+    hidden, targets, weights = torch.eye(WIDTH, dtype=torch.float64), torch.arange(WIDTH), weights[:WIDTH]
+    with torch.no_grad():
+        module.weight[targets] += 22 * hidden
+    true_logps, (true, *_) = pull(lambda h: select_logps(module(h), targets), module, hidden, weights)
+    assert float(true_logps.max()) < -1e-12
+    assert float(true_logps.min()) > -1e-6
+    single = nn.Linear(WIDTH, WORDS, bias=False)
+    single.load_state_dict(module.state_dict())
+    logps, (own, *_) = pull(lambda h: LinearHead()(single, h, targets), single, hidden.float(), weights)
+    assert own is not None
+    assert true is not None
+    torch.testing.assert_close(logps.double(), true_logps, rtol=1e-3, atol=0.0)
+    error = (own.double() - true).norm(dim=-1) / true.norm(dim=-1)
+    assert float(error.max()) < 1e-3
+
+
 def test_confidence_is_that_of_the_plain_route() -> None:
     module, hidden, targets, _ = world(bias=False, dtype=torch.float32)
     torch.testing.assert_close(
@@ -98,7 +138,7 @@ def test_confidence_is_that_of_the_plain_route() -> None:
 
 
 def test_half_precision_weights_gather_their_gradient_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(linear_head.CHUNK_ELEMENTS, "cpu", WORDS)  # one row a chunk
+    monkeypatch.setitem(linear_head.BLOCK, "cpu", (1, 3))
     module, hidden, targets, weights = world(bias=True, dtype=torch.float32)
     hidden = hidden.bfloat16()
     _, true = pull(lambda h: select_logps(module(h.float()), targets), module, hidden, weights)

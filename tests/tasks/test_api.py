@@ -34,6 +34,16 @@ def test_importing_the_package_costs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
+def test_training_everything_needs_no_peft_and_looks_for_no_garbage_among_the_libraries() -> None:
+    """Peft and what it imports take a second, and searching half a million lasting objects another."""
+    script = (
+        "import gc, sys; import dpoctl.tasks.api; "
+        "assert not {'peft', 'bitsandbytes', 'datasets'} & set(sys.modules), 'imported'; "
+        "assert gc.isenabled() and gc.get_freeze_count() > 100_000, gc.get_freeze_count()"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
 def test_a_recipe_is_a_file_or_a_mapping(sft_recipe: Recipe, tmp_path: Path) -> None:
     mapping = merge(sft_recipe, {"training.output_dir": tmp_path / "one"})
     one = dpoctl.sft(mapping)
