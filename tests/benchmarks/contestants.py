@@ -164,7 +164,9 @@ def trl_run(spec: dict[str, Any], turns: Turns) -> None:
             turns.begin()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            control.should_training_stop = turns.end()
+            data, done = running.train_dataset, state.global_step
+            rows = {"rows": len(data[(done - 1) % len(data)]["seq_lengths"])} if spec["packed"] else {}
+            control.should_training_stop = turns.end(**rows)
 
     import torch
 
@@ -188,6 +190,9 @@ def trl_run(spec: dict[str, Any], turns: Turns) -> None:
     trainer = SFTTrainer if spec["sft"] else DPOTrainer
     if not spec["sft"]:
         options["precompute_ref_log_probs"] = spec["precompute"]
+    if spec["packed"]:
+        # One row of the full length a step.
+        options |= {"packing": True, "gradient_accumulation_steps": 1, "max_steps": spec["steps"] + 1}
     running = trainer(
         model=spec["model"],
         args=(SFTConfig if spec["sft"] else DPOConfig)(**options),

@@ -86,6 +86,10 @@ class Contestant:
         """The median of a figure over all turns."""
         return statistics.median(said[value] for said in self.seen[event])
 
+    def a_pair(self, value: str) -> float:
+        """The median of a figure for a pair, or for a row."""
+        return statistics.median(said[value] / said.get("rows", self.spec["pairs"]) for said in self.seen["step"])
+
     @property
     def peak(self) -> float:
         """Most bytes that it held."""
@@ -124,8 +128,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--batches", type=int, nargs="*", default=[1], help="TRL's batches, the fastest of which counts"
     )
-    parser.add_argument("--programs", nargs="*", default=["padded", "tuned", "precomputed"],
-                        choices=["padded", "tuned", "precomputed", "defaults"])  # fmt: skip
+    parser.add_argument("--programs", nargs="*", default=["padded", "tuned", "precomputed", "packed"],
+                        choices=["padded", "tuned", "precomputed", "packed", "defaults"])  # fmt: skip
     parser.add_argument("--startup", action="store_true", help="measure the time to the first step on 1,500 rows")
     parser.add_argument("--full", action="store_true", help="every profile, kind and program, 16 pairs, 5 rounds")
     parser.add_argument(
@@ -135,7 +139,7 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.full:
         arguments.profiles, arguments.kinds = ["hh-harmless", *LENGTHS], ["full", "lora", "sft"]
-        arguments.programs = ["padded", "tuned", "precomputed", "defaults"]
+        arguments.programs = ["padded", "tuned", "precomputed", "packed", "defaults"]
         arguments.pairs, arguments.rounds, arguments.batches, arguments.startup = 16, 5, [1, 2, 4, 8], True
     return arguments
 
@@ -148,9 +152,10 @@ def compare(profile: str, kind: str, arguments: argparse.Namespace, root: Path) 
     batch = best_batch(work, kind, arguments, root) if {"tuned", "precomputed"} & {*arguments.programs} else 0
     if "padded" in arguments.programs:
         contestants.append(entry("dpoctl, padded rows", "dpoctl", work, kind, arguments, root, layout="padded"))
-    for name in ("tuned", "precomputed", "defaults"):
-        if name in arguments.programs and not (kind == "sft" and name == "precomputed"):
-            contestants.append(trl(name, 8 if name == "defaults" else batch, work, kind, arguments, root))
+    for name in ("tuned", "precomputed", "packed", "defaults"):
+        if name in arguments.programs and name != ("precomputed" if kind == "sft" else "packed"):
+            rows_at_once = {"defaults": 8, "packed": 1}.get(name, batch)
+            contestants.append(trl(name, rows_at_once, work, kind, arguments, root))
     peak = entry("matmul", "peak", work, kind, arguments, root)
     running = [*contestants, peak]
     try:
@@ -181,8 +186,9 @@ def entry(
 def trl(
     name: str, batch: int, work: Workload, kind: str, arguments: argparse.Namespace, root: Path, **more: Any
 ) -> Contestant:
-    """TRL with so many rows at a time; tuned, tuned and with log-probabilities of the reference from before, or not."""
-    more |= {"batch": batch, "tuned": name != "defaults", "precompute": name == "precomputed"}
+    """TRL with so many rows at a time: at its defaults, tuned, with the reference from before too, or with packing."""
+    more |= {"batch": batch, "tuned": name != "defaults"}
+    more |= {"precompute": name == "precomputed", "packed": name == "packed"}
     return entry(f"TRL {name}, batch {batch}", "trl", work, kind, arguments, root, **more)
 
 
@@ -203,14 +209,15 @@ def report(profile: str, kind: str, contestants: list[Contestant], peak: Contest
     """Print a line for each program; one more for dpoctl with the reference pass of a first epoch."""
     own = contestants[0]
     rate = peak.median("rate")
-    lines = [(c.name, c, c.median("seconds") / pairs, c.median("cpu") / pairs) for c in contestants]
+    lines = [(c.name, c, c.a_pair("seconds"), c.a_pair("cpu")) for c in contestants]
     if "reference" in own.seen:
         passed = [own.median(value, "reference") for value in ("seconds", "cpu")]
         lines.insert(1, ("dpoctl, first epoch", own, lines[0][2] + passed[0], lines[0][3] + passed[1]))
     useful, first = own.median("useful"), own.seen["first"][0]["useful"]
     for name, contestant, seconds, cpu in lines:
         of_own = lines[0][2] / seconds
-        flops = contestant.seen["first"][0]["flops"] / first
+        # A packed row is not the rows of the others' first step.
+        flops = float("nan") if contestant.spec.get("packed") else contestant.seen["first"][0]["flops"] / first
         console.emit(
             f"| {profile} | {kind} | {name} | {seconds:.3f} | {cpu:.3f} | {of_own:.3f} | {contestant.peak / 1e9:.2f} "
             f"| {flops:.2f} | {useful / pairs / seconds / rate:.0%} |"
@@ -222,7 +229,7 @@ def startup(arguments: argparse.Namespace, root: Path) -> None:
     profile = "hh-harmless" if arguments.shared.is_dir() else "long-answer"
     work = build(root, arguments.shape, profile, 1500, arguments.shared, sft=True, dtype=arguments.dtype)
     programs = [entry("dpoctl", "dpoctl", work, "sft", arguments, root),
-                entry("TRL", "trl", work, "sft", arguments, root, batch=1, tuned=True)]  # fmt: skip
+                trl("tuned", 1, work, "sft", arguments, root)]  # fmt: skip
     medians = []
     for program in programs:
         program.start()  # the stores of the others
