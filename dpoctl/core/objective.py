@@ -98,11 +98,7 @@ class Objective:
         if _couples(self.terms):
             return self._backward_coupled(step, reader, batches, meter)
         for index, batch in enumerate(batches):
-            with self._synchronised(index == len(batches) - 1):
-                scores = self.score(batch)
-                judged = judge(self.terms, scores)
-                self._pull(scores.logps.sum() * 0.0 if batch.is_filler else total(judged, step.counts))
-            self._note(meter, scores, judged, step, reader, counts=not batch.is_filler)
+            self._backward_through(batch, step, reader, meter, sync=index == len(batches) - 1)
         return self.memory
 
     @torch.no_grad()
@@ -144,6 +140,14 @@ class Objective:
         counts = {term.loss.item: int(count_items(scores, term.loss.item)) for term in settled}
         return float(total(judge(settled, scores), counts))
 
+    def _backward_through(self, batch: Batch, step: Step, reader: Reader, meter: Meter, *, sync: bool) -> None:
+        """Take the gradient of a micro-batch; nothing of its graph is left for the next one to lie beside."""
+        with self._synchronised(sync):
+            scores = self.score(batch)
+            judged = judge(self.terms, scores)
+            self._pull(scores.logps.sum() * 0.0 if batch.is_filler else total(judged, step.counts))
+        self._note(meter, scores, judged, step, reader, counts=not batch.is_filler)
+
     def _backward_coupled(
         self, step: Step, reader: Reader, batches: Sequence[Batch], meter: Meter
     ) -> tuple[Memory, ...]:
@@ -173,6 +177,8 @@ class Objective:
                 share = 0 if batch.is_filler else len(batch.num_tokens)
                 self._pull((columns * own[:, used : used + share]).sum() if share else columns.sum() * 0.0)
                 used += share
+                # As above: the graph is gone before the next one grows.
+                del said, columns
         self._note(meter, whole, judged, step, reader, counts=self.accelerator.is_main_process)
         return memory
 

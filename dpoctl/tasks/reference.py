@@ -33,10 +33,10 @@ from dpoctl.model.snapshot import Snapshot
 from dpoctl.recipe.schema import Recipe, ReferenceSection
 
 # Part of every key: raise it when the same inputs would give other numbers.
-VERSION = 2
+VERSION = 3
 # Records of one step of the pass; it bounds what a rank plans at once, nothing else.
 STEP = 1024
-CHUNK = 1 << 24
+CHUNK = 1 << 20
 Columns = dict[str, NDArray[np.float32]]
 PROVENANCE = {"_name_or_path", "transformers_version", "architectures", "use_cache"}
 
@@ -288,7 +288,9 @@ def fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """
     digest = hashlib.sha256()
     for name, tensor in tensors:
-        sums = [f"{int(plain)},{int(weighted)}" for plain, weighted in map(_checksum, _chunks(tensor))]
+        # One look at the device a tensor.
+        checksums = torch.stack([_checksum(chunk) for chunk in _chunks(tensor)]).tolist()
+        sums = [f"{plain},{weighted}" for plain, weighted in checksums]
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {' '.join(sums)}\n".encode())
     return digest.hexdigest()
 
@@ -299,11 +301,11 @@ def _chunks(tensor: Tensor) -> tuple[Tensor, ...]:
     return chunks
 
 
-def _checksum(bits: Tensor) -> tuple[Tensor, Tensor]:
+def _checksum(bits: Tensor) -> Tensor:
     values = bits.to(torch.int64)
     # Overflow wraps: arithmetic modulo 2^64 is what is wanted.
     weights = torch.arange(len(values), device=values.device) * 6364136223846793005 + 1442695040888963407
-    return values.sum(), (values * weights).sum()
+    return torch.stack([values.sum(), (values * weights).sum()])
 
 
 def _write_whole(file: Path, table: NDArray[np.float32]) -> None:

@@ -1,5 +1,6 @@
 """The plan counts, the loss judges, the loop divides: schedules change no gradient and no metric."""
 
+import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -21,6 +22,7 @@ from dpoctl.core.planner import Lengths, Plan
 from dpoctl.core.reader import Reader
 from dpoctl.errors import RunError
 from dpoctl.model.layouts import Layout
+from dpoctl.model.linear_head import _Rows
 from dpoctl.model.probe import Verdict
 from dpoctl.tasks import dpo, sft
 
@@ -87,6 +89,28 @@ def test_token_budgets_change_neither_gradients_nor_metrics(
     for flat, metrics in results[1:]:
         assert float((flat - results[0][0]).norm() / results[0][0].norm()) < 1e-5
         assert metrics == pytest.approx(results[0][1], rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", [Sigmoid(), BatchCentred()], ids=["dpo", "coupled"])
+def test_no_micro_batch_lies_beside_the_graph_of_the_one_before(
+    loss: Loss, tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the head keeps of its probabilities is the largest part of a graph."""
+    alive: list[int] = []
+    responses = Objective._responses
+
+    def watched(self: Objective, batch: Any) -> Any:
+        alive.append(sum(isinstance(held, _Rows) and bool(held.shares) for held in gc.get_objects()))
+        return responses(self, batch)
+
+    monkeypatch.setattr(Objective, "_responses", watched)
+    gc.disable()
+    try:
+        gradient(tiny_llama, MemoryStore(random_pairs(9)), loss, 200)
+    finally:
+        gc.enable()
+    assert len(alive) >= 3
+    assert set(alive) == {0}
 
 
 def test_sft_is_the_mean_over_tokens_and_dpo_the_mean_over_pairs(tiny_llama: PreTrainedModel) -> None:
