@@ -102,7 +102,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = arguments.keep or Path(folder)
         root.mkdir(parents=True, exist_ok=True)
-        os.environ |= {"DPOCTL_CACHE": str(root / "cache"), "HF_DATASETS_CACHE": str(root / "datasets")}
+        os.environ |= {"HF_DATASETS_CACHE": str(root / "datasets")}
         os.environ |= {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
         console.emit(machine(arguments))
         console.emit(f"\n{HEADER}\n{'|'.join([''] + ['---'] * 9 + [''])}")
@@ -146,6 +146,8 @@ def parse() -> argparse.Namespace:
 
 def compare(profile: str, kind: str, arguments: argparse.Namespace, root: Path) -> None:
     """Let the programs take turns on one workload, and print their lines."""
+    # Full training and LoRA have one reference: the second would find it.
+    os.environ["DPOCTL_CACHE"] = str(root / f"cache-{profile}-{kind}")
     rows = arguments.pairs * (arguments.rounds + 1)
     work = build(root, arguments.shape, profile, rows, arguments.shared, sft=kind == "sft", dtype=arguments.dtype)
     contestants = [entry("dpoctl", "dpoctl", work, kind, arguments, root)]
@@ -217,16 +219,18 @@ def report(profile: str, kind: str, contestants: list[Contestant], peak: Contest
     for name, contestant, seconds, cpu in lines:
         of_own = lines[0][2] / seconds
         # A packed row is not the rows of the others' first step.
-        flops = float("nan") if contestant.spec.get("packed") else contestant.seen["first"][0]["flops"] / first
+        packed = contestant.spec.get("packed")
+        flops = "" if packed else f"{contestant.seen['first'][0]['flops'] / first:.2f}"
         console.emit(
             f"| {profile} | {kind} | {name} | {seconds:.3f} | {cpu:.3f} | {of_own:.3f} | {contestant.peak / 1e9:.2f} "
-            f"| {flops:.2f} | {useful / pairs / seconds / rate:.0%} |"
+            f"| {flops} | {useful / pairs / seconds / rate:.0%} |"
         )
 
 
 def startup(arguments: argparse.Namespace, root: Path) -> None:
     """Print the time from the start of a process to its first step, on stores that are there already."""
     profile = "hh-harmless" if arguments.shared.is_dir() else "long-answer"
+    os.environ["DPOCTL_CACHE"] = str(root / "cache-startup")
     work = build(root, arguments.shape, profile, 1500, arguments.shared, sft=True, dtype=arguments.dtype)
     programs = [entry("dpoctl", "dpoctl", work, "sft", arguments, root),
                 trl("tuned", 1, work, "sft", arguments, root)]  # fmt: skip
