@@ -7,7 +7,7 @@ whose output o' and l' = log sum exp of its scores join those of the block,
     w = e^l' / (e^l + e^l'),    o <- (1 - w) o + w o',    l <- log(e^l + e^l'),
 
 and the kernel's backward, given this o and this l, returns the share that each call has in the gradients. So nothing is
-masked, no key is copied, and no product is made that need not be.
+masked, no key is copied, and nothing is computed that no query sees.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,15 +20,16 @@ from torch import Tensor
 Records = Sequence[tuple[int, int, tuple[int, ...]]]
 Rows = tuple[slice, slice, slice]
 
-_forward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_backward: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# torch promises neither name.
+_forward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_backward: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 
 
 def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the kernel takes these tensors as they are."""
+    """Whether there is a kernel, and it takes these tensors as they are."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
     alike = query.dtype == key.dtype == value.dtype == dtype and query.shape[-1] == value.shape[-1]
-    return alike and query.device.type == "cpu"
+    return alike and query.device.type == "cpu" and _forward is not None and _backward is not None
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, records: Records, scaling: float | None) -> Tensor:

@@ -68,6 +68,15 @@ def test_what_the_kernel_does_not_know_goes_another_way(
     assert bool(calls) is joined
 
 
+def test_a_torch_without_the_kernel_is_not_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = [draw(HEADS, torch.float32) for _ in range(3)]
+    upstream = draw(HEADS, torch.float32).detach().transpose(1, 2)
+    expected = attend(tensors, upstream)
+    monkeypatch.setattr(cpu_attention, "_forward", None)
+    for mine, own in zip(attend(tensors, upstream), expected, strict=True):
+        torch.testing.assert_close(mine, own, atol=1e-5, rtol=1e-5)
+
+
 def test_values_narrower_than_keys_and_a_precision_that_autocast_would_change_are_left_to_torch() -> None:
     query, key = draw(HEADS, torch.float32), draw(HEADS, torch.float32)
     assert cpu_attention.takes(query, key, key)
