@@ -74,7 +74,7 @@ def shared_prefix_attention(
     layout: Segments | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend within records: in one call where a kernel for uneven lengths serves, else in one for each response.
+    """Attend within records: in one call of a kernel for uneven lengths, in one step on a CPU, or response by response.
 
     Args:
         module: the attention layer that calls.
