@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from dpoctl.model import cpu_attention
+from dpoctl.model.grouped import for_all_heads
 from dpoctl.model.varlen import GatheredKeys, find_varlen
 
 SHARED_PREFIX = "dpoctl_shared_prefix"
@@ -101,9 +102,7 @@ def shared_prefix_attention(
         return varlen(query, key, value, layout.keys, scaling=scaling, window=sliding_window), None
     if attend.plain and cpu_attention.takes(query, key, value) and layout.fits(sliding_window):
         return cpu_attention.attend(query, key, value, layout.records, scaling), None
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    key, value = for_all_heads(key, query), for_all_heads(value, query)
     # Cut in one go: the backward of many slices would fill and add a whole tensor for each of them.
     queries = iter(query.split(layout.query_lengths, dim=2))
     keys, values = (iter(t.split(layout.key_lengths, dim=2)) for t in (key, value))

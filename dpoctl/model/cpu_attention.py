@@ -10,14 +10,16 @@ and the kernel's backward, given this o and this l, returns the share that each 
 masked, no key is copied, and nothing is computed that no query sees.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import accumulate, pairwise
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-Records = Sequence[tuple[int, int, tuple[int, ...]]]
+from dpoctl.model.grouped import for_all_heads, of_each_head
+from dpoctl.model.varlen import Records
+
 Rows = tuple[slice, slice, slice]
 
 # torch promises neither name.
@@ -52,7 +54,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, records: Records, scaling:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, records: Records, scaling: float | None) -> Tensor:
-        out, keys, values = _empty_like(query), _for_all_heads(key, query), _for_all_heads(value, query)
+        out, keys, values = _empty_like(query), for_all_heads(key, query), for_all_heads(value, query)
         sums = query.new_empty(query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
         for block in _blocks(records):
             out[block], sums[block] = _forward(query[block], keys[block], values[block], 0.0, True, scale=scaling)
@@ -68,7 +70,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, sums = ctx.saved_tensors
-        keys, values, pulled = _for_all_heads(key, query), _for_all_heads(value, query), upstream.transpose(1, 2)
+        keys, values, pulled = for_all_heads(key, query), for_all_heads(value, query), upstream.transpose(1, 2)
         to_query, to_keys, to_values = (_empty_like(query) for _ in range(3))
         for own, seen, causal in (
             *((block, block, True) for block in _blocks(ctx.records)),
@@ -81,7 +83,7 @@ class _Attention(torch.autograd.Function):
             for total, at, share in zip((to_query, to_keys, to_values), (own, seen, seen), shares, strict=True):
                 # The blocks come first, and every row is in one of them.
                 total[at] = share if causal else total[at] + share
-        return to_query, _of_each_head(to_keys, key), _of_each_head(to_values, value), None, None
+        return to_query, of_each_head(to_keys, key), of_each_head(to_values, value), None, None
 
 
 def _blocks(records: Records) -> Iterator[Rows]:
@@ -108,15 +110,3 @@ def _empty_like(query: Tensor) -> Tensor:
     """`[1, heads, T, d]` with the heads inside the rows, as the layers around the attention have it."""
     _, heads, rows, width = query.shape
     return query.new_empty(1, rows, heads, width).transpose(1, 2)
-
-
-def _for_all_heads(tensor: Tensor, query: Tensor) -> Tensor:
-    """Repeat keys or values for the queries that share them."""
-    groups = query.shape[1] // tensor.shape[1]
-    return tensor if groups == 1 else tensor.repeat_interleave(groups, dim=1)
-
-
-def _of_each_head(gradient: Tensor, tensor: Tensor) -> Tensor:
-    """Add up what keys or values got from the queries that share them."""
-    groups = gradient.shape[1] // tensor.shape[1]
-    return gradient if groups == 1 else gradient.unflatten(1, (-1, groups)).sum(2)

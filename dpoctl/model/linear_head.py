@@ -90,7 +90,7 @@ class _Block:
         here = (at >= 0) & (at < len(self.weight))
         at = at.clamp(0, len(self.weight) - 1)
         found = values.gather(-1, at)
-        values.scatter_(-1, at, torch.where(here, torch.as_tensor(new).to(found), found))
+        values.scatter_(-1, at, torch.where(here, new, found))
         return torch.where(here, found, 0.0).squeeze(-1)
 
 
@@ -156,7 +156,8 @@ class _Rows:
         else:
             logits = block.logits(self.hidden, head.scale)
             shares = logits.sub_(self.peaks[number][:, None]).exp_().to(self.hidden.dtype)
-        block.replace(shares, self.targets, (-self.others * self._distance(number).exp())[:, None])
+        missing = -self.others * self._distance(number).exp()
+        block.replace(shares, self.targets, missing.to(shares.dtype)[:, None])
         return shares
 
     def weights_of(self, number: int) -> Tensor:

@@ -17,7 +17,7 @@ from dpoctl import console
 from dpoctl.errors import SetupError, UsageError
 from dpoctl.model.decoder import find_decoder
 from dpoctl.model.dropout import disable_dropout
-from dpoctl.model.modules import ends_of
+from dpoctl.model.modules import ends_of, names_of_ends
 from dpoctl.model.policy import FROZEN, TRAINED, Policy
 from dpoctl.model.quantize import keep_one_kernel, quantization_config, refuse_quantised_checkpoint
 from dpoctl.model.scratch import build_model
@@ -314,8 +314,7 @@ def _fit_vocabulary(model: PreTrainedModel, rows: int, *, trained: bool, seed: i
 
 def _ends_of(model: PreTrainedModel) -> list[str]:
     """Last names of the embedding and the head."""
-    ends = ends_of(model)
-    return [name.rpartition(".")[2] for name, module in model.named_modules() if any(module is end for end in ends)]
+    return [name.rpartition(".")[2] for name in names_of_ends(model)]
 
 
 def _trains_embeddings(model: PreTrainedModel, saved: list[str]) -> bool:

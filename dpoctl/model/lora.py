@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dpoctl import console
 from dpoctl.errors import UsageError
-from dpoctl.model.modules import bare, ends_of, linear_layers
+from dpoctl.model.modules import bare, ends_of, is_adapted, linear_layers, names_of_ends
 from dpoctl.model.policy import FROZEN, TRAINED
 from dpoctl.model.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json, reading, reason
 
@@ -178,7 +178,7 @@ def to_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
             # and the reference's not, so that they differed before the first step.
             own = module.modules_to_save[TRAINED]
             own.register_forward_hook(lambda _module, _inputs, output: output.to(dtype))
-        elif isinstance(module, LoraLayer) and dtype != torch.float32:
+        elif is_adapted(module) and dtype != torch.float32:
             # peft would copy the input of every adapted layer to float32, and autograd would keep the copy; autocast
             # brings input and adapter to one dtype by itself.
             module.cast_input_dtype_enabled = False
@@ -198,7 +198,7 @@ def unmatched_targets(model: PreTrainedModel, lora: "LoraSection") -> tuple[str,
         return ()
     # peft drops the targets that it finds as an expert's parameter from its own list.
     left = cast(Any, model).peft_config[TRAINED].target_modules
-    adapted = [name for name, module in model.named_modules() if isinstance(module, LoraLayer) and _has_new(module)]
+    adapted = [name for name, module in model.named_modules() if is_adapted(module) and _has_new(module)]
     return tuple(t for t in lora.target_modules if t in left and not any(_ends_with(name, t) for name in adapted))
 
 
@@ -242,9 +242,7 @@ def _naming_targets(model: PreTrainedModel, lora: "LoraSection") -> Iterator[Non
 def _say_tied(model: PreTrainedModel, touched: list[str]) -> None:
     if not getattr(model.config, "tie_word_embeddings", False):
         return
-    ends = ends_of(model)
-    names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
-    split = sorted({name for name in names for touch in touched if _ends_with(name, touch)})
+    split = sorted({name for name in names_of_ends(model) for touch in touched if _ends_with(name, touch)})
     if split:
         console.note(f"embedding and head are tied in this model; {', '.join(split)} gets weights of its own")
 

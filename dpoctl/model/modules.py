@@ -26,6 +26,12 @@ def ends_of(model: PreTrainedModel) -> tuple[nn.Module, nn.Module | None]:
     return untyped.get_input_embeddings(), untyped.get_output_embeddings()
 
 
+def names_of_ends(model: PreTrainedModel) -> list[str]:
+    """Names of the embedding and the head."""
+    ends = ends_of(model)
+    return [name for name, module in model.named_modules() if any(module is end for end in ends)]
+
+
 def linear_layers(model: PreTrainedModel) -> tuple[str, ...]:
     """Last names of the layers that an adapter can be put on, without the head."""
     head = ends_of(model)[1]

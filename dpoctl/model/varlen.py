@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpoctl.model.grouped import for_all_heads
+
 Records = Sequence[tuple[int, int, tuple[int, ...]]]
 LARGEST_HEAD = 256
 # The first generation with the tensor cores that these kernels are written for.
@@ -169,7 +171,7 @@ class Varlen:
             if "enable_gqa" in self.arguments:
                 options["enable_gqa"] = True
             else:
-                k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
+                k, v = for_all_heads(k, q), for_all_heads(v, q)
         out: Tensor = self.kernel(
             q, k, v, keys.query_starts, keys.key_starts, keys.longest_query, keys.longest_key, **options
         )
