@@ -1,5 +1,6 @@
 """Fine-tune language models on demonstrations and preferences, from YAML recipes."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -23,35 +24,35 @@ def sft(
     learning_rate: Callable[[int], float] | None = None,
     extra_metrics: Callable[[Any, Any], Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """Train on demonstrations, as `dpoctl sft` does, with code where a recipe has no words.
+    """Train on demonstrations, as `dpoctl sft` does, with your own code in place of parts of the run.
 
     ================  =================================================================================================
-    argument          what it is, and what it replaces
+    argument          its signature, and the part that it replaces
     ================  =================================================================================================
     `collator`        `(examples, layout, *, pad_token_id, ref_logps, is_filler) -> Batch`, in place of
-                      `dpoctl.core.collator.collate`; deterministic, for policy and reference must see the same batch
-    `model_init`      `() -> PreTrainedModel`, a causal model that is trained whole, in place of the recipe's, which
-                      still names the tokenizer; called under the recipe's seed
-    `callbacks`       functions `(step, metrics)`, called on the first rank after a row of metrics is written, of
-                      training or of an eval set (`eval_...`); one that returns True ends the run after that step,
-                      with a checkpoint and the exported model
+                      `dpoctl.core.collator.collate`; it must be deterministic: policy and reference need the same batch
+    `model_init`      `() -> PreTrainedModel`, a causal model, in place of the recipe's model, which still gives the
+                      tokenizer; all its weights are trained; called with the recipe's seed
+    `callbacks`       functions `(step, metrics)`, called on the first rank after each row of metrics, of training or of
+                      an eval set (`eval_...`); if one returns True, the run ends after that step, with a checkpoint
+                      and the exported model
     `optimizer`       `(parameters) -> torch.optim.Optimizer` over the float32 tensors that train, in place of
                       `training.optim`; its state must be tensors and plain numbers, for checkpoints
-    `learning_rate`   `(step) -> rate`, steps counted from 0, in place of the recipe's schedule; a parameter group
-                      with an `lr_scale` gets that many times the rate
-    `extra_metrics`   `(scores, values) -> {name: Total(sum, count)}` of a micro-batch, beside the task's own: the
-                      log-probabilities as `dpoctl.core.losses.Scores`, the value of the first loss for each item; the
-                      same names always
+    `learning_rate`   `(step) -> rate`, in place of the recipe's schedule; the first step is 0; the rate of a parameter
+                      group is multiplied by its `lr_scale`
+    `extra_metrics`   `(scores, values) -> {name: Total(sum, count)}` of a micro-batch, in addition to the task's
+                      metrics; gets the log-probabilities as `dpoctl.losses.Scores` and the first loss of each item;
+                      must always return the same names
     ================  =================================================================================================
 
     Under a launcher (`accelerate launch script.py`, torchrun) every rank calls this.
 
     Args:
-        recipe: the YAML file, or a mapping of what would stand in it.
-        overrides: `key=value` texts that win over the recipe.
-        resume: go on from the newest checkpoint; with the code that the run began with.
-        allow_changed: keys that may differ from what the run began with, by their names in the refusal.
-        overwrite: replace an earlier run in the run directory.
+        recipe: the YAML file, or its content as a mapping.
+        overrides: `key=value` texts that replace values of the recipe.
+        resume: continue from the newest checkpoint; needs the code that the run started with.
+        allow_changed: keys that may differ from the recipe that the run started with, as the error names them.
+        overwrite: delete an earlier run in the run directory.
         collator: see the table.
         model_init: see the table.
         callbacks: see the table.
@@ -60,10 +61,10 @@ def sft(
         extra_metrics: see the table.
 
     Returns:
-        `output_dir`, `steps` that were done, and `metrics`: the last value of each.
+        `output_dir`, `steps` (the number of steps done), and `metrics` (the last value of each).
 
     Raises:
-        UserError: what the user can mend; see `dpoctl.errors`.
+        UserError: something that the user can fix; see `dpoctl.errors`.
     """
     return _train("sft", dict(locals()))
 
@@ -87,6 +88,7 @@ def dpo(
 
 
 def _train(command: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    # Imported by name, so that `import dpoctl` pays for no torch.
+    # Imported by name, so that `import dpoctl` does not import torch.
+    import_module("dpoctl.tasks").prepare_allocator(os.environ)
     summary: dict[str, Any] = import_module("dpoctl.tasks.api").run(command, **arguments)
     return summary

@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub can be asked at all."""
+"""Access to the Hugging Face hub."""
 
 import os
 import socket
@@ -10,9 +10,9 @@ PROBE_SECONDS = 3.0
 
 @cache
 def hub_is_reachable() -> bool:
-    """Whether the hub answers; asked once, so that an offline machine does not wait through every retry.
+    """Whether the hub responds; tried once, so that an offline machine does not wait through every retry.
 
-    `HF_HUB_OFFLINE` and `HF_ENDPOINT` are honoured; behind a proxy the answer is yes.
+    Honours `HF_HUB_OFFLINE` and `HF_ENDPOINT`; behind a proxy the answer is always yes.
     """
     from huggingface_hub import constants  # noqa: PLC0415 - start-up time
 

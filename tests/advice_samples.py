@@ -2,10 +2,9 @@
 
 from typing import Any
 
-from dpoctl.core.losses import LOSSES
-from dpoctl.data.formats import FORMATS
 from dpoctl.recipe import Examined, examine_recipe
-from dpoctl.recipe.advice import Finding, advise
+from dpoctl.recipe.advice import advise
+from dpoctl.recipe.diagnostics import Diagnostic
 from dpoctl.recipe.facts import Facts
 
 GOOD = """\
@@ -37,13 +36,13 @@ def training(text: str, *lines: str) -> str:
 
 
 def examine(text: str, *overrides: str) -> Examined:
-    return examine_recipe(text, "r.yaml", overrides=overrides, losses=LOSSES, formats=FORMATS)
+    return examine_recipe(text, "r.yaml", overrides=overrides)
 
 
-def findings(text: str, *overrides: str, **facts: Any) -> list[Finding]:
+def findings(text: str, *overrides: str, **facts: Any) -> list[Diagnostic]:
     seen = examine(text, *overrides)
     return advise(seen.recipe, seen.document, Facts(**facts), seen.problems)
 
 
-def told(found: list[Finding]) -> set[tuple[str, str]]:
-    return {(one.grade, one.code) for one in found}
+def told(found: list[Diagnostic]) -> set[tuple[str, str]]:
+    return {(one.severity, one.code) for one in found}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from dpoctl.model.layouts import Layout
+from dpoctl.model.attention import Layout
 
 COMMON: dict[str, Any] = {
     "vocab_size": 384,

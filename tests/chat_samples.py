@@ -61,8 +61,8 @@ CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], ...]] = {
 """A prompt and two answers each."""
 
 
-def build_tokenizer(name: str, template: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE that has the control tokens of a template."""
+def build_tokenizer(name: str, template: str, *, special: bool = True) -> PreTrainedTokenizerFast:
+    """A byte-level BPE that has the control tokens of a template, flagged as special ones or not."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -76,6 +76,6 @@ def build_tokenizer(name: str, template: str) -> PreTrainedTokenizerFast:
     for is_special in (True, False):
         # Thinking is marked by added tokens that are no special ones: they are part of the answer.
         found = [token for token in written if ("think>" not in token) == is_special]
-        tokenizer.add_tokens(found, special_tokens=is_special)
+        tokenizer.add_tokens(found, special_tokens=is_special and special)
     tokenizer.chat_template = template
     return tokenizer

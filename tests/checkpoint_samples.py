@@ -5,13 +5,21 @@ from typing import Any
 
 import torch
 
-from dpoctl.runs.checkpoint import Checkpoint
+from dpoctl.runs.checkpoint import Checkpoint, Saver
 
 
 def small(step: int) -> Checkpoint:
     values = {"w": torch.full((8,), float(step)), "b": torch.tensor(step)}
     optimizer = {"state": {0: {"step": torch.tensor(1.0), "m": torch.ones(8) * step}}, "param_groups": [{"lr": 0.1}]}
     return Checkpoint(step, values, optimizer, {"python": (3, (1, 2), None)}, {"step was": step})
+
+
+def save(checkpoints: Path, checkpoint: Checkpoint, **options: Any) -> Path:
+    """Write a checkpoint, wait for it, and return its folder; every rank calls this at the same step."""
+    saver = Saver(checkpoints, **options)
+    saver.save(checkpoint)
+    saver.wait()
+    return checkpoints / f"step-{checkpoint.step:06d}"
 
 
 def names(folder: Path) -> list[str]:

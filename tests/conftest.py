@@ -1,6 +1,7 @@
 """Small real things that tests share: a tokenizer trained in the process, and tiny models."""
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,13 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 import pytest
 import torch
 import transformers
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+# A shell that starts the tests in the background lets them, and so all that they start, ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+settings.register_profile("whole")
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 
@@ -28,6 +33,31 @@ CORPUS = [
     "Human: what is the capital of France? Assistant: Paris, of course. ",
     "system user assistant 0123456789 hello world, yes no maybe!\n\n",
 ]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--require-fake-cuda", action="store_true", help="where no fake GPU can be built, fail")
+    parser.addoption("--all-faults", action="store_true", help="all cases of the tests that play a sample of theirs")
+    parser.addoption("--update-messages", action="store_true", help="rewrite the expected texts in tests/messages")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--all-faults"):
+        settings.load_profile("whole")
+
+
+def _check_descriptor(descriptor: int) -> None:
+    """Take the place of `os.fsync`: no test cuts the power, and a disk that is waited for takes half of the time."""
+    os.fstat(descriptor)
+
+
+os.fsync = _check_descriptor
+
+
+@pytest.fixture(scope="session")
+def whole(request: pytest.FixtureRequest) -> bool:
+    """Whether every case is played, or a sample of them."""
+    return bool(request.config.getoption("--all-faults"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""Rows for the tests of the data floor."""
+"""Rows for the tests of the data package."""
 
 from typing import Any
 

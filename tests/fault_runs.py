@@ -1,5 +1,6 @@
 """Runs that something is done to, and what must be left of them."""
 
+import json
 import os
 import random
 import signal
@@ -8,13 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import forked
 from forked import Child, Ended, Fault
 from tiny_runs import merge, metrics_of, write_recipe
 
-TIMINGS = {"tokens_per_second"}
+Outcome = tuple[bytes, list[dict[str, Any]]]
+TIMINGS = {"time", "tokens_per_second"}
 WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
 FULL = {"model.disable_dropout": False, "training.num_train_epochs": 2, "training.save_steps": 2}
 KINDS: dict[str, dict[str, Any]] = {
@@ -25,7 +27,24 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def outcome(run: Path) -> tuple[bytes, list[dict[str, Any]]]:
+def base_recipe(folder: Path) -> dict[str, Any]:
+    """Ten steps of full fine-tuning, five a pass; the last step of a pass is smaller."""
+    return {
+        "method": "dpo",
+        "model": {"model_name_or_path": str(folder / "tiny")},
+        "data": {"train": [str(folder / "pairs.jsonl")], "eval": [str(folder / "heldout.jsonl")], "max_length": 128},
+        "training": {
+            "output_dir": str(folder / "run"),
+            "global_batch_size": 5,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "eval_steps": 4,
+            "seed": 1,
+        },
+    }
+
+
+def outcome(run: Path) -> Outcome:
     """Weights to the bit, and all metrics that are not timings."""
     (weights,) = (run / name for name in WEIGHTS if (run / name).exists())
     return weights.read_bytes(), rows_of(run)
@@ -39,6 +58,16 @@ def leftovers(run: Path) -> list[str]:
     """What only a process that is killed leaves behind."""
     torn = [*run.glob(".*"), *run.glob("checkpoints/.*"), *run.glob("checkpoints/*/.*")]
     return sorted(path.name for path in torn)
+
+
+class Undisturbed(NamedTuple):
+    """A run that nothing was done to: what came of it, and how long it took."""
+
+    outcome: Outcome
+    seconds: float
+
+
+_UNDISTURBED: dict[str, Undisturbed] = {}
 
 
 @dataclass
@@ -72,6 +101,16 @@ class Scene:
     def run(self, out: Path, *options: str | Path, faults: Sequence[Fault] = (), **env: str) -> Ended:
         """Run into a folder, to the end."""
         return self.start(out, *options, faults=faults, **env).wait()
+
+    def undisturbed(self, *options: str) -> Undisturbed:
+        """A run that nothing is done to, once for all tests that compare with it; its bits depend on no folder."""
+        key = json.dumps([self.recipe, options])
+        if key not in _UNDISTURBED:
+            out = self.folder / f"undisturbed-{len(_UNDISTURBED)}"
+            began = time.monotonic()
+            self.finish(out, *options, DPOCTL_CACHE=f"{out}-cache")
+            _UNDISTURBED[key] = Undisturbed(outcome(out), time.monotonic() - began)
+        return _UNDISTURBED[key]
 
     def start_at(self, out: Path, files: Path) -> Ended:
         """Run into a folder beside which nothing can be written."""
@@ -117,20 +156,28 @@ def wait_until(true: Callable[[], object], child: Child, seconds: float = 60.0) 
         time.sleep(0.003)
 
 
+def wait_for(path: Path) -> None:
+    """Wait for a file, in a process that is told to; not forever."""
+    for _ in range(6000):
+        if path.exists():
+            return
+        time.sleep(0.01)
+
+
 def at_step(step: int, fault: Callable[[], object]) -> Fault:
     """Do something right after a step, in the process that takes it."""
 
     def install() -> None:
-        from dpoctl.tasks.journal import Journal
+        from dpoctl.tasks.recorder import Recorder
 
-        advance = Journal.advance
+        advance = Recorder.advance
 
         def advanced(self: Any, number: int) -> None:
             advance(self, number)
             if number == step:
                 fault()
 
-        Journal.advance = advanced  # type: ignore[method-assign]
+        Recorder.advance = advanced  # type: ignore[method-assign]
 
     return install
 

@@ -1,18 +1,23 @@
-"""Broken, odd and hostile files, and what `convert-data` made of them."""
+"""Broken, odd and hostile files, and the outcome of `convert-data` on them."""
 
 import bz2
 import gzip
 import io
 import json
 import lzma
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
-import zstandard
 from data_rows import pair
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 GOOD = json.dumps(pair(0)).encode()
 MANY = b"".join(json.dumps(pair(number)).encode() + b"\n" for number in range(3000))
@@ -21,7 +26,7 @@ PACK: dict[str, Callable[[bytes], bytes]] = {
     "gz": gzip.compress,
     "bz2": bz2.compress,
     "xz": lzma.compress,
-    "zst": zstandard.ZstdCompressor().compress,
+    "zst": zstd.compress,
 }
 TRL = ("--format", "trl-explicit")
 

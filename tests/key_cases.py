@@ -25,7 +25,9 @@ class Outcome:
 
     @property
     def curve(self) -> list[dict[str, Any]]:
-        return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in metrics_of(self.folder)]
+        return [
+            {k: v for k, v in row.items() if k not in ("time", "tokens_per_second")} for row in metrics_of(self.folder)
+        ]
 
     @property
     def steps(self) -> list[int]:
@@ -175,9 +177,13 @@ CASES: dict[str, Case] = {
     "training.adam_epsilon": Case(0.1, "weights"),
     "training.max_grad_norm": Case(0.01, "weights", {"training.adam_epsilon": 0.1}),
     "training.optim": Case("rmsprop", "weights"),
+    "training.param_dtype": Case("bfloat16", "weights", {"model.dtype": "bfloat16"}),
     "training.gradient_checkpointing": Case(
         True, lambda o: o.forwards["mlp"], {"training.gradient_checkpointing": False}
     ),
+    "training.sharding": Case("full", lambda o: o.asked["sharding"]),
+    "training.replicas": Case(2, lambda o: o.asked["sharding"], {"training.sharding": "full"}),
+    "training.cpu_offload": Case(True, lambda o: o.asked["sharding"], {"training.sharding": "full"}),
     "training.torch_compile": Case(True, lambda o: "compile" in o.asked),
     "training.logging_steps": Case(2, "steps"),
     "training.eval_on_start": Case(False, "evaluations"),
@@ -186,7 +192,7 @@ CASES: dict[str, Case] = {
     "training.save_total_limit": Case(3, "checkpoints", SAVING | {"training.global_batch_size": 2}),
     "training.resume": Case("never", "refused", {"training.resume": "auto", "training.output_dir": "{again}"}),
     "training.on_nonfinite": Case("stop", "refused", {"training.on_nonfinite": "skip", "training.learning_rate": 1e30}),
-    "training.ddp_timeout": Case(60, lambda o: o.asked["patience"][0]["arguments"]),
+    "training.ddp_timeout": Case(60, lambda o: o.asked["timeout"][0]["arguments"]),
     "training.report_to": Case(["tensorboard"], "files"),
     "training.run_name": Case("mine", lambda o: o.asked["wandb"][0]["arguments"][0].run_name, WANDB),
     "training.hub_model_id": Case("me/model", lambda o: [call["repo_id"] for call in o.asked.get("upload", [])]),

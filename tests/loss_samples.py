@@ -1,23 +1,41 @@
 """Scores for the tests of losses: two pairs to work out by hand, rankings, and random ones of any shape."""
 
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import combinations
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from dpoctl.core.losses import Loss, Scores
+from dpoctl.losses import Loss, Outline, Scores
 
-OF_RESPONSES = ("logps", "num_tokens", "ref_logps", "head_logps", "ref_head_logps", "confidence")
+OF_RESPONSES = ("logps", "ref_logps", "head_logps", "ref_head_logps", "confidence")
+
+
+def outline(num_tokens: Sequence[int] | Tensor, pairs: Sequence[Any] | Tensor, **columns: Any) -> Outline:
+    """An outline of records of two responses, without labels and targets unless they are given."""
+    starts = torch.as_tensor(columns.get("starts", range(0, len(num_tokens) + 1, 2)))
+    nothing = torch.full((len(starts) - 1,), -1)
+    given: dict[str, Any] = {"labels": nothing, "targets": nothing, "sources": nothing + 1}
+    given |= {"num_tokens": num_tokens, "pairs": pairs, "starts": starts} | columns
+    tensors = {name: torch.as_tensor(value) for name, value in given.items()}
+    tensors["imitated"] = tensors["targets"][tensors["targets"] >= 0]
+    return Outline(**tensors | {"pairs": tensors["pairs"].reshape(-1, 2).long()})
+
+
+def having(scores: Scores, **columns: Tensor) -> Scores:
+    """The same scores with other columns of their outline."""
+    if "targets" in columns:
+        columns["imitated"] = columns["targets"][columns["targets"] >= 0]
+    return replace(scores, outline=replace(scores.outline, **columns))
+
 
 # Pair A: log-ratios 2 and -1, margin 3. Pair B: log-ratios -0.5 and 0.5, margin -1.
 BATCH = Scores(
     logps=torch.tensor([-10.0, -14.0, -20.0, -18.0], dtype=torch.float64),
-    num_tokens=torch.tensor([5, 8, 10, 6]),
-    pairs=torch.tensor([[0, 1], [2, 3]]),
+    outline=outline([5, 8, 10, 6], [[0, 1], [2, 3]], targets=[0, 2]),
     ref_logps=torch.tensor([-12.0, -13.0, -19.5, -18.5], dtype=torch.float64),
-    starts=torch.tensor([0, 2, 4]),
-    targets=torch.tensor([0, 2]),
     confidence=torch.tensor([-0.7, -0.9, -0.2, -1.5], dtype=torch.float64),
 )
 
@@ -26,7 +44,7 @@ def of_margins(margins: Sequence[float]) -> Scores:
     """Pairs whose winners have these log-ratios, and whose losers have 0."""
     logps = torch.tensor([value for margin in margins for value in (margin, 0.0)], dtype=torch.float64)
     index = torch.arange(len(logps))
-    return Scores(logps, torch.ones_like(index), index.view(-1, 2), torch.zeros_like(logps))
+    return Scores(logps, outline(torch.ones_like(index), index), torch.zeros_like(logps))
 
 
 def of_rankings(*rankings: Sequence[float], dtype: torch.dtype = torch.float64) -> Scores:
@@ -34,7 +52,8 @@ def of_rankings(*rankings: Sequence[float], dtype: torch.dtype = torch.float64) 
     logps = torch.tensor([ratio for ranking in rankings for ratio in ranking], dtype=dtype)
     starts = torch.tensor([0, *map(len, rankings)]).cumsum(0)
     pairs = [s + torch.tensor([*combinations(range(len(r)), 2)]) for s, r in zip(starts[:-1], rankings, strict=True)]
-    return Scores(logps, torch.ones(len(logps), dtype=torch.long), torch.cat(pairs), torch.zeros_like(logps), starts)
+    lengths = torch.ones(len(logps), dtype=torch.long)
+    return Scores(logps, outline(lengths, torch.cat(pairs), starts=starts), torch.zeros_like(logps))
 
 
 def random_scores(loss: Loss, seed: int = 0, dtype: torch.dtype = torch.float64) -> Scores:
@@ -46,14 +65,18 @@ def random_scores(loss: Loss, seed: int = 0, dtype: torch.dtype = torch.float64)
     def drawn() -> torch.Tensor:
         return -5 * torch.rand(size, generator=generator, dtype=torch.float64).to(dtype) - 0.1
 
-    return replace(
+    logps, ref_logps = drawn(), drawn()
+    scores = having(
         scores,
-        logps=drawn(),
-        ref_logps=drawn(),
         num_tokens=torch.randint(1, 10, (size,), generator=generator),
         pairs=scores.pairs[:0] if loss.rows == "labels" else scores.pairs,
         labels=torch.tensor([1, 0, 0, 1]),
-        targets=scores.starts[:-1],  # type: ignore[index]
+        targets=scores.outline.starts[:-1],
+    )
+    return replace(
+        scores,
+        logps=logps,
+        ref_logps=ref_logps,
         head_logps=drawn(),
         ref_head_logps=drawn(),
         confidence=drawn() / 5,
@@ -65,31 +88,29 @@ def with_equal_models(scores: Scores) -> Scores:
     return replace(scores, ref_logps=scores.logps, ref_head_logps=scores.head_logps)
 
 
-def settled(loss: Loss, scores: Scores) -> Loss:
+def at_step(loss: Loss, scores: Scores) -> Loss:
     """A loss in the first step of a run."""
-    return loss.settle(scores, {}, step=1, seed=0)[0]
+    return loss.for_step(scores, {}, step=1, seed=0)[0]
 
 
 def cast(scores: Scores, dtype: torch.dtype) -> Scores:
     """The same scores in another precision."""
-    values = {field.name: getattr(scores, field.name) for field in fields(scores)}
-    floats = {name: v.to(dtype) for name, v in values.items() if v is not None and v.is_floating_point()}
-    return replace(scores, **floats)
+    return replace(scores, **{name: v.to(dtype) for name, v in vars(scores).items() if isinstance(v, Tensor)})
 
 
 def only(scores: Scores, records: Sequence[int]) -> Scores:
     """Some of the records, in this order."""
-    assert scores.starts is not None
-    starts = scores.starts.tolist()
+    starts, chosen = scores.outline.starts.tolist(), list(records)
     rows = torch.tensor([row for record in records for row in range(starts[record], starts[record + 1])])
     place = torch.full_like(scores.num_tokens, -1).index_copy(0, rows, torch.arange(len(rows)))
     pairs = place[scores.pairs]
     columns = {name: value[rows] for name in OF_RESPONSES if (value := getattr(scores, name)) is not None}
-    return replace(
-        scores,
-        **columns,
+    return having(
+        replace(scores, **columns),
+        num_tokens=scores.num_tokens[rows],
         pairs=pairs[(pairs >= 0).all(1)],
         starts=torch.tensor([0, *(starts[record + 1] - starts[record] for record in records)]).cumsum(0),
-        labels=None if scores.labels is None else scores.labels[list(records)],
-        targets=None if scores.targets is None else place[scores.targets[list(records)]],
+        labels=scores.outline.labels[chosen],
+        targets=place[scores.outline.targets[chosen]],
+        sources=scores.outline.sources[chosen],
     )

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dpoctl.data.tokenize import Example
-from dpoctl.model.attention import attention
+from dpoctl.model.attention import use_attention
 
 
 class MemoryStore:
@@ -68,7 +68,7 @@ def by_hand(model: PreTrainedModel, examples: list[Example]) -> torch.Tensor:
         for suffix, flags in zip(example.suffixes, example.suffixes_scored, strict=True):
             ids = torch.tensor([*example.shared, *suffix])
             scored = torch.tensor([*example.shared_scored, *flags])[1:]
-            with attention(model, "sdpa"):
+            with use_attention(model, "sdpa"):
                 rows = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
             logps.append((rows.gather(1, ids[1:, None])[:, 0] * scored).sum())
     return torch.stack(logps)

@@ -1,1 +1,1 @@
-"""The command line: one small file per command. Nothing here imports torch at module level."""
+"""The command line: one small file per command. No module here imports torch at module level."""

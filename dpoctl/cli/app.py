@@ -1,31 +1,57 @@
-"""The `dpoctl` command: its subcommands, and what happens when one of them ends."""
+"""The `dpoctl` command: its subcommands, its exit codes, and the end of the process."""
 
-import contextlib
 import os
 import sys
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from dpoctl import __version__
-from dpoctl.cli import failure, launch
+from dpoctl.cli import failure, launch, machine, streams
 from dpoctl.cli.chat import chat
 from dpoctl.cli.check import check
 from dpoctl.cli.convert_data import convert_data
-from dpoctl.cli.dpo import dpo
 from dpoctl.cli.eval import evaluate
 from dpoctl.cli.inspect import inspect
 from dpoctl.cli.merge import merge
+from dpoctl.cli.recipes import recipes
 from dpoctl.cli.report import report
-from dpoctl.cli.sft import sft
+from dpoctl.cli.train import dpo, sft
+from dpoctl.tasks import prepare_allocator
 
 HELP_OPTIONS = {"help_option_names": ["-h", "--help"]}
 HELP = """[bold]dpoctl dpo recipes/mistral7b-lora.yaml --dry-run[/]
 
 Fine-tune language models on demonstrations and preferences, from YAML recipes."""
 
+
+class Command(TyperCommand):
+    """A command whose flags take no value, and say so in its help."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the parameters; a flag has no name of a value."""
+        return _without_values(super().get_params(ctx))
+
+
+class Group(TyperGroup):
+    """The command without a subcommand; its flags are those of `Command`."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the parameters; a flag has no name of a value."""
+        return _without_values(super().get_params(ctx))
+
+
+def _without_values(parameters: list[Any]) -> list[Any]:
+    for parameter in parameters:
+        if getattr(parameter, "is_flag", False):
+            parameter.metavar = ""
+    return parameters
+
+
 app = typer.Typer(
     name="dpoctl",
+    cls=Group,
     rich_markup_mode="rich",
     context_settings=HELP_OPTIONS,
     pretty_exceptions_enable=False,
@@ -34,21 +60,28 @@ app = typer.Typer(
 for command, name, panel, summary in (
     (sft, "sft", "Train", "Train on demonstrations."),
     (dpo, "dpo", "Train", "Train on preferences."),
-    (check, "check", "Train", "Advice on a recipe: what is wrong in it, what is unusual."),
-    (convert_data, "convert-data", "Data", "Turn any known data format into canonical JSONL."),
-    (inspect, "inspect", "Data", "Rows as the model will see them, and whether they are right."),
-    (evaluate, "eval", "Measure", "Measure a finished run on held-out data."),
-    (report, "report", "Measure", "One HTML file that shows a run: curves, samples, advice."),
-    (chat, "chat", "Use", "Talk with a finished run."),
-    (merge, "merge", "Use", "Write a run's adapter into its base: one plain model."),
+    (check, "check", "Train", "Report what is wrong or unusual in a recipe."),
+    (recipes, "recipes", "Train", "List and copy the recipes of dpoctl, and explain their keys."),
+    (convert_data, "convert-data", "Data", "Convert data of any known format to canonical JSONL."),
+    (inspect, "inspect", "Data", "Show and check training rows as the model sees them."),
+    (evaluate, "eval", "Measure", "Evaluate a finished run on held-out data."),
+    (report, "report", "Measure", "Write one HTML file about a run: charts, samples, advice."),
+    (chat, "chat", "Use", "Chat with the model of a finished run."),
+    (merge, "merge", "Use", "Merge the LoRA adapter of a run into its base model."),
 ):
-    app.command(name, rich_help_panel=panel, short_help=summary, help=command.__doc__, context_settings=HELP_OPTIONS)(
-        command
-    )
+    app.command(
+        name,
+        cls=Command,
+        rich_help_panel=panel,
+        short_help=summary,
+        # One line per paragraph: the help keeps other line breaks.
+        help="\n\n".join(" ".join(part.split()) for part in str(command.__doc__).split("\n\n")),
+        context_settings=HELP_OPTIONS,
+    )(command)
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"dpoctl {__version__}")
         raise typer.Exit
 
@@ -60,37 +93,37 @@ def root(
         bool, typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Show the help when no command is given."""
+    """Show the help if no command is given; otherwise look whether the machine has what every command needs."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help(), nl=False)
+    elif not {"-h", "--help"} & set(sys.argv):
+        machine.require_folders()
 
 
 def main() -> NoReturn:
     """Run the command line and exit with its code."""
-    # Idle OpenMP threads spin for milliseconds before they sleep; beside other work on the machine that costs up to
-    # fifty times what it gains. This many rounds are tens of microseconds. Read by the library when torch loads it.
+    # Idle OpenMP threads spin for milliseconds before they sleep; with other work on the machine that costs up to fifty
+    # times what it gains. This many rounds are tens of microseconds. OpenMP reads the variable when torch loads it.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    launch.settle_as_worker()
+    streams.speak_utf8(sys.argv[1:])
+    streams.prepare()
+    if not os.environ.get("OMP_NUM_THREADS"):
+        # Empty means unset to people, and an error to OpenMP and accelerate.
+        os.environ.pop("OMP_NUM_THREADS", None)
+    prepare_allocator(os.environ)
     code = 0
     try:
+        launch.end_with_parent()
         code = app(standalone_mode=False, prog_name="dpoctl") or 0
     except KeyboardInterrupt:
         code = 130
     except typer.Abort:
         code = 1
-    except Exception as error:
+    except SystemExit:
+        raise
+    except BaseException as error:  # that of a library in Rust is no Exception
         debug = "--debug" in sys.argv or os.environ.get("DPOCTL_DEBUG") == "1"
         code = failure.report(error, as_json="--json" in sys.argv, debug=debug)
     finally:
-        _close_streams()
+        streams.flush()
     sys.exit(code)
-
-
-def _close_streams() -> None:
-    """Flush what is buffered; a reader that went away (`| head`) is no error."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

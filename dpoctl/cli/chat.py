@@ -1,22 +1,27 @@
-"""`dpoctl chat`."""
+"""The `dpoctl chat` command."""
 
 from typing import Annotated
 
 import typer
 
 from dpoctl.cli import options
+from dpoctl.tasks import import_libraries
 
 Prompt = Annotated[
     str | None,
-    typer.Option(metavar="TEXT", help="Answer this, and end; without it, talk.", show_default=False),
+    typer.Option(metavar="TEXT", help="Answer this prompt and exit. Default: an interactive chat.", show_default=False),
 ]
 System = Annotated[
-    str | None, typer.Option(metavar="TEXT", help="A system message before the first turn.", show_default=False)
+    str | None, typer.Option(metavar="TEXT", help="A system message for the conversation.", show_default=False)
 ]
-Reference = Annotated[bool, typer.Option("--reference", help="Show what the reference answers, too.")]
-Temperature = Annotated[float, typer.Option(metavar="T", min=0.0, help="0 takes the most likely token.")]
-TopP = Annotated[float, typer.Option(metavar="P", min=0.0, max=1.0, help="Draw from this share of the probability.")]
-MaxNewTokens = Annotated[int, typer.Option(metavar="N", min=1, help="The longest answer.")]
+Reference = Annotated[bool, typer.Option("--reference", help="Show the reference model's answer too.")]
+Temperature = Annotated[
+    float, typer.Option(metavar="T", min=0.0, help="Sampling temperature; 0 always takes the most likely token.")
+]
+TopP = Annotated[
+    float, typer.Option(metavar="P", min=0.0, max=1.0, help="Sample from the most likely tokens of this total share.")
+]
+MaxNewTokens = Annotated[int, typer.Option(metavar="N", min=1, help="Stop an answer after N tokens.")]
 Seed = Annotated[int, typer.Option(metavar="N", min=0, help="The same seed and prompt give the same answer.")]
 
 
@@ -34,16 +39,17 @@ def chat(
 ) -> None:
     """[bold]dpoctl chat runs/mistral7b-dpo --prompt "Is this paper any good?" --reference[/]
 
-    Talk with a finished run, through the chat template that it was saved with.
+    Chat with the model of a finished run or of any other folder, through the chat template that was saved with it.
     """  # noqa: D415 - the help shows an example first
-    from dpoctl.model.generate import Sampling
-    from dpoctl.tasks.chat import run as talk
+    import_libraries()
+    from dpoctl.model.generate import SamplingParams
+    from dpoctl.tasks.chat import run as chat_with
 
-    talk(
+    chat_with(
         run,
         prompt=prompt,
         system=system,
         reference=reference,
-        sampling=Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed),
+        sampling=SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed),
         json_output=json_output,
     )

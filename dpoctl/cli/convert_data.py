@@ -1,100 +1,118 @@
-"""`dpoctl convert-data`."""
+"""The `dpoctl convert-data` command."""
 
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from dpoctl import console
 from dpoctl.cli import options
+from dpoctl.errors import UsageError
+from dpoctl.tasks import import_libraries
 
 if TYPE_CHECKING:
-    from dpoctl.recipe.schema_data import Source as RecipeSource
+    from dpoctl.recipe.schema import Source as RecipeSource
 
 CONTRASTIVE = "contrastive"
 
-
-class Pairs(StrEnum):
-    """Which rated answers are compared."""
-
-    best_worst = "best-worst"
-    best_rest = "best-rest"
-    best_random = "best-random"
-    adjacent = "adjacent"
-    all = "all"
-    none = "none"
+READING, CHOOSING, WRITING = "Reading", "Choosing rows and pairs", "Writing"
 
 
-class Keep(StrEnum):
-    """What becomes of something."""
-
-    keep = "keep"
-    drop = "drop"
+def _option(panel: str, help: str, *names: str, **settings: Any) -> Any:
+    """An option in a panel of the help, which names the default itself."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False, **settings)
 
 
-class To(StrEnum):
-    """What is written."""
+def _show_formats(requested: bool) -> None:
+    if requested:
+        from dpoctl.data.formats.detect import list_formats
 
-    pairs = "pairs"
-    unpaired = "unpaired"
-    messages = "messages"
+        console.emit(list_formats())
+        raise typer.Exit
 
 
 Source = Annotated[
-    str, typer.Argument(metavar="SRC", help="A file, a folder, a hub id; - is stdin.", show_default=False)
+    str, typer.Argument(metavar="SRC", help="A file, a folder or a hub dataset; - is stdin.", show_default=False)
 ]
-# A line each, or the help does not fit on a screen.
-Output = Annotated[
-    str, typer.Option("--output", "-o", metavar="FILE", help="Where the rows go; - is stdout.", show_default=False)
-]
-Format = Annotated[
-    str, typer.Option("--format", metavar="NAME", help="Of the rows; else it is found.", show_default=False)
-]
+Format = Annotated[str, _option(READING, "The format of the rows. Default: detect it.", "--format", metavar="NAME")]
 FormatOptions = Annotated[
     list[str] | None,
-    typer.Option("--option", metavar="KEY=VALUE", help="For the format. Repeatable.", show_default=False),
+    _option(READING, "An option of the format. Can be repeated.", "--option", metavar="KEY=VALUE"),
 ]
-Split = Annotated[str, typer.Option(metavar="NAME", help="Of a data set; else train.", show_default=False)]
+Formats = Annotated[
+    bool,
+    _option(READING, "List all formats with their options.", "--formats", is_eager=True, callback=_show_formats),
+]
+Split = Annotated[str, _option(READING, "The split of a dataset. Default: train.", "--split", metavar="NAME")]
 ColumnMap = Annotated[
     list[str] | None,
-    typer.Option(
-        metavar="COLUMN=NAME", help="A column's name in the file, prompt=question. Repeatable.", show_default=False
+    _option(
+        READING,
+        "Read NAME, such as prompt, from COLUMN. Can be repeated.",
+        "--column-map",
+        metavar="NAME=COLUMN",
     ),
 ]
-ToWhat = Annotated[
-    To | None,
-    typer.Option("--to", metavar="WHAT", help="pairs, unpaired, or messages: the best answer of each row."),
+Detect = Annotated[bool, _option(READING, "Only print the format of SRC and its options.", "--detect")]
+Set = Annotated[
+    list[str] | None,
+    _option(READING, "Change a value of a contrastive recipe. Can be repeated.", "--set", metavar="KEY=VALUE"),
 ]
-PairsOption = Annotated[
-    Pairs | None,
-    typer.Option("--pairs", metavar="HOW", help="best-worst, best-rest, best-random, adjacent, all or none."),
+To = Annotated[
+    Literal["pairs", "unpaired", "messages"] | None,
+    _option(CHOOSING, "Write pairs, unpaired rows, or messages (the best answers).", "--to", metavar="KIND"),
+]
+Transcripts = Annotated[
+    Literal["text", "messages"] | None,
+    _option(
+        CHOOSING,
+        "Write transcripts (Human: ...) as text or messages.",
+        "--transcripts",
+        metavar="KIND",
+    ),
+]
+Pairs = Annotated[
+    Literal["best-worst", "best-rest", "best-random", "adjacent", "all", "none"] | None,
+    _option(
+        CHOOSING,
+        "Pair rated answers: best-worst, best-rest, best-random, adjacent, all, or none (keep them in one row).",
+        "--pairs",
+        metavar="HOW",
+    ),
 ]
 MinMargin = Annotated[
-    float | None, typer.Option(min=0, metavar="X", help="Least difference of ratings.", show_default=False)
+    float | None,
+    _option(CHOOSING, "Skip pairs whose ratings differ by less than X.", "--min-margin", min=0, metavar="X"),
 ]
 MaxPairs = Annotated[
     int | None,
-    typer.Option(
-        "--max-pairs-per-prompt", min=1, metavar="N", help="How many pairs of one prompt.", show_default=False
-    ),
+    _option(CHOOSING, "Keep at most N pairs of a prompt.", "--max-pairs-per-prompt", min=1, metavar="N"),
 ]
-Ties = Annotated[Keep | None, typer.Option("--ties", metavar="keep|drop", help="Pairs of equal ratings; else drop.")]
+Ties = Annotated[
+    Literal["drop", "keep"] | None,
+    _option(CHOOSING, "Keep or drop pairs with equal ratings. Default: drop.", "--ties", metavar="keep|drop"),
+]
 Duplicates = Annotated[
-    Keep, typer.Option("--duplicates", metavar="keep|drop", help="Rows seen again; else keep.", show_default=False)
+    Literal["keep", "drop"],
+    _option(CHOOSING, "Repeated rows. Default: keep.", "--duplicates", metavar="keep|drop"),
 ]
-Strict = Annotated[bool, typer.Option("--strict", help="No output if a row is rejected.")]
+Output = Annotated[str, _option(WRITING, "The file to write. Default: stdout.", "--output", "-o", metavar="FILE")]
+Strict = Annotated[bool, _option(WRITING, "Write nothing if any row is dropped.", "--strict")]
 MaxRejects = Annotated[
     float | None,
-    typer.Option(
-        "--max-reject-fraction", min=0, max=1, metavar="X", help="No output beyond this share.", show_default=False
+    _option(
+        WRITING,
+        "Write nothing if more than this share of the rows is dropped.",
+        "--max-reject-fraction",
+        min=0,
+        max=1,
+        metavar="X",
     ),
 ]
-Rejects = Annotated[str | None, typer.Option(metavar="FILE", help="Rejected rows, with reasons.", show_default=False)]
-Report = Annotated[str | None, typer.Option(metavar="FILE", help="All counts, as JSON.", show_default=False)]
-Detect = Annotated[bool, typer.Option("--detect", help="Only say which format it is.")]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="A key of a contrastive recipe.", show_default=False),
+Rejects = Annotated[
+    str | None, _option(WRITING, "Write the dropped rows and their reasons to this file.", "--rejects", metavar="FILE")
 ]
+Report = Annotated[str | None, _option(WRITING, "Write all counts to this file, as JSON.", "--report", metavar="FILE")]
 
 
 def convert_data(
@@ -104,37 +122,40 @@ def convert_data(
     option: FormatOptions = None,
     split: Split = "train",
     column_map: ColumnMap = None,
-    to: ToWhat = None,
-    pairs: PairsOption = None,
+    to: To = None,
+    transcripts: Transcripts = None,
+    pairs: Pairs = None,
     min_margin: MinMargin = None,
     max_pairs: MaxPairs = None,
     ties: Ties = None,
-    duplicates: Duplicates = Keep.keep,
+    duplicates: Duplicates = "keep",
     strict: Strict = False,
     max_reject_fraction: MaxRejects = None,
     rejects: Rejects = None,
     report: Report = None,
     detect: Detect = False,
+    formats: Formats = False,
     overrides: Set = None,
     json_output: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
     """[bold]dpoctl convert-data raw.jsonl.gz -o pairs.jsonl --rejects rejects.jsonl[/]
 
-    Turn any known data format into canonical JSONL, and count what could not be used.
+    Convert data of any known format to canonical JSONL, and count the rows that cannot be used.
 
-    With --format contrastive SRC is a recipe, and a model writes the pairs: two answers under opposite instructions.
+    With --format contrastive, SRC is a recipe: a model writes the pairs, two answers under opposite instructions.
     """  # noqa: D415 - the help shows an example first
     choices = {
         "option": option,
         "split": None if split == "train" else split,
         "column_map": column_map,
         "to": to,
+        "transcripts": transcripts,
         "pairs": pairs,
         "min_margin": min_margin,
         "max_pairs_per_prompt": max_pairs,
         "ties": ties,
-        "duplicates": None if duplicates is Keep.keep else duplicates,
+        "duplicates": None if duplicates == "keep" else duplicates,
         "strict": strict or None,
         "max_reject_fraction": max_reject_fraction,
         "report": report,
@@ -142,26 +163,26 @@ def convert_data(
     }
     given = {name: value for name, value in choices.items() if value is not None}
     if format == CONTRASTIVE:
-        _write_pairs(source, output, given, rejects, overrides or [], json_output)
+        _generate_pairs(source, output, given, rejects, overrides or [], json_output)
     else:
-        _convert(_source(source, format, given, overrides), output, given, rejects, json_output)
+        _convert(_build_source(source, format, given, overrides), output, given, rejects, json_output)
 
 
 def _convert(
     source: "RecipeSource", output: str, given: dict[str, Any], rejects: str | None, json_output: bool
 ) -> None:
-    from dpoctl.data.convert import Job, detect, run
+    from dpoctl.data.convert import Conversion, detect, run
 
     if "detect" in given:
         _refuse(given.keys() - {"detect", "split", "column_map"}, "--detect converts nothing")
         detect(source, json_output=json_output)
         return
-    to = given.get("to")
-    job = Job(
+    job = Conversion(
         source=source,
         output=output,
-        to=to and to.value,
-        rankings=given.get("pairs") is Pairs.none,
+        to=given.get("to"),
+        transcripts=given.get("transcripts"),
+        rankings=given.get("pairs") == "none",
         drop_duplicates="duplicates" in given,
         strict="strict" in given,
         max_reject_fraction=given.get("max_reject_fraction"),
@@ -171,40 +192,44 @@ def _convert(
     run(job, json_output=json_output)
 
 
-def _source(path: str, format: str, given: dict[str, Any], overrides: list[str] | None) -> "RecipeSource":
-    """Say where rows are read, and how, as a recipe would."""
+def _build_source(path: str, format: str, given: dict[str, Any], overrides: list[str] | None) -> "RecipeSource":
+    """Return the options as a recipe's data source."""
     from dpoctl.data.formats import FORMATS
-    from dpoctl.errors import UsageError
-    from dpoctl.recipe.schema_data import Source as RecipeSource
+    from dpoctl.recipe.schema import Source as RecipeSource
+    from dpoctl.recipe.secrets import refuse_secret_argument
 
+    for name, texts in {
+        "SRC": [path],
+        "--option": given.get("option"),
+        "--column-map": given.get("column_map"),
+    }.items():
+        for text in texts or ():
+            refuse_secret_argument(name, text)
     if overrides:
-        raise UsageError(f"--set changes a recipe, and only --format {CONTRASTIVE} reads one")
+        raise UsageError(f"--set has no effect without --format {CONTRASTIVE}: it changes a recipe")
     if format != "auto" and format not in FORMATS:
         raise UsageError(f"--format: expected one of auto, {', '.join(FORMATS)}, {CONTRASTIVE}, got {format!r}")
     try:
         path.encode()
     except UnicodeEncodeError as error:
-        raise UsageError(f"{path!a}: a name that is not UTF-8", hint="rename the file") from error
-    words = _pairs("--option", "KEY=VALUE", given.get("option"))
+        raise UsageError(f"{path!a}: the file name is not UTF-8", hint="rename the file") from error
+    format_options = _split_pairs("--option", "KEY=VALUE", given.get("option"))
     mode = given.get("pairs")
-    ties = given.get("ties")
     return RecipeSource(
         path=path,
         split=given.get("split", "train"),
         format=format,
-        format_options={key: _scalar(value) for key, value in words.items()},
-        column_map=_pairs("--column-map", "COLUMN=NAME", given.get("column_map")),
-        pairs=None if mode in (None, Pairs.none) else mode.value,
+        format_options={key: _scalar(value) for key, value in format_options.items()},
+        column_map=_split_pairs("--column-map", "NAME=COLUMN", given.get("column_map")),
+        pairs=None if mode == "none" else mode,
         min_margin=given.get("min_margin"),
         max_pairs_per_prompt=given.get("max_pairs_per_prompt"),
-        ties=ties and ties.value,
+        ties=given.get("ties"),
     )
 
 
-def _pairs(option: str, form: str, texts: list[str] | None) -> dict[str, str]:
-    """Read `NAME=VALUE` texts."""
-    from dpoctl.errors import UsageError
-
+def _split_pairs(option: str, form: str, texts: list[str] | None) -> dict[str, str]:
+    """Split `NAME=VALUE` texts at the first `=`."""
     found = {}
     for text in texts or []:
         key, equals, value = text.partition("=")
@@ -216,8 +241,7 @@ def _pairs(option: str, form: str, texts: list[str] | None) -> dict[str, str]:
 
 def _scalar(text: str) -> Any:
     """Read a value as a recipe would."""
-    from dpoctl.errors import UsageError
-    from dpoctl.recipe.scalars import read_scalar
+    from dpoctl.recipe.document import read_scalar
 
     try:
         return read_scalar(text)
@@ -225,27 +249,24 @@ def _scalar(text: str) -> Any:
         raise UsageError(f"--option: {error}") from error
 
 
-def _refuse(names: set[str], why: str, hint: str | None = None) -> None:
-    """Make sure that no option is given that would do nothing."""
-    from dpoctl.errors import UsageError
-
+def _refuse(names: Collection[str], why: str, hint: str | None = None) -> None:
+    """Refuse options that would have no effect."""
     if names:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
-        raise UsageError(f"{flags} would do nothing: {why}", hint=hint)
+        raise UsageError(f"{flags} {'has' if len(names) == 1 else 'have'} no effect: {why}", hint=hint)
 
 
-def _write_pairs(
+def _generate_pairs(
     source: str, output: str, given: dict[str, Any], rejects: str | None, overrides: list[str], json_output: bool
 ) -> None:
-    from dpoctl.errors import UsageError
-
     hint = "set items.split and items.column in the recipe" if given.keys() & {"split", "column_map"} else None
-    _refuse(set(given), f"with --format {CONTRASTIVE} the recipe says it all", hint)
+    _refuse(given, f"--format {CONTRASTIVE} takes its settings from the recipe", hint)
     if output == "-":
         raise UsageError(
-            f"--format {CONTRASTIVE} needs a file to write to, and to go on from after an interruption",
-            hint="name one with -o",
+            f"--format {CONTRASTIVE} cannot write to stdout: it continues from its file after an interruption",
+            hint="pass a file with -o",
         )
-    from dpoctl.tasks.contrastive import run
+    import_libraries()
+    from dpoctl.tasks.pair_generation import run
 
     run(source, output=output, rejects=rejects, overrides=overrides, json_output=json_output)

@@ -1,24 +1,28 @@
-"""`dpoctl eval`."""
+"""The `dpoctl eval` command."""
 
-from pathlib import Path
+import os
 from typing import Annotated
 
 import typer
 
 from dpoctl.cli import options
+from dpoctl.tasks import import_libraries, launchers
 
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="The run directory.", show_default=False)]
 Data = Annotated[
     str | None,
-    typer.Option(metavar="SOURCE", help="Measure on this instead of the run's eval sets.", show_default=False),
+    typer.Option(
+        metavar="SOURCE",
+        help="Evaluate on this file, folder or hub dataset instead of the recipe's eval data.",
+        show_default=False,
+    ),
 ]
 Limit = Annotated[
-    int | None, typer.Option(metavar="N", min=1, help="Use the first N rows of each set.", show_default=False)
+    int | None, typer.Option(metavar="N", min=1, help="Use only the first N rows of each eval set.", show_default=False)
 ]
 
 
 def evaluate(
-    run: Run,
+    run: options.RunPath,
     data: Data = None,
     limit: Limit = None,
     json_output: options.Json = False,
@@ -26,13 +30,14 @@ def evaluate(
 ) -> None:
     """[bold]dpoctl eval runs/mistral7b-dpo --json[/]
 
-    Measure a finished run on held-out data: loss, reward accuracy with its confidence interval, margins.
+    Evaluate a finished run on held-out data: loss, reward margins, and reward accuracy with its confidence interval.
+    A folder with any other model is measured on --data, without a reference.
     """  # noqa: D415 - the help shows an example first
-    from dpoctl.errors import UsageError
+    from dpoctl.recipe.secrets import refuse_secret_argument
 
-    if not run.is_dir():
-        raise UsageError(f"there is no run directory {str(run)!r}", hint="name the output_dir of a finished run")
+    refuse_secret_argument("--data", data or "")
+    launchers.check_environment(os.environ)
+    import_libraries()
+    from dpoctl.tasks.evaluate import run as evaluate_run
 
-    from dpoctl.tasks.evaluate import run as measure
-
-    measure(run, data=data, limit=limit, json_output=json_output)
+    evaluate_run(run, data=data, limit=limit, json_output=json_output)

@@ -1,14 +1,15 @@
-"""`dpoctl inspect`."""
+"""The `dpoctl inspect` command."""
 
 from typing import Annotated
 
 import typer
 
 from dpoctl.cli import options
+from dpoctl.tasks import import_libraries
 
-Row = Annotated[int | None, typer.Option("--row", metavar="N", min=1, help="Show this record alone, counted from 1.")]
-Rows = Annotated[int, typer.Option("--rows", "-n", metavar="ROWS", min=0, help="Show this many records.")]
-Ids = Annotated[bool, typer.Option("--ids", help="Show the ids of the tokens too.")]
+Row = Annotated[int | None, typer.Option("--row", metavar="N", min=1, help="Show only row N; the first row is 1.")]
+Rows = Annotated[int, typer.Option("--rows", "-n", metavar="N", min=0, help="Show the first N rows.")]
+Ids = Annotated[bool, typer.Option("--ids", help="Show the token ids too.")]
 
 
 def inspect(
@@ -23,14 +24,17 @@ def inspect(
 ) -> None:
     """[bold]dpoctl inspect recipes/mistral7b-lora.yaml --row 17[/]
 
-    Rows as the model will see them: what it is given, what it is trained on, control tokens in boxes; and whether
-    prompts, beginnings, ends and answers are where they belong, in these rows and in the set. No weights are loaded.
+    Show training rows as the model sees them: which tokens are the prompt, which are trained on, which are control
+    tokens. Then check the template, the prompt boundary and the end of turn, on these rows and on a sample of the
+    training set. No weights are loaded.
     """  # noqa: D415 - the help shows an example first
-    from dpoctl.core.losses import LOSSES
-    from dpoctl.data.formats import FORMATS
     from dpoctl.recipe import examine_recipe, read_text
+    from dpoctl.tasks.paths import check_paths
+
+    changes = [*(settings or []), *(overrides or [])]
+    checked = examine_recipe(read_text(recipe), str(recipe), overrides=changes).accept()
+    check_paths(checked, recipe)
+    import_libraries()
     from dpoctl.tasks.inspect import run
 
-    given = [*(settings or []), *(overrides or [])]
-    examined = examine_recipe(read_text(recipe), str(recipe), overrides=given, losses=LOSSES, formats=FORMATS)
-    run(examined.accept(), row=row, rows=rows, ids=ids, json_output=json_output)
+    run(checked, row=row, rows=rows, ids=ids, json_output=json_output)

@@ -1,18 +1,22 @@
-"""`dpoctl merge`."""
+"""The `dpoctl merge` command."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from dpoctl.cli import options
+from dpoctl.tasks import import_libraries
 
 Output = Annotated[
     Path | None,
-    typer.Option("--output", "-o", metavar="FOLDER", help="The new folder; RUN/merged if absent.", show_default=False),
+    typer.Option("--output", "-o", metavar="FOLDER", help="The new folder. Default: RUN/merged.", show_default=False),
 ]
 Precision = Annotated[
-    str, typer.Option(metavar="NAME", help="auto (the run's, or the base's), float32, bfloat16 or float16.")
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(
+        metavar="NAME", help="Precision of the merged weights: auto (as in the recipe), float32, bfloat16 or float16."
+    ),
 ]
 
 
@@ -25,14 +29,10 @@ def merge(
 ) -> None:
     """[bold]dpoctl merge runs/mistral7b-dpo -o mistral7b-dpo-merged[/]
 
-    Write a run's adapter into its unquantised base: one plain model folder, checked against base + adapter.
+    Merge the LoRA adapter of a run into its unquantised base model. The result is a plain model folder; its output is
+    compared with that of base and adapter before it is kept.
     """  # noqa: D415 - the help shows an example first
-    from dpoctl.errors import UsageError
-
-    names = ("auto", "float32", "bfloat16", "float16")
-    if dtype not in names:
-        raise UsageError(f"--dtype: expected one of {', '.join(names)}, got {dtype!r}")
-
+    import_libraries()
     from dpoctl.tasks.merge import run as merge_run
 
     merge_run(run, output=output, dtype=dtype, json_output=json_output)

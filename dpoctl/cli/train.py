@@ -1,100 +1,103 @@
-"""What `sft` and `dpo` have in common: check the recipe, then start the training here or in several processes."""
+"""The commands `sft` and `dpo`: check the recipe, then train in this process or start several."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
-from dpoctl.cli import failure, launch
+from dpoctl import console
+from dpoctl.cli import failure, launch, options
+from dpoctl.errors import UsageError
+from dpoctl.tasks import import_libraries
 
 if TYPE_CHECKING:
-    from dpoctl.recipe.loader import Examined
+    from dpoctl.recipe import Recipe
 
 
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """Where a run happens.
-
-    Args:
-        output_dir: The run directory, over the recipe's.
-        num_processes: How many processes of this machine take part.
-        accelerate_config: A name that is shipped, or a file of accelerate's.
-    """
-
-    output_dir: str | None = None
-    num_processes: int | None = None
-    accelerate_config: str | None = None
-
-
-def train(
-    command: str,
-    path: Path,
-    overrides: Sequence[str],
-    where: Launch,
-    *,
-    resume: bool,
-    allow_changed: Sequence[str] = (),
-    overwrite: bool,
-    dry_run: bool,
-    json_output: bool,
-) -> None:
-    """Run a training command.
+def training_command(method: str, help: str) -> Callable[..., None]:
+    """Return the command that trains recipes of a method.
 
     Args:
-        command: `sft` or `dpo`.
-        path: The recipe.
-        overrides: `key=value` texts.
-        where: The run directory and the processes.
-        resume: Go on from the newest checkpoint.
-        allow_changed: Keys that may differ from what the run began with.
-        overwrite: Replace an earlier run.
-        dry_run: Show the plan, and train nothing.
-        json_output: Print one JSON object on stdout.
-
-    Raises:
-        UserError: What the user can mend.
-        typer.Exit: With the workers' exit code, where they failed.
+        method: `sft` or `dpo`.
+        help: The help text of the command.
     """
-    from dpoctl.data.sources import refuse_missing
-    from dpoctl.errors import UsageError
 
-    if resume and overwrite:
-        raise UsageError("--resume and --overwrite exclude each other")
-    if where.output_dir is not None:
-        overrides = [*overrides, f"training.output_dir={json.dumps(where.output_dir)}"]
-    text, examined = _read(command, path, overrides)
-    recipe = examined.accept()
-    failure.remember_run_directory(Path(recipe.training.output_dir))
-    refuse_missing(recipe.data)
-    plan = launch.plan_launch(where.num_processes, where.accelerate_config)
-    if plan is not None and not dry_run:
-        if code := plan.run():
-            raise typer.Exit(code)
-        return
+    def command(
+        recipe: options.RecipePath,
+        overrides: options.Overrides = None,
+        settings: options.Set = None,
+        output_dir: options.OutputDir = None,
+        resume: options.Resume = False,
+        allow_changed: options.AllowChanged = None,
+        overwrite: options.Overwrite = False,
+        dry_run: options.DryRun = False,
+        verbose: options.Verbose = False,
+        num_processes: options.NumProcesses = None,
+        accelerate_config: options.AccelerateConfig = None,
+        json_output: options.Json = False,
+        debug: options.Debug = False,
+    ) -> None:
+        from dpoctl.recipe import examine_recipe, read_text
+        from dpoctl.tasks.paths import check_paths
 
-    from dpoctl.tasks.train import run
+        if resume and overwrite:
+            raise UsageError("--resume and --overwrite cannot be used together")
+        changes = [*(settings or []), *(overrides or [])]
+        if output_dir is not None:
+            changes.append(f"training.output_dir={json.dumps(output_dir)}")
+        text = read_text(recipe)
+        examined = examine_recipe(text, str(recipe), command=method, overrides=changes)
+        checked = examined.accept()
+        if not dry_run:
+            failure.remember_run_directory(Path(checked.training.output_dir))
+        check_paths(checked, recipe)
+        launcher = launch.find_launcher(num_processes, accelerate_config, recipe=checked)
+        if launcher is not None and not dry_run:
+            raise typer.Exit(launcher.run())
 
-    run(
-        recipe,
-        recipe_text=text,
-        document=examined.document,
-        resume=resume,
-        allow_changed=allow_changed,
-        overwrite=overwrite,
-        dry_run=dry_run,
-        json_output=json_output,
-    )
+        if verbose and not dry_run:
+            _show(checked)
+        import_libraries()
+        from dpoctl.tasks.train import run
+
+        run(
+            checked,
+            recipe_text=text,
+            document=examined.document,
+            resume=resume,
+            allow_changed=allow_changed or [],
+            overwrite=overwrite,
+            dry_run=dry_run,
+            verbose=verbose,
+            json_output=json_output,
+        )
+
+    command.__doc__ = help
+    return command
 
 
-def _read(command: str, path: Path, overrides: Sequence[str]) -> tuple[str, "Examined"]:
-    """Return a recipe's text, and what there is to say of it."""
-    from dpoctl.core.losses import LOSSES
-    from dpoctl.data.formats import FORMATS
-    from dpoctl.recipe import examine_recipe, read_text
+sft = training_command(
+    "sft",
+    """[bold]dpoctl sft recipes/mistral7b-sft.yaml --set learning_rate=1e-4[/]
 
-    text = read_text(path)
-    found = examine_recipe(text, str(path), command=command, overrides=overrides, losses=LOSSES, formats=FORMATS)
-    return text, found
+    Train on demonstrations: conversations, or prompts with their completions.
+    """,
+)
+dpo = training_command(
+    "dpo",
+    """[bold]dpoctl dpo recipes/mistral7b-lora.yaml --set beta=0.05[/]
+
+    Train on preferences: prompts with a better and a worse answer. The reward of an answer is beta times
+    log(policy / reference), summed over its tokens, not averaged. A higher beta keeps the policy closer to the
+    reference.
+    """,
+)
+
+
+def _show(recipe: "Recipe") -> None:
+    """Print a recipe with every default."""
+    from dpoctl.recipe.consistency import resolved_yaml
+
+    console.say(resolved_yaml(recipe))

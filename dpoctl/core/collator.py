@@ -1,21 +1,21 @@
-"""Examples to batches, in each of the layouts."""
+"""Collating examples into a batch, in each of the layouts."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dpoctl.core.batch import Batch
+from dpoctl.core.batch import Batch, outline_of
 from dpoctl.data.tokenize import Example
-from dpoctl.model.attention import Segments
-from dpoctl.model.layouts import PADDING, PROMPT, Layout
+from dpoctl.model.attention import FLAT, PADDING, PROMPT, Layout, Segments
 
 Ints = NDArray[np.int64]
 Collate = Callable[..., Batch]
-"""What `collate` is, or a function of the caller's that takes the same arguments."""
+"""`collate`, or a user's function of the same arguments."""
 
 
 def collate(
@@ -30,195 +30,116 @@ def collate(
 
     Args:
         examples: the records of a micro-batch.
-        layout: how they lie; see `dpoctl.model.layouts`.
+        layout: the arrangement of their tokens; see `dpoctl.model.attention`.
         pad_token_id: fills rows of a padded layout; masked, so its value changes nothing.
         ref_logps: `[R]`, reference log-probabilities of all responses in order.
         is_filler: the batch only keeps ranks in step.
     """
-    build = _BUILDERS[layout]()
-    for example in examples:
-        build.add(example)
-    return build.finish(pad_token_id, None if ref_logps is None else torch.from_numpy(ref_logps), is_filler)
+    # A row is a prefix, and the suffixes that each continue it: a record, or each of its responses by itself.
+    shares = layout in ("shared", "masked")
+    rows = list(examples) if shares else [row for example in examples for row in _separate(example)]
+    lengths = np.array([len(row.shared) + sum(map(len, row.suffixes)) for row in rows])
+    if layout in FLAT:
+        starts = lengths.cumsum() - lengths
+        tokens = _one_row(rows, starts)
+    else:
+        starts = np.arange(len(rows)) * lengths.max()
+        tokens = _padded_rows(rows, lengths, layout, pad_token_id)
+    score_pos, score_tgt, token_index = _targets(rows, starts)
+    return Batch(
+        **tokens,
+        score_pos=_join(score_pos),
+        score_tgt=_join(score_tgt),
+        token_index=_join(token_index),
+        outline=outline_of(
+            num_tokens=[len(numbers) for numbers in token_index],
+            sizes=[len(example.suffixes) for example in examples],
+            pairs=[example.pairs for example in examples],
+            labels=[example.label for example in examples],
+            targets=[example.target for example in examples],
+            sources=[example.source for example in examples],
+        ),
+        ref_logps=None if ref_logps is None else torch.from_numpy(ref_logps),
+        is_filler=is_filler,
+    )
 
 
-@dataclass
-class _Targets:
-    """Which row predicts which token, to which response that token belongs, and what is known of the responses."""
-
-    score_pos: list[Ints] = field(default_factory=list)
-    score_tgt: list[Ints] = field(default_factory=list)
-    token_index: list[Ints] = field(default_factory=list)
-    num_tokens: list[int] = field(default_factory=list)
-    pairs: list[Ints] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    targets: list[int] = field(default_factory=list)
-    sources: list[int] = field(default_factory=list)
-    predicted: int = 0
-
-    def predict(self, rows: Ints, tokens: Ints) -> Ints:
-        """Add tokens to predict, and return their numbers among the N."""
-        self.score_pos.append(rows)
-        self.score_tgt.append(tokens)
-        numbers = np.arange(self.predicted, self.predicted + len(rows))
-        self.predicted += len(rows)
-        return numbers
-
-    def add_response(self, numbers: Ints) -> None:
-        """Say which predicted tokens make up the next response."""
-        self.token_index.append(numbers)
-        self.num_tokens.append(len(numbers))
-
-    def add_record(self, example: Example) -> None:
-        """Add what a record says of its responses, before these."""
-        first = len(self.num_tokens)
-        self.pairs.append(example.pairs.reshape(-1, 2) + first)
-        self.starts.append(first)
-        self.labels.append(example.label)
-        self.targets.append(first + example.target if example.target >= 0 else -1)
-        self.sources.append(example.source)
-
-    def add_shared(self, example: Example, start: int) -> None:
-        """Add a record whose responses stand after one prompt, which starts at a row."""
-        self.add_record(example)
-        scored = np.flatnonzero(example.shared_scored)
-        common = self.predict(start + scored - 1, example.shared[scored])
-        last = start + len(example.shared) - 1
-        first = last + 1
-        for suffix, flags in zip(example.suffixes, example.suffixes_scored, strict=True):
-            scored = np.flatnonzero(flags)
-            # The first token of any suffix is predicted by the last shared row, wherever the suffix stands.
-            own = self.predict(np.where(scored == 0, last, first + scored - 1), suffix[scored])
-            self.add_response(np.concatenate([common, own]))
-            first += len(suffix)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the fields that a batch has of these."""
-        return {
-            "score_pos": _join(self.score_pos),
-            "score_tgt": _join(self.score_tgt),
-            "token_index": _join(self.token_index),
-            "num_tokens": torch.tensor(self.num_tokens),
-            "pairs": _join(self.pairs).reshape(-1, 2),
-            "starts": torch.tensor([*self.starts, len(self.num_tokens)]),
-            "labels": torch.tensor(self.labels),
-            "targets": torch.tensor(self.targets),
-            "sources": torch.tensor(self.sources),
-        }
-
-
-class _Flat:
-    """One row without padding."""
-
-    def __init__(self) -> None:
-        self.ids: list[Ints] = []
-        self.positions: list[Ints] = []
-        self.segments: list[tuple[int, int, tuple[int, ...]]] = []
-        self.targets = _Targets()
-        self.rows = 0
-
-    def append(self, shared: Ints, suffixes: Sequence[Ints]) -> None:
-        """Add a prefix and what stands after it."""
-        lengths = tuple(len(suffix) for suffix in suffixes)
-        self.ids += [shared, *suffixes]
-        self.positions.append(_positions(len(shared), lengths))
-        self.segments.append((self.rows, len(shared), lengths))
-        self.rows += len(shared) + sum(lengths)
-
-    def finish(self, pad_token_id: int, ref_logps: Tensor | None, is_filler: bool) -> Batch:
-        del pad_token_id
-        return Batch(
-            input_ids=_join(self.ids)[None],
-            position_ids=_join(self.positions)[None],
-            attention_mask=None,
-            segments=Segments(tuple(self.segments)),
-            ref_logps=ref_logps,
-            is_filler=is_filler,
-            **self.targets.tensors(),
-        )
-
-
-class _Shared(_Flat):
-    def add(self, example: Example) -> None:
-        self.targets.add_shared(example, self.rows)
-        self.append(example.shared, example.suffixes)
-
-
-class _Packed(_Flat):
-    def add(self, example: Example) -> None:
-        self.targets.add_record(example)
-        for row, scored in _separate(example):
-            self.targets.add_response(self.targets.predict(self.rows + scored - 1, row[scored]))
-            self.append(row[:0], [row])
-
-
-class _Rows:
-    """Rows of tokens, filled up to the longest."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[Ints, Ints, Ints]] = []
-        self.row_of: list[int] = []
-        self.targets = _Targets()
-
-    def append(self, ids: Ints, positions: Ints, parts: Ints) -> None:
-        """Add a row, in which everything is predicted that was added to the targets since the last one."""
-        # The width is not known yet: where rows start is added when the batch is finished.
-        self.row_of += [len(self.rows)] * (len(self.targets.score_pos) - len(self.row_of))
-        self.rows.append((ids, positions, parts))
-
-    def finish(self, pad_token_id: int, ref_logps: Tensor | None, is_filler: bool) -> Batch:
-        shape = len(self.rows), max(len(ids) for ids, _, _ in self.rows)
-        filled = [np.full(shape, fill, dtype=np.int64) for fill in (pad_token_id, 0, PADDING)]
-        for number, row in enumerate(self.rows):
-            for table, values in zip(filled, row, strict=True):
-                table[number, : len(values)] = values
-        starts = [number * shape[1] for number in self.row_of]
-        self.targets.score_pos = [start + at for start, at in zip(starts, self.targets.score_pos, strict=True)]
-        ids, positions, parts = (torch.from_numpy(table) for table in filled)
-        return Batch(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=parts,
-            segments=None,
-            ref_logps=ref_logps,
-            is_filler=is_filler,
-            **self.targets.tensors(),
-        )
-
-
-class _Masked(_Rows):
-    def add(self, example: Example) -> None:
-        self.targets.add_shared(example, 0)
-        lengths = [len(suffix) for suffix in example.suffixes]
-        parts = np.repeat(np.arange(PROMPT, PROMPT + 1 + len(lengths)), [len(example.shared), *lengths])
-        ids = np.concatenate([example.shared, *example.suffixes])
-        self.append(ids, _positions(len(example.shared), lengths), parts)
-
-
-class _Padded(_Rows):
-    def add(self, example: Example) -> None:
-        self.targets.add_record(example)
-        for row, scored in _separate(example):
-            self.targets.add_response(self.targets.predict(scored - 1, row[scored]))
-            self.append(row, np.arange(len(row)), np.full(len(row), PROMPT))
-
-
-_BUILDERS: dict[Layout, Callable[[], _Shared | _Masked | _Packed | _Padded]] = {
-    "shared": _Shared,
-    "masked": _Masked,
-    "packed": _Packed,
-    "padded": _Padded,
-}
-
-
-def _separate(example: Example) -> Iterator[tuple[Ints, Ints]]:
-    """Each response after a prompt of its own, and where its scored tokens stand."""
+def _separate(example: Example) -> Iterator[Example]:
+    """Each response with a copy of its prompt, as a row without a shared prefix."""
     for suffix, flags in zip(example.suffixes, example.suffixes_scored, strict=True):
-        yield np.concatenate([example.shared, suffix]), np.flatnonzero(np.concatenate([example.shared_scored, flags]))
+        ids, scored = np.concatenate([example.shared, suffix]), np.concatenate([example.shared_scored, flags])
+        yield replace(example, shared=ids[:0], shared_scored=scored[:0], suffixes=(ids,), suffixes_scored=(scored,))
 
 
-def _positions(shared: int, lengths: Sequence[int]) -> Ints:
-    return np.concatenate([np.arange(shared), *(np.arange(shared, shared + length) for length in lengths)])
+def _one_row(rows: Sequence[Example], starts: Ints) -> dict[str, Any]:
+    """The model's inputs in a flat layout."""
+    segments = [
+        (start, len(row.shared), tuple(map(len, row.suffixes)))
+        for start, row in zip(starts.tolist(), rows, strict=True)
+    ]
+    return {
+        "input_ids": _join([part for row in rows for part in (row.shared, *row.suffixes)])[None],
+        "position_ids": _join([_positions(row) for row in rows])[None],
+        "attention_mask": None,
+        "segments": Segments(tuple(segments)),
+    }
+
+
+def _padded_rows(rows: Sequence[Example], lengths: Ints, layout: Layout, pad_token_id: int) -> dict[str, Any]:
+    """The model's inputs in a layout of rows that are padded to the longest."""
+    shape = len(rows), int(lengths.max())
+    ids, positions, mask = (np.full(shape, fill, dtype=np.int64) for fill in (pad_token_id, 0, PADDING))
+    for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        parts = [len(row.shared), *map(len, row.suffixes)]
+        ids[number, :length] = np.concatenate([row.shared, *row.suffixes])
+        positions[number, :length] = _positions(row)
+        mask[number, :length] = (
+            np.repeat(np.arange(PROMPT, PROMPT + len(parts)), parts) if layout == "masked" else PROMPT
+        )
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "position_ids": torch.from_numpy(positions),
+        "attention_mask": torch.from_numpy(mask),
+        "segments": None,
+    }
+
+
+def _positions(row: Example) -> Ints:
+    first = len(row.shared)
+    return np.concatenate([np.arange(first), *(np.arange(first, first + len(suffix)) for suffix in row.suffixes)])
+
+
+def _targets(rows: Sequence[Example], starts: Ints) -> tuple[list[Ints], list[Ints], list[Ints]]:
+    """The places that predict a token and the tokens they must predict, both in pieces, and `token_index` by response.
+
+    Args:
+        rows: the rows.
+        starts: the place of each row's first token in the flattened batch.
+    """
+    places: list[Ints] = []
+    tokens: list[Ints] = []
+    responses: list[Ints] = []
+    count = 0
+
+    def predict(at: Ints, ids: Ints) -> Ints:
+        nonlocal count
+        places.append(at)
+        tokens.append(ids)
+        count += len(at)
+        return np.arange(count - len(at), count)
+
+    for row, start in zip(rows, starts, strict=True):
+        scored = np.flatnonzero(row.shared_scored)
+        common = predict(start + scored - 1, row.shared[scored])
+        last = start + len(row.shared) - 1
+        first = last + 1
+        for suffix, flags in zip(row.suffixes, row.suffixes_scored, strict=True):
+            scored = np.flatnonzero(flags)
+            # The last shared token predicts the first token of every suffix, wherever that suffix is.
+            own = predict(np.where(scored == 0, last, first + scored - 1), suffix[scored])
+            responses.append(np.concatenate([common, own]))
+            first += len(suffix)
+    return places, tokens, responses
 
 
 def _join(arrays: Sequence[Ints]) -> Tensor:

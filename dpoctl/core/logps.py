@@ -1,46 +1,55 @@
-"""The Scorer: the one module that is ever wrapped, and the one road from a batch to log-probabilities.
+"""The Scorer: the only module that is wrapped for training, and the only way from a batch to log-probabilities.
 
-DDP, FSDP, DeepSpeed and autocast wrap it and nothing else is called: a backbone called past its wrapper would give
-unsynchronised gradients without an error.
+Sharding, DDP and autocast wrap it, and nothing else is called: calling the backbone without its wrapper would
+give unsynchronised gradients without an error.
 """
 
-from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dpoctl.core.batch import Batch
-from dpoctl.model.attention import SHARED_PREFIX
+from dpoctl.losses import Scores
+from dpoctl.model.attention import FLAT, SHARED_PREFIX, attention_arguments
 from dpoctl.model.head import Head
-from dpoctl.model.layouts import FLAT, placement
-from dpoctl.model.probe import Verdict, accepts, backbone
+from dpoctl.model.probe import ProbeResult, accepts, backbone
+
+Result = TypeVar("Result")
 
 
 class Scorer(nn.Module):
-    """Backbone and head of a causal model, run as the probe's verdict says.
+    """Backbone and head of a causal model, in the layout that the probe chose.
 
     Args:
         model: the module that owns all parameters: the causal model, or PEFT's wrapper around it.
         causal: the causal model inside it.
-        verdict: the layout and the head to use.
-        confidence: score each token's confidence besides, as `dpoctl.model.head.score_targets` does.
+        verdict: the probe's choice of layout and head.
+        confidence: also score each token's confidence, as `dpoctl.model.head.score_targets` does.
     """
 
     def __init__(
-        self, model: nn.Module, causal: PreTrainedModel, verdict: Verdict, *, confidence: bool = False
+        self, model: nn.Module, causal: PreTrainedModel, verdict: ProbeResult, *, confidence: bool = False
     ) -> None:
         super().__init__()
         self.model = model
-        self.verdict = verdict
         # Not registered a second time: `model` owns every parameter.
         self._causal = (causal,)
         self._head = Head(causal, confidence=confidence)
         self._takes_positions = accepts(backbone(causal), "position_ids")
+        self.use(verdict)
+
+    def use(self, verdict: ProbeResult) -> None:
+        """Take the layout and the head of a probe."""
+        self.verdict = verdict
         if verdict.layout in FLAT:
-            causal.set_attn_implementation(SHARED_PREFIX)
+            self.causal.set_attn_implementation(SHARED_PREFIX)
+
+    def inside(self, action: Callable[[], Result]) -> Result:
+        """Run an action that calls the model directly, such as generation: here a sharded model has its own weights."""
+        return action()
 
     @property
     def causal(self) -> PreTrainedModel:
@@ -53,14 +62,14 @@ class Scorer(nn.Module):
         if self._takes_positions:
             inputs["position_ids"] = batch.position_ids
         device, dtype = batch.input_ids.device, self.causal.dtype
-        inputs |= placement(self.verdict.layout, batch.segments, batch.attention_mask, device, dtype)
+        inputs |= attention_arguments(self.verdict.layout, batch.segments, batch.attention_mask, device, dtype)
         if not self.verdict.own_head:
             return self._model_logps(batch, inputs)
         hidden = backbone(self.causal)(**inputs).last_hidden_state
         return self._head.logps(hidden.flatten(0, 1)[batch.score_pos], batch.score_tgt)
 
     def _model_logps(self, batch: Batch, inputs: dict[str, Any]) -> Tensor:
-        """Through the model's own logits, of the columns that any row needs, for heads that are not a plain one."""
+        """Log-probabilities from the model's own logits, for heads that are not a plain matrix."""
         width = batch.input_ids.shape[1]
         rows, columns = batch.score_pos // width, batch.score_pos % width
         kept, at = columns.unique(return_inverse=True)
@@ -72,48 +81,36 @@ class Scorer(nn.Module):
         return self._head.select(logits[rows, at], batch.score_tgt)
 
 
-@dataclass(frozen=True)
-class Responses:
-    """What a model says of each response of a batch.
-
-    Attributes:
-        logps: `[R]`, sum over its scored tokens.
-        token_logps: `[N']`, one for every scored token of every response.
-        head_logps: `[R]`, sum over the first m of them, m the number that the shortest response of the record has.
-        confidence: `[R]`, mean over its tokens, without gradient.
-    """
-
-    logps: Tensor
-    token_logps: Tensor
-    head_logps: Tensor | None = None
-    confidence: Tensor | None = None
-
-
-def per_response(batch: Batch, scored: Tensor, needs: Collection[str] = ()) -> Responses:
-    """Gather what the Scorer says of a batch's tokens by response.
+def per_response(batch: Batch, scored: Tensor, needs: Collection[str] = ()) -> Scores:
+    """Sum the Scorer's output over the tokens of each response.
 
     Args:
-        batch: what was scored.
+        batch: the batch that was scored.
         scored: the Scorer's output, `[N]` or `[N, 2]`.
-        needs: what a loss needs besides sums: `head`, `confidence`.
+        needs: the optional columns that a loss needs: `head`, `confidence`.
     """
     logps, confidence = (scored, None) if scored.dim() == 1 else scored.unbind(1)
     if confidence is not None:
-        confidence = batch.sum_per_response(confidence.detach()) / batch.num_tokens
-    return Responses(
+        confidence = batch.sum_per_response(confidence.detach()) / batch.outline.num_tokens
+    return Scores(
         logps=batch.sum_per_response(logps),
+        outline=batch.outline,
+        ref_logps=batch.ref_logps,
         token_logps=logps[batch.token_index],
         head_logps=_head_sums(batch, logps) if "head" in needs else None,
+        ref_head_logps=batch.ref_head_logps,
         confidence=confidence if "confidence" in needs else None,
     )
 
 
 def _head_sums(batch: Batch, token_logps: Tensor) -> Tensor:
     """`[R]`, sums over as many tokens of a response as the shortest of its record has."""
-    lengths, sizes = batch.num_tokens, batch.starts.diff()
-    record = torch.repeat_interleave(torch.arange(len(sizes), device=lengths.device), sizes)
-    shortest = lengths.new_zeros(len(sizes)).scatter_reduce(0, record, lengths, "amin", include_self=False)[record]
-    first = torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-    position = torch.arange(len(first), device=lengths.device) - first
-    kept = position < torch.repeat_interleave(shortest, lengths)
-    return torch.segment_reduce(token_logps[batch.token_index[kept]], "sum", lengths=shortest, unsafe=True)
+    lengths, records = batch.outline.num_tokens, batch.outline.records
+    shortest = lengths.new_zeros(len(batch.outline.starts) - 1)
+    shortest = shortest.scatter_reduce(0, records, lengths, "amin", include_self=False)[records]
+    # With `output_size`, and with a mask instead of a selection, the host need not wait for a GPU to know the sizes.
+    tokens = len(batch.token_index)
+    first = (lengths.cumsum(0) - lengths).repeat_interleave(lengths, output_size=tokens)
+    position = torch.arange(tokens, device=lengths.device) - first
+    kept = position < shortest.repeat_interleave(lengths, output_size=tokens)
+    return batch.sum_per_response(token_logps, kept)

@@ -1,27 +1,24 @@
-"""The training loop: one page, for every task.
+"""The training loop, shared by all tasks.
 
-It walks the plan. What a step is, the plan says; what is learned, the objective says; here stands only the order of
-things: gradient, check, update, log, evaluate, save, stop.
+It walks the plan and fixes the order of events: step, log, evaluate, save, stop. The stepper takes the steps, and an
+observer writes what comes of them.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 from accelerate import Accelerator
-from torch import Tensor
 
-from dpoctl.core.ahead import Ahead
-from dpoctl.core.batch import Batch
-from dpoctl.core.guard import Guard
-from dpoctl.core.meters import Meter
+from dpoctl import console
+from dpoctl.core.meters import Meter, Total, standard_error
 from dpoctl.core.objective import Objective
-from dpoctl.core.optim import set_learning_rate
-from dpoctl.core.planner import Plan, Step
-from dpoctl.core.reader import Reader
-from dpoctl.errors import RunError, StoppedError
+from dpoctl.core.planner import Lengths, Plan
+from dpoctl.core.reader import Prefetcher, Reader
+from dpoctl.core.step import Stepper, StepResult
+from dpoctl.errors import StoppedError
 from dpoctl.runs.signals import StopRequest
 
 Metrics = dict[str, float]
@@ -29,20 +26,27 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Held-out data: its records, and the plan of one pass over them."""
+    """Held-out data.
+
+    Attributes:
+        reader: reads its records.
+        lengths: of the records.
+        at_start: the metrics before the first step, where they are known; else they are computed.
+    """
 
     reader: Reader
-    plan: Plan
+    lengths: Lengths
+    at_start: Metrics | None = None
 
 
 @dataclass(frozen=True)
 class Cadence:
-    """After how many steps things happen; `None` is never. What happens at the end happens anyway.
+    """The number of steps between events; `None` is never. Each of them also happens at the end of the run.
 
     Attributes:
-        logging: write the means since the last time.
+        logging: log the means since the last time.
         eval: evaluate every evaluation set.
-        save: write a checkpoint, which also closes the logging window.
+        save: write a checkpoint, and log the means.
         eval_on_start: evaluate before the first step.
     """
 
@@ -52,185 +56,184 @@ class Cadence:
     eval_on_start: bool = False
 
 
-@dataclass(frozen=True)
-class Outputs:
-    """Where the loop reports to.
+class EvaluationStoppedError(Exception):
+    """A signal ended an evaluation."""
 
-    Attributes:
-        log: takes a row of metrics and the step it belongs to, on every rank.
-        save: begins to write a checkpoint of a step, on every rank.
-        settle: waits until the last checkpoint is on the disk, on every rank.
-        advance: tells people that a step is done.
-        evaluated: called after the evaluation sets at a step, on every rank.
-        ended: whether what was logged asks for the end, the same on all ranks.
-    """
-
-    log: Callable[[int, Metrics], None]
-    save: Callable[[int], None]
-    advance: Callable[[int], None]
-    evaluated: Callable[[int], None] = lambda step: None
-    ended: Callable[[], bool] = lambda: False
-    settle: Callable[[], None] = lambda: None
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
 
 
-@dataclass
-class Run:
-    """Everything the loop walks with."""
+class Observer(Protocol):
+    """The receiver of a training's results. Every rank calls the same methods at the same steps."""
 
-    accelerator: Accelerator
-    objective: Objective
-    optimizer: Any
-    plan: Plan
-    reader: Reader
-    learning_rate: Callable[[int], float]
-    max_grad_norm: float | None
-    outputs: Outputs
-    cadence: Cadence
-    guard: Guard
-    evals: Mapping[str, EvalSet] = field(default_factory=dict)
-    start: int = 0
-    relieve: Callable[[Exception, Plan, int], Plan] | None = None
-    """Returns a plan that takes less memory for a step that failed, or raises the error that it is given."""
-    updated: Callable[[int], None] = lambda step: None
-    """Called after the update of each step, on every rank."""
+    def advance(self, step: int) -> None:
+        """Show that a step is done."""
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Take the metrics of training or of an evaluation set at a step."""
+
+    def evaluated(self, step: int) -> None:
+        """Note that all evaluation sets were logged at a step."""
+
+    def should_stop(self) -> bool:
+        """Whether the run shall end after this step, the same on all ranks."""
+
+    def save(self, step: int, *, owes_evaluation: bool) -> None:
+        """Begin to write the checkpoint of a step, whose evaluation may still have to be made."""
+
+    def wait_saved(self) -> None:
+        """Wait until the last checkpoint is on the disk."""
 
 
-def fit(run: Run) -> int:
-    """Train from `run.start` to the end of the plan, or to the step after which the outputs ask for the end.
+def fit(
+    stepper: Stepper,
+    observer: Observer,
+    cadence: Cadence,
+    evals: Mapping[str, EvalSet],
+    start: int = 0,
+    *,
+    owes_evaluation: bool = False,
+) -> int:
+    """Train to the end of the plan, or until the observer or a signal ends the run.
+
+    Args:
+        stepper: takes the steps.
+        observer: receives the results.
+        cadence: says when to log, evaluate and save.
+        evals: the evaluation sets by name.
+        start: steps done before, by the run that is resumed.
+        owes_evaluation: True if that run was stopped before the evaluation that was due.
 
     Returns:
         The number of steps that are done.
 
     Raises:
-        RunError: a loss or a gradient is not finite; the weights are those before the update.
+        RunError: a step failed; the weights are those before its update.
         StoppedError: a signal asked to stop; a checkpoint of the last whole step was written.
     """
-    plan, cadence, meter = run.plan, run.cadence, Meter(run.accelerator.device)
-    window = _Window()
-    if cadence.eval_on_start and run.start == 0:
-        _evaluate_all(run, 0)
-    with StopRequest() as stop, Ahead(run.reader, run.accelerator.process_index) as ahead:
-        for number in range(run.start, plan.num_steps):
-            step, batches = ahead.take(run.plan, number)
-            rate, done = run.learning_rate(number), number + 1
-            with window.measure(step.tokens):
-                grad_norm, signum = _attempt(run, ahead, step, batches, rate, meter, stop)
-                run.updated(done)
-            run.outputs.advance(done)
+    accelerator = stepper.objective.accelerator
+    meter = Meter(accelerator.device)
+    if cadence.eval_on_start and start == 0:
+        _evaluate_all(stepper, observer, evals, 0)
+    with StopRequest() as stop, Prefetcher(stepper.reader, accelerator.process_index) as prefetcher:
+        if owes_evaluation and (signum := _evaluate_all(stepper, observer, evals, start, stop)):
+            raise StoppedError(signum, start)
+        for done in range(start + 1, stepper.plan.num_steps + 1):
+            step, batches = prefetcher.take(stepper.plan, done - 1)
+            began = time.monotonic()
+            result = stepper.take(step, batches, meter, stop)
+            meter.add({"tokens_per_second": Total(step.tokens, time.monotonic() - began)})
+            observer.advance(done)
 
-            saving = _due(cadence.save, done) or done == plan.num_steps
-            if _due(cadence.logging, done) or saving or signum:
-                means = meter.read(lambda t: _add_up(run.accelerator, t))
-                state = {"grad_norm": grad_norm, "learning_rate": rate, "epoch": done / plan.steps_per_epoch}
-                state |= {"skipped_steps": run.guard.skipped} if run.guard.skipped else {}
-                run.outputs.log(done, means | state | {"tokens_per_second": window.rate()})
-            ended = run.outputs.ended()
-            if _due(cadence.eval, done) or (run.evals and (ended or done == plan.num_steps)):
-                _evaluate_all(run, done)
-                ended = ended or run.outputs.ended()
-            if saving or signum or ended:
-                run.outputs.save(done)
-            if signum or ended or done == plan.num_steps:
-                run.outputs.settle()
+            last, signum = _conclude(stepper, observer, cadence, evals, meter, result, done, stop)
+            if signum or last:
+                observer.wait_saved()
             if signum:
                 raise StoppedError(signum, done)
-            if ended:
+            if last:
                 return done
-    return plan.num_steps
+    return stepper.plan.num_steps
 
 
-def evaluate(objective: Objective, data: EvalSet) -> Metrics:
-    """Return the exact means over an evaluation set, whatever the ranks and micro-batches."""
+def _conclude(
+    stepper: Stepper,
+    observer: Observer,
+    cadence: Cadence,
+    evals: Mapping[str, EvalSet],
+    meter: Meter,
+    result: StepResult,
+    done: int,
+    stop: StopRequest,
+) -> tuple[bool, int]:
+    """Log, evaluate and save after a step; return whether it is the last one, and the signal that asks to stop."""
+    last, signum = done == stepper.plan.num_steps, result.signum
+    saving = last or _due(cadence.save, done) or signum
+    if is_logged := bool(saving or _due(cadence.logging, done)):
+        _log(stepper, observer, meter, done, result)
+    last = last or observer.should_stop()
+    evaluating = bool(evals) and (_due(cadence.eval, done) or last)
+    owes_evaluation = evaluating and bool(signum)
+    if evaluating and not signum:
+        signum = _evaluate_all(stepper, observer, evals, done, stop)
+        owes_evaluation = bool(signum)
+        last = last or observer.should_stop()
+        if not (signum or last):
+            # It may have come while samples were drawn; the next step may take as long again.
+            signum = _agreed(stop, stepper.objective.accelerator)
+    if signum and not is_logged:
+        _log(stepper, observer, meter, done, result)
+    if saving or last or signum:
+        observer.save(done, owes_evaluation=owes_evaluation)
+    return last, signum
+
+
+def evaluate(objective: Objective, reader: Reader, plan: Plan, stop: StopRequest | None = None) -> Metrics:
+    """Return the exact means over an evaluation set, for any number of ranks and micro-batches.
+
+    With them comes `loss_se`, the standard error of the loss, unless the loss couples the records.
+
+    Args:
+        objective: computes them.
+        reader: reads the set.
+        plan: one pass over the set.
+        stop: ends the evaluation, on all ranks together.
+
+    Raises:
+        EvaluationStoppedError: a rank got a signal.
+    """
     scorer, meter = objective.scorer, Meter(objective.accelerator.device)
     was_training = scorer.training
     scorer.eval()
-    for step in data.plan:
-        objective.evaluate(step, data.reader, meter)
-    scorer.train(was_training)
-    return meter.read(lambda t: _add_up(objective.accelerator, t))
-
-
-def _attempt(
-    run: Run, ahead: Ahead, step: Step, batches: Sequence[Batch], rate: float, meter: Meter, stop: StopRequest
-) -> tuple[float, int]:
-    """Take one optimizer step, a second time with another plan if `relieve` has one; returns what `_update` does."""
-    if run.relieve is None:
-        return _update(run, step, batches, rate, meter, stop)
     try:
-        return _update(run, step, batches, rate, meter, stop)
-    except (RuntimeError, MemoryError) as error:
-        plan = run.relieve(error, run.plan, step.number)
-    # Behind the handler: what the failed attempt held is free here.
-    run.optimizer.zero_grad()
-    run.plan = plan
-    run.evals = {name: EvalSet(data.reader, plan.one_pass(data.plan.lengths)) for name, data in run.evals.items()}
-    return _update(run, *ahead.take(plan, step.number), rate, meter, stop)
+        with console.WorkProgress("evaluating", len(plan.lengths)) as progress:
+            for step in plan:
+                if stop is not None and (signum := _agreed(stop, objective.accelerator)):
+                    raise EvaluationStoppedError(signum)
+                objective.evaluate(step, reader, meter)
+                progress.advance(len(step.records))
+    finally:
+        scorer.train(was_training)
+    return standard_error(meter.read(objective.accelerator.reduce), len(plan.lengths))
 
 
-def _update(
-    run: Run, step: Step, batches: Sequence[Batch], rate: float, meter: Meter, stop: StopRequest
-) -> tuple[float, int]:
-    """Take one optimizer step, if its numbers are finite.
-
-    Returns:
-        The norm of its gradient before clipping, and the signal that any rank has seen.
-    """
-    set_learning_rate(run.optimizer, rate)
-    own = Meter(run.accelerator.device)
-    memory = run.objective.backward(step, run.reader, own, batches)
-    bound = float("inf") if run.max_grad_norm is None else run.max_grad_norm
-    norm = run.accelerator.clip_grad_norm_(run.objective.scorer.parameters(), bound)
-    admitted, signum = run.guard.admit(step, own.sum("loss"), norm, stop.signum)
-    if admitted:
-        run.optimizer.step()
-        meter.take(own)
-        if not run.accelerator.optimizer_step_was_skipped:
-            run.objective.memory = memory
-    elif run.accelerator.scaler is not None:
-        run.accelerator.scaler.update()
-    run.optimizer.zero_grad()
-    if run.accelerator.scaler is not None and run.accelerator.scaler.get_scale() < 1:
-        raise RunError(
-            f"step {step.number + 1}: the gradient overflows float16 at any scale",
-            hint="nothing is learned like this; set model.dtype: bfloat16 or float32",
-        )
-    return float(norm), signum
+def _agreed(stop: StopRequest, accelerator: Accelerator) -> int:
+    """Return the signal that any rank has received; 0 if none has."""
+    if accelerator.num_processes == 1:
+        return stop.signum
+    return int(accelerator.gather(torch.tensor([stop.signum], device=accelerator.device)).max())
 
 
-def _evaluate_all(run: Run, done: int) -> None:
-    for name, data in run.evals.items():
+def _log(stepper: Stepper, observer: Observer, meter: Meter, done: int, result: StepResult) -> None:
+    """Log the means since the last time."""
+    metrics = meter.read(stepper.objective.accelerator.reduce) | {"grad_norm": result.grad_norm}
+    metrics |= {"learning_rate": result.learning_rate, "epoch": done / stepper.plan.steps_per_epoch}
+    metrics |= {"skipped_steps": stepper.guard.skipped} if stepper.guard.skipped else {}
+    observer.log(done, metrics)
+
+
+def _evaluate_all(
+    stepper: Stepper, observer: Observer, evals: Mapping[str, EvalSet], done: int, stop: StopRequest | None = None
+) -> int:
+    """Evaluate all sets, and log them together; return the signal that broke it off, with nothing logged, or 0."""
+    found: list[Metrics] = []
+    for name, data in evals.items():
         prefix = "eval_" if name == "eval" else f"eval_{name}_"
-        metrics = evaluate(run.objective, data)
-        run.outputs.log(done, {prefix + key: value for key, value in metrics.items()})
-    run.outputs.evaluated(done)
+        try:
+            metrics = data.at_start if done == 0 else None
+            if metrics is None:
+                metrics = evaluate(stepper.objective, data.reader, stepper.plan.one_pass(data.lengths), stop)
+        except EvaluationStoppedError as stopped:
+            return stopped.signum
+        found.append({prefix + key: value for key, value in metrics.items()})
+    # Before samples are drawn, which may take as long again.
+    if stop is not None and (signum := _agreed(stop, stepper.objective.accelerator)):
+        return signum
+    for metrics in found:
+        observer.log(done, metrics)
+    observer.evaluated(done)
+    return 0
 
 
 def _due(every: int | None, done: int) -> bool:
     return every is not None and done % every == 0
-
-
-def _add_up(accelerator: Accelerator, tensor: Tensor) -> Tensor:
-    total: Tensor = accelerator.reduce(tensor, reduction="sum")
-    return total
-
-
-@dataclass
-class _Window:
-    """Tokens and time of the updates since the last log; evaluations and checkpoints do not count."""
-
-    tokens: int = 0
-    seconds: float = 0.0
-
-    @contextmanager
-    def measure(self, tokens: int) -> Iterator[None]:
-        """Count an update of so many tokens."""
-        began = time.monotonic()
-        yield
-        self.seconds += time.monotonic() - began
-        self.tokens += tokens
-
-    def rate(self) -> float:
-        """Return tokens per second, and start anew."""
-        rate = self.tokens / max(self.seconds, 1e-9)
-        self.tokens, self.seconds = 0, 0.0
-        return rate

@@ -1,6 +1,7 @@
-"""Exact means: sums and counts are added up everywhere, and divided once."""
+"""Exact means of metrics: sums and counts are added up over micro-batches and ranks, and divided once."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,19 +11,19 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Total:
-    """A sum and the number of items in it; as tensors they need not be waited for."""
+    """A sum and the number of items in it; tensors stay on their device, so nothing waits for it."""
 
     sum: Tensor | float
-    count: Tensor | int
+    count: Tensor | float
 
 
 @dataclass(frozen=True, slots=True)
-class Tally:
-    """A metric item by item, so that it can be added up by data source.
+class ItemMetric:
+    """A metric by item, so that it can be added up by data source.
 
     Attributes:
-        sums: `[n]`, what each item adds to the sum.
-        counts: `[n]`, what it adds to the count: a weight, 0 for an item that is left out.
+        sums: `[n]`, each item's contribution to the sum.
+        counts: `[n]`, its contribution to the count: a weight, 0 for an item that is left out.
         records: `[n]`, the record that it belongs to.
     """
 
@@ -31,46 +32,90 @@ class Tally:
     records: Tensor
 
     @classmethod
-    def of(cls, values: Tensor, records: Tensor, chosen: Tensor | None = None) -> "Tally":
-        """Count each value once, or those alone that are chosen."""
+    def of(cls, values: Tensor, records: Tensor, chosen: Tensor | None = None) -> "ItemMetric":
+        """Count each value once, or only the chosen ones."""
         counts = torch.ones_like(values) if chosen is None else chosen.to(values.dtype)
         return cls(values * counts, counts, records)
 
     def total(self, chosen: Tensor | None = None) -> Total:
-        """Add up everything, or the items `[n]` that are chosen."""
+        """Add up all items, or only the chosen ones `[n]`."""
         weights = self.counts.new_ones(()) if chosen is None else chosen.to(self.counts.dtype)
         return Total((self.sums * weights).sum(), (self.counts * weights).sum())
 
 
-def by_source(tallies: Mapping[str, Tally], sources: Tensor, names: Mapping[int, str]) -> dict[str, Total]:
+def by_source(metrics: Mapping[str, ItemMetric], sources: Tensor, names: Mapping[int, str]) -> dict[str, Total]:
     """Add metrics up, over all records and over those of each named source.
 
     Args:
-        tallies: the metrics by name.
+        metrics: the metrics by name.
         sources: `[G]`, the number of each record's source.
-        names: of sources by number, several of which may share one.
+        names: the names of sources by number; several sources may share one.
 
     Returns:
         Totals by `metric` and `source/metric`. The names do not depend on the records.
     """
-    totals = {metric: tally.total() for metric, tally in tallies.items()}
-    for name in dict.fromkeys(names.values()):
-        numbers = torch.tensor([number for number, own in names.items() if own == name], device=sources.device)
-        chosen = torch.isin(sources, numbers)
-        totals |= {f"{name}/{metric}": tally.total(chosen[tally.records]) for metric, tally in tallies.items()}
+    totals = {name: metric.total() for name, metric in metrics.items()}
+    for source in dict.fromkeys(names.values()):
+        # Numbers reach a GPU as arguments of a kernel; a tensor of them would be a copy to wait for.
+        chosen = torch.stack([sources == number for number, own in names.items() if own == source]).any(0)
+        totals |= {f"{source}/{name}": metric.total(chosen[metric.records]) for name, metric in metrics.items()}
     return totals
 
 
-class Meter:
-    """Adds totals up by name, on the device, and divides when it is read.
+_MOMENT = "loss_moments/"
 
-    Reading is the only moment that waits for the device or for other ranks.
+
+def loss_moments(terms: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Total]:
+    """Return what `standard_error` needs to know of some records: moments of the sums and counts of each term.
+
+    Args:
+        terms: for each term of the loss `[G]` sums, times its weight, and `[G]` counts of its items.
+    """
+    columns = [column.double() for term in terms for column in term]
+    columns = [torch.ones_like(columns[0]), *columns]
+    return {
+        f"{_MOMENT}{i},{j}": Total((columns[i] * columns[j]).sum(), len(columns[0]))
+        for j in range(1, len(columns))
+        for i in range(j + 1)
+    }
+
+
+def standard_error(metrics: Mapping[str, float], records: int) -> dict[str, float]:
+    """Return metrics with the standard error of the loss, `loss_se`, in place of its moments.
+
+    Records are independent of each other; the pairs or tokens of one record are not. The loss is a sum of ratios of
+    means over records, and the error is that of its linear approximation.
+
+    Args:
+        metrics: the means over all records.
+        records: the number of records.
+    """
+    found = {name: value for name, value in metrics.items() if not name.startswith(_MOMENT)}
+    moments = {
+        tuple(map(int, name.removeprefix(_MOMENT).split(","))): value
+        for name, value in metrics.items()
+        if name.startswith(_MOMENT)
+    }
+    if records < 2 or not moments:
+        return found
+    weights = [0.0]
+    for at in range(1, max(max(moments)), 2):
+        total, count = moments[0, at], moments[0, at + 1]
+        weights += [1 / count, -total / count**2] if count else [0.0, 0.0]
+    variance = sum((1 if i == j else 2) * weights[i] * weights[j] * value for (i, j), value in moments.items() if i > 0)
+    return found | {"loss_se": math.sqrt(max(0.0, variance) / (records - 1))}
+
+
+class Meter:
+    """Running totals by name, on the device; they are divided when the meter is read.
+
+    Only reading waits for the device or for other ranks.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._sums: dict[str, Tensor | float] = {}
-        self._counts: dict[str, Tensor | int] = {}
+        self._counts: dict[str, Tensor | float] = {}
 
     def add(self, totals: Mapping[str, Total]) -> None:
         """Add the totals of a micro-batch."""
@@ -80,17 +125,17 @@ class Meter:
             self._counts[name] = self._counts.get(name, 0) + total.count
 
     def take(self, other: "Meter") -> None:
-        """Add what another meter holds."""
+        """Add the totals of another meter."""
         for name, total in other._sums.items():
             self._sums[name] = self._sums.get(name, 0.0) + total
             self._counts[name] = self._counts.get(name, 0) + other._counts[name]
 
     def sum(self, name: str) -> Tensor | float:
-        """Return this rank's sum so far; 0 of what was never added."""
+        """Return this rank's sum so far, 0 for an unknown name."""
         return self._sums.get(name, 0.0)
 
     def read(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Return the means over all ranks and start anew.
+        """Return the means over all ranks, and reset the meter.
 
         Args:
             reduce: adds a tensor up over ranks. Every rank must have added the same names.

@@ -1,6 +1,6 @@
-"""The plan counts, the losses judge, the loop divides.
+"""The objective of a training: a weighted sum of losses, its gradient over a whole optimizer step, and its metrics.
 
-The counts of a whole optimizer step are known before its first backward, so each micro-batch is scaled once, and
+The counts of a step are known from the plan before its first backward, so each micro-batch is scaled once, and
 gradients and metrics depend neither on micro-batches nor on the number of ranks.
 """
 
@@ -8,35 +8,37 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dpoctl.core.batch import Batch
-from dpoctl.core.logps import Responses, per_response
-from dpoctl.core.losses import Item, Loss, Memory, Need, Scores, Term
-from dpoctl.core.meters import Meter, Total
+from dpoctl.core.logps import per_response
+from dpoctl.core.meters import Meter, Total, loss_moments
 from dpoctl.core.planner import Step
 from dpoctl.core.reader import Reader
+from dpoctl.losses import Item, Loss, Memory, Need, Scores, Term
+from dpoctl.model.memory import to_device
 
-LiveReference = Callable[[Batch], Batch]
 Counts = Mapping[Item, int]
 
-# What is known of each response, `[R]`: the first a loss reaches the model through, the others it takes as given.
-CARRIERS = ("logps", "head_logps")
-CONSTANTS = ("ref_logps", "ref_head_logps", "confidence")
+# Columns of `Scores`, `[R]`, that losses differentiate, and those that they take as constants.
+DIFFERENTIATED = ("logps", "head_logps")
+CONSTANT = ("ref_logps", "ref_head_logps", "confidence")
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What a term of the objective says of some scores.
+class TermValues:
+    """A term of the objective, and the values of its loss for some scores.
 
     Attributes:
-        weight: of the term.
-        loss: as it was applied.
-        values: what it returned.
+        weight: the term's weight.
+        loss: the loss as it was applied.
+        values: the values that it returned.
     """
 
     weight: float
@@ -44,40 +46,55 @@ class Judged:
     values: Tensor
 
 
-Report = Callable[[Scores, Sequence[Judged], Mapping[int, str]], Mapping[str, Total]]
-"""Metrics of some scores, of what the terms say of them, and the names of sources that have metrics of their own."""
+Report = Callable[[Scores, Sequence[TermValues], Mapping[int, str]], Mapping[str, Total]]
+"""Metrics of some scores, given the values of each term and the names of sources that have metrics of their own."""
+
+
+class RunningReference(Protocol):
+    """A reference that runs beside the policy."""
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Return a batch with the reference's log-probabilities."""
+
+    def follow(self, step: int) -> None:
+        """Move towards the policy if it is time to; called after each step with the number of steps done."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the tensors that a checkpoint must hold."""
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restore the tensors of a checkpoint."""
 
 
 @dataclass
 class Objective:
-    """A weighted sum of losses, the module it is taken of, and what is reported.
+    """A weighted sum of losses, and the module that it is differentiated through.
 
     Attributes:
-        accelerator: knows ranks, precision and how to go backward.
+        accelerator: knows ranks and precision, and runs backward.
         scorer: the `Scorer`, wrapped.
         terms: the losses; the metric `loss` is a mean over the items of the first.
-        report: what is logged beside the loss.
-        reference: puts into a batch what a reference that runs beside the policy says of it; `None` when that comes
-            with the batch, or none is needed.
-        seed: of what losses draw at random.
-        memory: what each term carries from step to step, the same on all ranks.
+        report: the metrics beside the loss.
+        reference: runs beside the policy; `None` if its log-probabilities come with the batches, or none are needed.
+        seed: of the losses' random draws.
+        memory: the state that each term carries from step to step, the same on all ranks.
     """
 
     accelerator: Accelerator
     scorer: nn.Module
     terms: tuple[Term, ...]
     report: Report
-    reference: LiveReference | None = None
+    reference: RunningReference | None = None
     seed: int = 0
     memory: tuple[Memory, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        """Begin without memories."""
+        """Begin with empty memories."""
         self.memory = tuple({} for _ in self.terms)
 
     @cached_property
     def needs(self) -> frozenset[Need]:
-        """What the terms need of each response besides its log-probability."""
+        """The optional inputs that the terms need."""
         return frozenset[Need]().union(*(term.loss.needs for term in self.terms))
 
     def backward(
@@ -86,20 +103,24 @@ class Objective:
         """Add the gradient of a step's loss to the parameters, and its metrics to the meter.
 
         Args:
-            step: of the plan.
-            reader: of its records.
+            step: a step of the plan.
+            reader: reads its records.
             meter: takes the metrics.
-            batches: this rank's micro-batches, where they were built ahead.
+            batches: this rank's micro-batches, if they were prefetched.
 
         Returns:
-            What `memory` must be once the step is applied.
+            The memory to keep if the update is applied.
         """
         batches = self._batches(step, reader) if batches is None else batches
         if _couples(self.terms):
             return self._backward_coupled(step, reader, batches, meter)
         for index, batch in enumerate(batches):
-            self._backward_through(batch, step, reader, meter, sync=index == len(batches) - 1)
+            self._backward_micro_batch(batch, step, reader, meter, sync=index == len(batches) - 1)
         return self.memory
+
+    def keep_memory(self, memory: tuple[Memory, ...]) -> None:
+        """Keep the memory that `backward` returned, as its step was applied."""
+        self.memory = memory
 
     @torch.no_grad()
     def evaluate(self, step: Step, reader: Reader, meter: Meter) -> None:
@@ -108,50 +129,50 @@ class Objective:
         local = [(batch, self.score(batch)) for batch in self._batches(step, reader)]
         if _couples(terms):
             whole = self._gather(step, reader, [scores for _, scores in local])
-            self._note(meter, whole, judge(terms, whole), step, reader, counts=self.accelerator.is_main_process)
+            self._record_metrics(meter, whole, evaluate_terms(terms, whole), step, reader, counts=self._is_main)
             return
         for batch, scores in local:
-            self._note(meter, scores, judge(terms, scores), step, reader, counts=not batch.is_filler)
+            values = evaluate_terms(terms, scores)
+            self._record_metrics(meter, scores, values, step, reader, counts=not batch.is_filler)
+            moments = _moments(scores, values)
+            meter.add({name: Total(0.0, 0) for name in moments} if batch.is_filler else moments)
+
+    @torch.no_grad()
+    def evaluate_at_reference(self, step: Step, reader: Reader, meter: Meter) -> None:
+        """Add the metrics of a step of evaluation data for a policy that equals its reference, without the model.
+
+        Log-probabilities are those of the reference that the reader has; if it has none, they are taken as zero.
+        """
+        terms = tuple(replace(term, loss=term.loss.at_eval()) for term in self.terms)
+        scores = _at_reference(step, reader)
+        values = evaluate_terms(terms, scores)
+        self._record_metrics(meter, scores, values, step, reader, counts=True)
+        if not _couples(terms):
+            meter.add(_moments(scores, values))
 
     def score(self, batch: Batch) -> Scores:
-        """Run a batch: what policy and reference say of its responses."""
-        if self.reference is not None:
-            batch = self.reference(batch)
-        said = self._responses(batch)
-        return Scores(
-            logps=said.logps,
-            num_tokens=batch.num_tokens,
-            pairs=batch.pairs,
-            ref_logps=batch.ref_logps,
-            starts=batch.starts,
-            labels=batch.labels,
-            targets=batch.targets,
-            sources=batch.sources,
-            token_logps=said.token_logps,
-            head_logps=said.head_logps,
-            ref_head_logps=batch.ref_head_logps,
-            confidence=said.confidence,
-        )
+        """Score a batch under the policy, and under a live reference if there is one."""
+        return self._score_policy(batch if self.reference is None else self.reference(batch))
 
     @torch.no_grad()
     def first_loss(self, scores: Scores) -> float:
-        """Return the loss of some scores, taken for the whole of a first step."""
-        settled = [replace(term, loss=term.loss.settle(scores, {}, step=0, seed=self.seed)[0]) for term in self.terms]
-        counts = {term.loss.item: int(count_items(scores, term.loss.item)) for term in settled}
-        return float(total(judge(settled, scores), counts))
+        """Return the loss of some scores as if they were the whole first step."""
+        terms = [replace(term, loss=term.loss.for_step(scores, {}, step=0, seed=self.seed)[0]) for term in self.terms]
+        counts = {term.loss.item: int(scores.outline.count(term.loss.item)) for term in terms}
+        return float(weighted_sum(evaluate_terms(terms, scores), counts))
 
-    def _backward_through(self, batch: Batch, step: Step, reader: Reader, meter: Meter, *, sync: bool) -> None:
-        """Take the gradient of a micro-batch; nothing of its graph is left for the next one to lie beside."""
+    def _backward_micro_batch(self, batch: Batch, step: Step, reader: Reader, meter: Meter, *, sync: bool) -> None:
+        """Take the gradient of a micro-batch; its graph is freed before the next micro-batch runs."""
         with self._synchronised(sync):
             scores = self.score(batch)
-            judged = judge(self.terms, scores)
-            self._pull(scores.logps.sum() * 0.0 if batch.is_filler else total(judged, step.counts))
-        self._note(meter, scores, judged, step, reader, counts=not batch.is_filler)
+            values = evaluate_terms(self.terms, scores)
+            self._backward_share(scores.logps.sum() * 0.0 if batch.is_filler else weighted_sum(values, step.counts))
+        self._record_metrics(meter, scores, values, step, reader, counts=not batch.is_filler)
 
     def _backward_coupled(
         self, step: Step, reader: Reader, batches: Sequence[Batch], meter: Meter
     ) -> tuple[Memory, ...]:
-        """Take the gradient of losses that see the whole step at once, without holding the step's graph.
+        """Take the gradient of losses that couple the whole step, without holding the step's graph.
 
         They reach the model only through c = dL / dlogps. With several micro-batches a first forward without
         gradients fills the vector of log-probabilities, the losses give c on it, and a second forward, its random
@@ -165,126 +186,155 @@ class Objective:
             with torch.random.fork_rng(devices=devices), torch.no_grad():
                 local = [self.score(batch) for batch in batches]
         whole = self._gather(step, reader, local)
-        terms, memory = self._settle(whole, step)
-        carriers = [name for name in CARRIERS if getattr(whole, name) is not None]
-        judged, coefficients = _coefficients(terms, whole, step.counts, carriers)
+        terms, memory = self._terms_for_step(whole, step)
+        names = [name for name in DIFFERENTIATED if getattr(whole, name) is not None]
+        values, coefficients = _coefficients(terms, whole, step.counts, names)
         mine = torch.from_numpy(_slots(step, reader)[self.accelerator.process_index])
-        own, used = coefficients[:, mine.to(coefficients.device)], 0
+        own, used = coefficients[:, to_device(mine, coefficients.device)], 0
         for index, batch in enumerate(batches):
             with self._synchronised(index == len(batches) - 1):
-                said = local[0] if once else self._responses(batch)
-                columns = torch.stack([getattr(said, name) for name in carriers])
-                share = 0 if batch.is_filler else len(batch.num_tokens)
-                self._pull((columns * own[:, used : used + share]).sum() if share else columns.sum() * 0.0)
-                used += share
-                # As above: the graph is gone before the next one grows.
-                del said, columns
-        self._note(meter, whole, judged, step, reader, counts=self.accelerator.is_main_process)
+                scores = local[0] if once else self._score_policy(batch)
+                columns = torch.stack([getattr(scores, name) for name in names])
+                size = 0 if batch.is_filler else len(batch.outline.num_tokens)
+                self._backward_share((columns * own[:, used : used + size]).sum() if size else columns.sum() * 0.0)
+                used += size
+                # The graph must be gone before the next one grows.
+                del scores, columns
+        self._record_metrics(meter, whole, values, step, reader, counts=self._is_main)
         return memory
 
-    def _settle(self, whole: Scores, step: Step) -> tuple[list[Term], tuple[Memory, ...]]:
-        """Let each term fix what depends on the whole step."""
-        settled = [
-            term.loss.settle(whole, memory, step=step.number, seed=self.seed)
+    def _terms_for_step(self, whole: Scores, step: Step) -> tuple[list[Term], tuple[Memory, ...]]:
+        """Fill the statistics of a step into each term."""
+        pairs = [
+            term.loss.for_step(whole, memory, step=step.number, seed=self.seed)
             for term, memory in zip(self.terms, self.memory, strict=True)
         ]
-        terms = [replace(term, loss=loss) for term, (loss, _) in zip(self.terms, settled, strict=True)]
-        return terms, tuple(memory for _, memory in settled)
+        terms = [replace(term, loss=loss) for term, (loss, _) in zip(self.terms, pairs, strict=True)]
+        return terms, tuple(memory for _, memory in pairs)
 
     def _gather(self, step: Step, reader: Reader, local: Sequence[Scores]) -> Scores:
-        """Put the scores of all ranks together, in the order of the plan, cut off from their graphs."""
+        """Join the scores of all ranks in the order of the plan, detached from their graphs."""
         slots, outline = _slots(step, reader), reader.outline(step.records)
-        names = [name for name in (*CARRIERS, *CONSTANTS) if getattr(local[0], name) is not None]
-        # Fillers stand last and own no slot. Ranks differ in their number of responses, hence the padding.
+        names = [name for name in (*DIFFERENTIATED, *CONSTANT) if getattr(local[0], name) is not None]
+        # Fillers come last and own no slot. Ranks differ in their number of responses, hence the padding.
         mine = len(slots[self.accelerator.process_index])
         sent = local[0].logps.new_zeros(len(names), max(len(at) for at in slots))
         for row, name in zip(sent, names, strict=True):
             row[:mine] = torch.cat([getattr(scores, name).detach() for scores in local])[:mine]
         received = self.accelerator.gather(sent[None])
-        whole = sent.new_empty(len(names), len(outline["num_tokens"]))
+        whole = sent.new_empty(len(names), len(outline.num_tokens))
         for rank, at in enumerate(slots):
-            whole[:, torch.from_numpy(at).to(whole.device)] = received[rank, :, : len(at)]
-        return Scores(**dict(zip(names, (row.clone() for row in whole), strict=True)), **outline)
+            whole[:, to_device(torch.from_numpy(at), whole.device)] = received[rank, :, : len(at)]
+        columns = dict(zip(names, (row.clone() for row in whole), strict=True))
+        return Scores(outline=outline, **columns)
 
-    def _note(
-        self, meter: Meter, scores: Scores, judged: Sequence[Judged], step: Step, reader: Reader, *, counts: bool
+    def _record_metrics(
+        self, meter: Meter, scores: Scores, values: Sequence[TermValues], step: Step, reader: Reader, *, counts: bool
     ) -> None:
-        """Add metrics to the meter: where they must not count their names alone, which are the same on every rank."""
+        """Add metrics to the meter, or only their names if they do not count: all ranks must have the same names."""
         with torch.no_grad():
-            totals = {"loss": _mean(scores, judged, step.counts), **self.report(scores, judged, reader.names)}
+            totals = {"loss": _mean_loss(scores, values, step.counts), **self.report(scores, values, reader.names)}
         meter.add(totals if counts else {name: Total(0.0, 0) for name in totals})
+
+    @property
+    def _is_main(self) -> bool:
+        return bool(self.accelerator.is_main_process)
 
     def _batches(self, step: Step, reader: Reader) -> list[Batch]:
         """This rank's micro-batches."""
         return reader.batches(step.schedule[self.accelerator.process_index])
 
-    def _responses(self, batch: Batch) -> Responses:
+    def _score_policy(self, batch: Batch) -> Scores:
         return per_response(batch, self.scorer(batch), self.needs)
 
-    def _pull(self, loss: Tensor) -> None:
-        """Go backward from this rank's share of the loss; DDP averages over ranks, and shares add up."""
-        self.accelerator.backward(loss * self.accelerator.num_processes)
+    def _backward_share(self, share: Tensor) -> None:
+        """Backpropagate this rank's share of the loss; DDP averages over ranks, and the shares must add up."""
+        self.accelerator.backward(share * self.accelerator.num_processes)
 
     def _synchronised(self, sync: bool) -> nullcontext[None]:
         """Exchange gradients in the last micro-batch only."""
         return nullcontext() if sync else self.accelerator.no_sync(self.scorer)
 
 
-def judge(terms: Sequence[Term], scores: Scores) -> list[Judged]:
-    """Show scores to each term."""
-    return [Judged(term.weight, term.loss, term.loss(scores)) for term in terms]
+def _at_reference(step: Step, reader: Reader) -> Scores:
+    """Return the scores of a policy that equals its reference."""
+    outline, responses = reader.outline(step.records), reader.responses(step.records)
+    zeros = torch.zeros(len(responses), device=reader.device)
+    logps, head_logps = (
+        zeros if column is None else to_device(torch.from_numpy(column[responses]), reader.device)
+        for column in (reader.ref_logps, reader.ref_head_logps)
+    )
+    return Scores(logps, outline, ref_logps=logps, head_logps=head_logps, ref_head_logps=head_logps)
 
 
-def total(judged: Sequence[Judged], counts: Counts) -> Tensor:
-    """Return the share that some scores have in a step's loss, given the step's counts."""
-    # A step may hold nothing that a term judges: no values add up to zero.
-    shares = [j.values.sum() * (j.weight / max(1, counts[j.loss.item])) for j in judged]
+def evaluate_terms(terms: Sequence[Term], scores: Scores) -> list[TermValues]:
+    """Call the loss of each term."""
+    return [TermValues(term.weight, term.loss, term.loss(scores)) for term in terms]
+
+
+def weighted_sum(values: Sequence[TermValues], counts: Counts) -> Tensor:
+    """Return the share that some values have in a step's loss, given the step's counts."""
+    # A step may hold no item of a term: the sum of no values is zero.
+    shares = [term.values.sum() * (term.weight / max(1, counts[term.loss.item])) for term in values]
     return torch.stack(shares).sum()
 
 
-def count_items(scores: Scores, item: Item) -> Tensor | int:
-    """Return how many items some scores hold."""
-    if item == "pairs":
-        return len(scores.pairs)
-    if item == "responses":
-        return len(scores.num_tokens)
-    if item == "tokens":
-        return scores.num_tokens.sum()
-    assert scores.targets is not None
-    if item == "records":
-        return len(scores.targets)
-    return (scores.num_tokens[scores.targets.clamp(0)] * (scores.targets >= 0)).sum()
-
-
-def _mean(scores: Scores, judged: Sequence[Judged], counts: Counts) -> Total:
-    """The loss as a total over the items of the first term, so that steps weigh as many as they have of these."""
-    item = judged[0].loss.item
+def _mean_loss(scores: Scores, values: Sequence[TermValues], counts: Counts) -> Total:
+    """The loss as a mean over the items of the first term, so that a step weighs by its number of these."""
+    item = values[0].loss.item
     # Dividing and multiplying by the same count would round.
-    shares = [j.values.sum() * (j.weight * (counts[item] / max(1, counts[j.loss.item]))) for j in judged]
-    return Total(torch.stack(shares).sum(), count_items(scores, item))
+    shares = [term.values.sum() * (term.weight * (counts[item] / max(1, counts[term.loss.item]))) for term in values]
+    return Total(torch.stack(shares).sum(), scores.outline.count(item))
+
+
+def _moments(scores: Scores, values: Sequence[TermValues]) -> dict[str, Total]:
+    """The moments of the loss by record."""
+    size = len(scores.outline.targets)
+    records, zeros = torch.arange(size, device=scores.logps.device), scores.logps.new_zeros(size, dtype=torch.float64)
+    terms = []
+    for term in values:
+        at, counts = _items(term.loss.item, scores, records)
+        sums = zeros.index_add(0, at, term.weight * term.values.double())
+        terms.append((sums, zeros.index_add(0, at, counts.double())))
+    return loss_moments(terms)
+
+
+def _items(item: Item, scores: Scores, records: Tensor) -> tuple[Tensor, Tensor]:
+    """The record of each value of a loss, and its contribution to the count of the item."""
+    outline, own = scores.outline, scores.outline.records
+    if item == "target_tokens":
+        return own[outline.imitated], outline.num_tokens[outline.imitated]
+    at = {
+        "pairs": lambda: own[outline.pairs[:, 0]],
+        "responses": lambda: own,
+        "records": lambda: records,
+        "tokens": lambda: own.repeat_interleave(outline.num_tokens),
+    }[item]()
+    return at, torch.ones_like(at)
 
 
 def _coefficients(
-    terms: Sequence[Term], whole: Scores, counts: Counts, carriers: Sequence[str]
-) -> tuple[list[Judged], Tensor]:
-    """What the terms say of the whole step, and the derivatives of their sum, `[carriers, R]`."""
-    leaves = [getattr(whole, name).requires_grad_() for name in carriers]
-    judged = judge(terms, whole)
-    gradients = torch.autograd.grad(total(judged, counts), leaves, materialize_grads=True)
-    return judged, torch.stack(gradients)
+    terms: Sequence[Term], whole: Scores, counts: Counts, names: Sequence[str]
+) -> tuple[list[TermValues], Tensor]:
+    """The terms' values for a whole step, and the derivatives of the loss by the named columns, `[names, R]`."""
+    leaves = [getattr(whole, name).requires_grad_() for name in names]
+    values = evaluate_terms(terms, whole)
+    gradients = torch.autograd.grad(weighted_sum(values, counts), leaves, materialize_grads=True)
+    return values, torch.stack(gradients)
 
 
 def _couples(terms: Sequence[Term]) -> bool:
     return any(term.loss.couples_batch for term in terms)
 
 
-def _slots(step: Step, reader: Reader) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:
-    """For each rank, where its responses stand among the responses of the step."""
-    rows = reader.rows(step.records)
-    starts = dict(zip(step.records, np.cumsum(rows) - rows, strict=True))
-    sizes = dict(zip(step.records, rows, strict=True))
+def _slots(step: Step, reader: Reader) -> list[NDArray[np.int64]]:
+    """For each rank, the places of its responses among those of the step."""
+    sizes = reader.num_responses(step.records)
+    starts = np.cumsum(sizes) - sizes
+    places = {
+        record: np.arange(start, start + size) for record, start, size in zip(step.records, starts, sizes, strict=True)
+    }
     empty = np.zeros(0, dtype=np.int64)
     return [
-        np.concatenate([empty, *(starts[r] + np.arange(sizes[r]) for records in schedule for r in records)])
-        for schedule in step.schedule
+        np.concatenate([empty, *(places[r] for records in schedule for r in records)]) for schedule in step.schedule
     ]

@@ -1,4 +1,4 @@
-"""Optimizers by name, and the learning rate as a pure function of the step number."""
+"""The optimizers of a recipe, and its learning rate as a pure function of the step number."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -8,12 +8,13 @@ from typing import Any
 from torch import nn
 from torch.optim import AdamW, Optimizer, RMSprop
 
+from dpoctl.core.low_precision import BFloat16AdamW, rounded
 from dpoctl.errors import SetupError
 from dpoctl.recipe.schema import TrainingSection
 
 
 def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], training: TrainingSection) -> Optimizer:
-    """Build the recipe's optimizer over the parameters that train; biases and norms are not decayed."""
+    """Build the recipe's optimizer over the trainable parameters; biases and norms have no weight decay."""
     trained = [p for _, p in parameters if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": training.weight_decay},
@@ -25,26 +26,39 @@ def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], training: Tr
         "betas": (training.adam_beta1, training.adam_beta2),
         "eps": training.adam_epsilon,
     }
+    in_bfloat16 = training.param_dtype == "bfloat16"
     if training.optim == "adamw":
-        return AdamW(groups, fused=True, **adam)
+        return BFloat16AdamW(groups, seed=training.seed, **adam) if in_bfloat16 else AdamW(groups, fused=True, **adam)
     if training.optim == "rmsprop":
         return RMSprop(groups, lr=training.learning_rate, eps=training.adam_epsilon)
     if find_spec("bitsandbytes") is None:
         raise SetupError(f"optim {training.optim} needs bitsandbytes", hint="pip install 'dpoctl[quant]'")
     import bitsandbytes  # noqa: PLC0415 - an optional extra
 
-    # Pages move between a device and its host; on a host alone there is nothing to page.
+    # Pages move between a device and its host; on a CPU alone there is nothing to page.
     paged = trained[0].device.type != "cpu"
     kinds = {
+        "adamw_8bit": "AdamW8bit",
         "paged_adamw_32bit": "PagedAdamW32bit" if paged else "AdamW32bit",
         "paged_adamw_8bit": "PagedAdamW8bit" if paged else "AdamW8bit",
     }
-    optimizer: Optimizer = getattr(bitsandbytes.optim, kinds[training.optim])(groups, **adam)
+    kind = getattr(bitsandbytes.optim, kinds[training.optim])
+    optimizer: Optimizer = (rounded(kind, training.seed) if in_bfloat16 else kind)(groups, **adam)
     return optimizer
 
 
+def state_bytes(training: TrainingSection) -> tuple[int, int, int]:
+    """Return the bytes of each trained parameter in full fine-tuning: its weight, its gradient, its moments.
+
+    Pages can leave the device, so the moments of paged optimizers count as nothing.
+    """
+    weight = 2 if training.param_dtype == "bfloat16" else 4
+    moments = {"adamw": 2 * weight, "adamw_8bit": 2, "rmsprop": 4}.get(training.optim, 0)
+    return weight, weight, moments
+
+
 def warmup_steps(training: TrainingSection, num_steps: int) -> int:
-    """Return how many steps the learning rate rises for; a tenth of the run unless the recipe says otherwise."""
+    """Return the number of warm-up steps; a tenth of the run unless the recipe sets it."""
     if training.warmup_steps is not None:
         return training.warmup_steps
     ratio = 0.1 if training.warmup_ratio is None else training.warmup_ratio
@@ -55,8 +69,8 @@ def warmup_steps(training: TrainingSection, num_steps: int) -> int:
 def learning_rate(training: TrainingSection, num_steps: int) -> Callable[[int], float]:
     """Return the learning rate of each step, counted from 0.
 
-    It rises in equal parts to its full value at the last step of the warm-up (the first step is not wasted on zero),
-    then stays, falls linearly, or falls along a half cosine, to reach zero just after the last step.
+    It rises linearly to its full value at the last step of the warm-up (the first step is not wasted on zero), then
+    is constant, falls linearly, or falls along a half cosine, to reach zero just after the last step.
     """
     warmup = warmup_steps(training, num_steps)
 
@@ -75,6 +89,6 @@ def learning_rate(training: TrainingSection, num_steps: int) -> Callable[[int], 
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
-    """Give all parameter groups a learning rate, times the `lr_scale` of a group that has one."""
+    """Set the learning rate of all parameter groups, times the `lr_scale` of a group that has one."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)

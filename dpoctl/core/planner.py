@@ -1,49 +1,46 @@
-"""The plan: which records form step t, and how they lie over ranks and micro-batches.
+"""The plan: the records of every step, and their schedule over ranks and micro-batches.
 
 A pure function of (lengths, seed, epoch, global batch size, world size, token budget). The records of a step depend on
-the first four alone: cutting them up is a schedule, and changes no maths. The position in the data is the step number,
-which is the whole of what resuming needs.
+the first four alone; the schedule changes no maths. The position in the data is the step number, which is all that
+resuming needs. Micro-batches are filled longest first, each record into the one with the least cost so far.
 """
 
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpoctl.core.balance import fill_bins
-from dpoctl.core.losses import Item
 from dpoctl.data.store import TokenStore
 from dpoctl.errors import DataError
-from dpoctl.model.layouts import Layout
+from dpoctl.losses import Item
+from dpoctl.model.attention import Layout
 
 Ints = NDArray[np.integer[Any]]
-# Lengths are worked out for so many records at a time, which bounds what that needs besides.
+# Records whose lengths are computed at a time, which bounds temporary memory.
 PART = 1 << 20
-# Attention work of one (query, key) pair next to the linear work of one token, for models of usual proportions.
+# Attention work of one (query, key) pair over the linear work of one token, for models of usual proportions.
 ATTENTION_COST = 1 / 8192
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """What the plan knows of the records, in a few bytes each.
+    """The lengths of n records, in a few bytes each.
 
     Attributes:
-        tokens: `[n]`, tokens a record occupies where its responses share their prompt.
-        separate: `[n]`, tokens it occupies where each response has a prompt of its own.
-        rows: `[n]`, its responses.
-        longest: `[n]`, tokens of prompt and longest answer.
+        tokens: `[n]`, tokens of a record whose responses share their prompt.
+        separate: `[n]`, tokens of a record whose responses each have a copy of the prompt.
+        longest: `[n]`, tokens of the prompt and the longest answer.
         cost: `[n]`, work of a forward, in tokens.
-        items: for each item its number in each record, `[n]`.
+        items: `[n]` for each item, its number in each record.
     """
 
     tokens: Ints
     separate: Ints
-    rows: Ints
     longest: Ints
     cost: NDArray[np.float32]
     items: dict[Item, Ints]
@@ -61,7 +58,6 @@ class Lengths:
         return cls(
             tokens=join([part.tokens for part in parts]),
             separate=join([part.separate for part in parts]),
-            rows=join([part.rows for part in parts]),
             longest=join([part.longest for part in parts]),
             cost=np.concatenate([part.cost for part in parts]),
             items={item: join([part.items[item] for part in parts]) for item in parts[0].items},
@@ -78,7 +74,6 @@ class Lengths:
         return cls(
             tokens=_small(tokens),
             separate=_small(tokens + shared * (rows - 1)),
-            rows=_small(rows),
             longest=_small(shared + np.maximum.reduceat(own, starts)),
             cost=(tokens + area * ATTENTION_COST).astype(np.float32),
             items={
@@ -94,10 +89,9 @@ class Lengths:
         return len(self.tokens)
 
     def first(self, count: int | None) -> "Lengths":
-        """Return those of the first records; of all for `None`."""
+        """Return the lengths of the first `count` records, or of all for `None`."""
         items = {item: numbers[:count] for item, numbers in self.items.items()}
-        sizes = (self.tokens[:count], self.separate[:count], self.rows[:count], self.longest[:count])
-        return Lengths(*sizes, self.cost[:count], items)
+        return Lengths(self.tokens[:count], self.separate[:count], self.longest[:count], self.cost[:count], items)
 
 
 @dataclass(frozen=True)
@@ -107,9 +101,9 @@ class Step:
     Attributes:
         number: counted from 0 over the whole run.
         records: in the order of the seeded permutation.
-        tokens: that they occupy where responses share their prompt.
-        schedule: for each rank its micro-batches, the same number on every rank; an empty one is a filler.
-        counts: how many of each item the step has, over all ranks and micro-batches.
+        tokens: their tokens, each prompt counted once.
+        schedule: the micro-batches of each rank, the same number on every rank; an empty one is a filler.
+        counts: the number of each item in the step, over all ranks and micro-batches.
     """
 
     number: int
@@ -124,14 +118,14 @@ class Plan:
     """The steps of a run, or of one pass over an evaluation set.
 
     Attributes:
-        lengths: of the records.
+        lengths: the lengths of the records.
         global_batch_size: records in a step; the last step of an epoch may be smaller.
-        world_size: ranks.
-        max_tokens: budget of a micro-batch; a record above it gets a micro-batch of its own.
-        layout: decides what a token budget counts.
+        world_size: the number of ranks.
+        max_tokens: token budget of a micro-batch; a record above it gets a micro-batch of its own.
+        layout: decides how the tokens of a micro-batch are counted.
         seed: of the order; `None` keeps the order of the store.
-        num_epochs: passes over the data; a fraction ends within one.
-        max_steps: ends the run earlier or later than `num_epochs` does.
+        num_epochs: passes over the data; may be a fraction.
+        max_steps: the number of steps, in place of `num_epochs`.
     """
 
     lengths: Lengths
@@ -161,7 +155,7 @@ class Plan:
         return (self.step(number) for number in range(self.num_steps))
 
     def step(self, number: int) -> Step:
-        """Return a step; the same one for the same arguments, always."""
+        """Return a step, always the same for the same plan."""
         epoch, position = divmod(number, self.steps_per_epoch)
         first = position * self.global_batch_size
         records = self._order(epoch)[first : first + self.global_batch_size]
@@ -169,36 +163,62 @@ class Plan:
         tokens = _total(self.lengths.tokens, records)
         return Step(number, tuple(records.tolist()), tokens, self._schedule(records, tokens), counts)
 
+    def records(self) -> Ints:
+        """Return the records that the steps use, in the order of their first use."""
+        return self._order(0)[: self.num_steps * self.global_batch_size]
+
+    def groups(self, records: Ints) -> Iterator[Ints]:
+        """Split records, in order, into groups of about one micro-batch a rank, and of at most `global_batch_size`."""
+        size, rows = self._sizes
+        ends = np.cumsum((size if rows is None else size * rows)[records], dtype=np.int64)
+        start = 0
+        while start < len(records):
+            full = int(ends[start - 1] if start else 0) + self.world_size * self.max_tokens
+            end = max(start + 1, int(np.searchsorted(ends, full, side="right")))
+            end = min(end, start + self.global_batch_size)
+            yield records[start:end]
+            start = end
+
+    def schedule(self, records: Ints) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """Return the micro-batches of each rank, as in a `Step`, for any records."""
+        return self._schedule(records, _total(self.lengths.tokens, records))
+
     def one_pass(self, lengths: Lengths) -> "Plan":
         """Return the plan of one pass over other records, in their order, on the same machine."""
         return Plan(lengths, self.global_batch_size, self.world_size, self.max_tokens, self.layout)
+
+    def with_half_budget(self, number: int) -> "Plan":
+        """Return the plan with half the token budget, or half of what the largest micro-batch of a step needed."""
+        schedule = self.step(number).schedule
+        largest = max(self.tokens_of(records) for batches in schedule for records in batches if records)
+        return replace(self, max_tokens=max(1, min(self.max_tokens, largest) // 2))
 
     def _order(self, epoch: int) -> Ints:
         return np.arange(len(self.lengths)) if self.seed is None else _permutation(len(self.lengths), self.seed, epoch)
 
     def _schedule(self, records: Ints, tokens: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """Lay records over `world_size * m` bins of about equal cost, with the smallest m that fits the budget."""
+        """Fill `world_size * m` micro-batches of about equal cost, with the smallest m that fits the budget."""
         most = math.ceil(len(records) / self.world_size)
         m = min(most, max(1, tokens // (self.world_size * self.max_tokens)))
         cost, (size, rows) = self.lengths.cost[records], self._sizes
         size, rows = size[records], None if rows is None else rows[records]
         while True:
             order, bins = fill_bins(cost, self.world_size * m)
-            if m >= most or self._fit(size[order], None if rows is None else rows[order], bins):
+            if m >= most or self._fits(size[order], None if rows is None else rows[order], bins):
                 return self._by_rank(records[order], bins, m)
             m += 1
 
     def _by_rank(self, records: Ints, bins: Ints, m: int) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        """Records bin by bin, in the order that they have, and every `world_size`-th bin to the same rank."""
+        """Collect the records of each bin in order, and give every `world_size`-th bin to the same rank."""
         count = self.world_size * m
         ends = np.cumsum(np.bincount(bins, minlength=count))
-        # Numbers of two bytes are sorted in a few passes.
+        # Numbers of two bytes are radix-sorted, in a few passes.
         sorted_records = records[np.argsort(_small(bins), kind="stable")].tolist()
         filled = [tuple(sorted_records[start:end]) for start, end in itertools.pairwise([0, *ends.tolist()])]
         return tuple(tuple(filled[rank :: self.world_size]) for rank in range(self.world_size))
 
-    def _fit(self, size: Ints, rows: Ints | None, bins: Ints) -> bool:
-        """Whether every bin is within the budget, or holds one record only."""
+    def _fits(self, size: Ints, rows: Ints | None, bins: Ints) -> bool:
+        """Whether every bin is within the budget, or holds a single record."""
         held = np.bincount(bins)
         used: NDArray[Any]
         if rows is None:
@@ -210,37 +230,74 @@ class Plan:
         return bool(np.all((held <= 1) | (used <= self.max_tokens)))
 
     def tokens_of(self, records: tuple[int, ...]) -> int:
-        """Tokens that a micro-batch of these records occupies, padding included."""
+        """Return the tokens of a micro-batch of these records, padding included."""
         size, rows = self._sizes
         at = np.array(records, dtype=np.int64)
         return int(size[at].sum()) if rows is None else int(rows[at].sum()) * int(size[at].max())
 
     @cached_property
     def _sizes(self) -> tuple[Ints, Ints | None]:
-        """What a record occupies of a layout of one row; its longest row and their number, where rows are padded."""
+        """Tokens of each record and `None` in a flat layout; length and number of its rows in a padded one."""
         lengths = self.lengths
         sizes: dict[Layout, tuple[Ints, Ints | None]] = {
             "shared": (lengths.tokens, None),
             "masked": (lengths.tokens, lengths.items["records"]),
             "packed": (lengths.separate, None),
-            "padded": (lengths.longest, lengths.rows),
+            "padded": (lengths.longest, lengths.items["responses"]),
         }
         return sizes[self.layout]
 
 
+def fill_bins(cost: NDArray[np.float32], count: int) -> tuple[Ints, Ints]:
+    """Put items into bins, the largest cost first, each into the bin with the least cost, of equal ones the first.
+
+    A heap would place them one by one. Here many are placed at once: the next items go into the lightest bins in turn,
+    up to the first bin that is no longer lighter than one that was just filled.
+
+    Args:
+        cost: `[n]`, above zero.
+        count: the number of bins.
+
+    Returns:
+        `[n]`, the items in order of falling cost, and `[n]`, the bin of each.
+    """
+    order = _descending(cost)
+    descending, load = cost[order].astype(np.float64), np.zeros(count)
+    chosen = np.empty(len(cost), dtype=np.int64)
+    done = 0
+    while done < len(cost):
+        lightest = np.argsort(load, kind="stable")[: len(cost) - done]
+        filled = load[lightest] + descending[done : done + len(lightest)]
+        late = load[lightest[1:]] >= np.minimum.accumulate(filled[:-1])
+        taken = int(late.argmax()) + 1 if late.any() else len(lightest)
+        load[lightest[:taken]] = filled[:taken]
+        chosen[done : done + taken] = lightest[:taken]
+        done += taken
+    return order, chosen
+
+
 @lru_cache(maxsize=2)
 def _permutation(count: int, seed: int, epoch: int) -> Ints:
-    """The order of an epoch; kept for its many steps."""
+    """The order of an epoch, cached for its steps."""
     return _small(np.random.default_rng([seed, epoch]).permutation(count))
 
 
 def _total(numbers: Ints, records: Ints) -> int:
-    """The sum over some records."""
+    """The sum of some records' numbers."""
     return int(numbers[0]) * len(records) if numbers.strides == (0,) else int(numbers[records].sum())
 
 
 def _small(values: Ints) -> Ints:
-    """Whole numbers of at least zero in as few bytes as they need; in none where all are the same."""
+    """Store whole numbers of at least zero in the smallest dtype; equal ones share one element."""
     if values.min() == (largest := values.max()):
         return np.broadcast_to(largest, values.shape)
     return values.astype(np.min_scalar_type(largest), copy=False)
+
+
+def _descending(cost: NDArray[np.float32]) -> Ints:
+    """Stable order of falling costs above zero."""
+    # The bits of positive floats sort like the floats. With the index in the lower half all keys differ, so that the
+    # fastest sort, which is not stable, gives a stable order on every machine.
+    bits = np.asarray(cost, dtype=np.float32).view(np.uint32)
+    keys = np.sort(((~bits).astype(np.uint64) << np.uint64(32)) | np.arange(len(cost), dtype=np.uint64))
+    return (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)

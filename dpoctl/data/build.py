@@ -1,29 +1,115 @@
-"""One pass from records to a store: render, tokenize, fit, write; every row counted."""
+"""The training side of the pipeline: records are rendered, tokenized, cut to length and written to a token store."""
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple
 
-from dpoctl.data.gaps import GapFinder, Gaps, GapTally
-from dpoctl.data.grouping import Votes
-from dpoctl.data.limits import refuse_endless
-from dpoctl.data.records import Record, Reject
-from dpoctl.data.rows import Found, Place, RowCount, Selection, find_rows
-from dpoctl.data.selection import record_digest
-from dpoctl.data.shaping import check_ranking
-from dpoctl.data.spread import Lengths
-from dpoctl.data.store import StoreWriter
-from dpoctl.data.template import Rendered, Renderer
-from dpoctl.data.tokenize import Answer, Encoder, Example, Ids, Limits, build_example, fit
+import numpy as np
+import numpy.typing as npt
 
+from dpoctl import console
+from dpoctl.data.chat_template import SlowTemplateError, refuse_too_long
+from dpoctl.data.grouping import Majority
+from dpoctl.data.pipeline import RowResult, RowStats, Selection, SourceStats, open_source, read_records
+from dpoctl.data.records import Record, Reject, strings_of
+from dpoctl.data.rendering import Rendered, Renderer
+from dpoctl.data.row_report import TOO_SLOW
+from dpoctl.data.sampling import Tries, sample_size
+from dpoctl.data.store import StoreWriter
+from dpoctl.data.tokenize import Answer, Encoder, Example, Ids, Limits, build_example, fit
+from dpoctl.data.turn_markers import MarkerCounts, MarkerFinder
+
+BYTES = [f"<0x{byte:02X}>" for byte in range(128, 256)]
+"""Tokens of bytes beyond ASCII; in ASCII a byte may be the only token of a character, such as a line feed."""
+MOST_CHARACTERS = 20
+"""The number of unknown characters that a report names, the most frequent ones."""
+MOST_SLOW = 3
+"""Rows for which the chat template may take too long before a run ends."""
 BATCH = 512
-"""Records; their texts and tokens fit in a processor's cache."""
+"""Records that are encoded together; their texts and tokens fit in a processor's cache."""
+
+
+@dataclass(slots=True)
+class UnknownTokens:
+    """Counts of tokens that stand for characters without a token of their own, in one record or in many."""
+
+    rows_unknown: int = 0
+    unknown: int = 0
+    """Unknown tokens: the text is lost."""
+    characters: Counter[str] = field(default_factory=Counter)
+    """The characters that are lost, and how often the texts hold them."""
+    rows_in_bytes: int = 0
+    in_bytes: int = 0
+    """Tokens of single bytes: the text is kept."""
+
+    def add(self, other: "UnknownTokens") -> None:
+        """Add the counts of a record."""
+        self.rows_unknown += other.rows_unknown
+        self.unknown += other.unknown
+        self.characters += other.characters
+        self.rows_in_bytes += other.rows_in_bytes
+        self.in_bytes += other.in_bytes
+
+    def report(self) -> dict[str, Any]:
+        """Return the counts as JSON values."""
+        return {
+            "rows_unknown": self.rows_unknown,
+            "unknown": self.unknown,
+            "characters": dict(self.characters.most_common(MOST_CHARACTERS)),
+            "rows_in_bytes": self.rows_in_bytes,
+            "in_bytes": self.in_bytes,
+        }
+
+
+class UnknownTokenFinder:
+    """Finds tokens of an encoder that stand for characters without a token of their own."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._has_token: dict[str, bool] = {}
+
+    def find(self, example: Example, record: Record) -> UnknownTokens | None:
+        """Count the unknown tokens of a record, those that responses share once; None where there are none."""
+        marks = self._marks
+        if marks is None:
+            return None
+        marked = marks[np.concatenate((example.shared, *example.suffixes))]
+        if not marked.any():
+            return None
+        _, unknown, in_bytes = (int(count) for count in np.bincount(marked, minlength=3))
+        found = UnknownTokens(
+            rows_unknown=int(unknown > 0), unknown=unknown, rows_in_bytes=int(in_bytes > 0), in_bytes=in_bytes
+        )
+        if unknown:
+            texts = "".join(strings_of(record.prompt, *record.responses))
+            found.characters = Counter(character for character in texts if not self._knows(character))
+        return found
+
+    @cached_property
+    def _marks(self) -> npt.NDArray[np.uint8] | None:
+        """One value a token: 1 is unknown, 2 is a byte, 0 is any other; None where the tokenizer has neither."""
+        vocabulary = self._encoder.vocabulary
+        in_bytes = [vocabulary[token] for token in BYTES if token in vocabulary]
+        if self._encoder.unk is None and not in_bytes:
+            return None
+        marks = np.zeros(max(vocabulary.values()) + 1, dtype=np.uint8)
+        marks[in_bytes] = 2
+        if self._encoder.unk is not None:
+            marks[self._encoder.unk] = 1
+        return marks
+
+    def _knows(self, character: str) -> bool:
+        if character not in self._has_token:
+            self._has_token[character] = self._encoder.unk not in self._encoder.plain(character)
+        return self._has_token[character]
 
 
 class Encoded(NamedTuple):
-    """The tokens of a record, and what was done to it on the way."""
+    """The tokens of a record, and the changes that were made to it on the way."""
 
     example: Example
     prompt_tokens: int
@@ -32,50 +118,49 @@ class Encoded(NamedTuple):
     answers_cut: int
     eos_added: bool
     notes: tuple[str, ...]
-    gaps: Gaps
+    unknown: UnknownTokens | None
+    markers: set[str]
 
 
 class RecordEncoder:
-    """Records to examples.
-
-    Args:
-        renderer: Messages to text.
-        encoder: Text to tokens.
-        limits: How long a record may be, one a source.
-    """
+    """Renders and tokenizes records, and cuts each to the limits of its source."""
 
     def __init__(self, renderer: Renderer, encoder: Encoder, limits: Sequence[Limits]) -> None:
         self._renderer = renderer
         self._encoder = encoder
         self._limits = limits
-        self._gaps = GapFinder(encoder)
+        self._unknown_tokens = UnknownTokenFinder(encoder)
+        self.markers = MarkerFinder(renderer, encoder)
+        self._slow = 0
         self.dtype = encoder.dtype
 
     def encode(self, records: Sequence[Record], sources: Sequence[int]) -> list[Encoded | Reject]:
-        """Encode a batch, each record on its own account.
-
-        Args:
-            records: What is encoded.
-            sources: The number of the source that each comes from.
+        """Encode a batch of records from sources of these numbers; one that cannot be used becomes a rejection.
 
         Raises:
-            DataError: The chat template is missing, or moves boundaries in a way that is not known.
+            DataError: The chat template is missing, or too slow for several rows.
         """
         rendered = [self._render(record) for record in records]
         tokens = iter(self._encoder.encode([item for item in rendered if isinstance(item, Rendered)]))
         return [
-            item if isinstance(item, Reject) else self._lay_out(record, item, self._limits[source], *next(tokens))
+            item if isinstance(item, Reject) else self._encode_one(record, item, self._limits[source], *next(tokens))
             for record, source, item in zip(records, sources, rendered, strict=True)
         ]
 
     def _render(self, record: Record) -> Rendered | Reject:
         try:
-            refuse_endless(record)
+            refuse_too_long(record)
             return self._renderer.render(record)
         except Reject as reject:
             return reject
+        except SlowTemplateError as error:
+            # The next rows may take as long.
+            self._slow += 1
+            if self._slow > MOST_SLOW:
+                raise
+            return Reject(TOO_SLOW, error.message)
 
-    def _lay_out(
+    def _encode_one(
         self, record: Record, item: Rendered, limits: Limits, prompt: Ids, answers: list[Answer]
     ) -> Encoded | Reject:
         try:
@@ -91,165 +176,179 @@ class RecordEncoder:
             answers_cut=answers_cut,
             eos_added=not isinstance(record.prompt, str) and any(text.needs_eos for text in item.completions),
             notes=item.notes,
-            gaps=self._gaps.find(example, record),
+            unknown=self._unknown_tokens.find(example, record),
+            markers=self.markers.find(record),
         )
 
 
 @dataclass
-class Tally:
-    """What became of the rows that were found, and how long they are."""
+class EncodingStats:
+    """The changes that encoding made to the records of a store, by their names in the report."""
 
-    used: Counter[int] = field(default_factory=Counter)
-    """Rows of each source, by its number."""
-    rejected: dict[int, Counter[str]] = field(default_factory=dict)
-    """Rows by the reason, by the number of their source."""
-    first_rejected: dict[str, tuple[Place, str]] = field(default_factory=dict)
-    duplicates: int = 0
-    tied_pairs: int = 0
-    outvoted_pairs: int = 0
-    prompts_cut: int = 0
-    answers_cut: int = 0
+    most_answers: int = 0
+    prompts_truncated: int = 0
+    answers_truncated: int = 0
     rows_without_eos: int = 0
     eos_added: int = 0
-    most_answers: int = 0
-    notes: Counter[str] = field(default_factory=Counter)
-    gaps: GapTally = field(default_factory=GapTally)
-    lengths: Lengths = field(default_factory=Lengths)
+    template: Counter[str] = field(default_factory=Counter)
+    """Records by the deviation of the template, a key of `TEMPLATE_NOTES`."""
+    gaps: UnknownTokens = field(default_factory=UnknownTokens)
+    markers: MarkerCounts = field(default_factory=MarkerCounts)
 
-    def reject(self, reject: Reject, places: Sequence[Place]) -> None:
-        """Count rows that are not used."""
-        self.rejected.setdefault(places[0][0], Counter())[reject.reason] += len(places)
-        self.first_rejected.setdefault(reject.reason, (places[0], reject.detail))
-
-    def use(self, encoded: Encoded, found: Found, record: Record) -> None:
-        """Count a record that is used."""
-        self.used[found.places[0][0]] += len(found.places)
-        self.tied_pairs += found.tied_pairs
-        self.prompts_cut += encoded.prompt_cut
-        self.answers_cut += encoded.answers_cut
+    def add(self, encoded: Encoded, record: Record) -> None:
+        """Count a record."""
+        self.most_answers = max(self.most_answers, len(encoded.answer_tokens))
+        self.prompts_truncated += encoded.prompt_cut
+        self.answers_truncated += encoded.answers_cut
         self.rows_without_eos += encoded.answers_cut > 0
         self.eos_added += encoded.eos_added
-        self.most_answers = max(self.most_answers, len(record.responses))
         for note in encoded.notes:
-            self.notes[note] += 1
-        self.gaps.count(encoded.gaps)
-        self.lengths.add(encoded.prompt_tokens, encoded.answer_tokens, record.pairs)
+            self.template[note] += 1
+        if encoded.unknown is not None:
+            self.gaps.add(encoded.unknown)
+        self.markers.add(record, encoded.markers)
+
+    def report(self, finder: MarkerFinder) -> dict[str, Any]:
+        """Return the counts as JSON values."""
+        template, markers = dict(sorted(self.template.items())), self.markers.report(finder)
+        return vars(self) | {"template": template, "gaps": self.gaps.report(), "markers": markers}
 
 
 def build(
     selection: Selection,
     encoder: RecordEncoder,
     writer: StoreWriter,
-    *,
-    drop_duplicates: bool,
-    votes: Votes,
-    settle: bool,
-) -> dict[str, Any]:
-    """Write every selected row, or its rejection, and return the report.
+    majority: Majority,
+    progress: console.WorkProgress,
+) -> tuple[dict[str, Any], Counter[int]]:
+    """Write every record of a set, or its rejection.
 
     Args:
-        selection: What is read.
-        encoder: To tokens.
-        writer: Where they go.
-        drop_duplicates: Reject records that stand further up.
-        votes: Of several verdicts on one pair: filled, or used where `settle` is true.
-        settle: Drop pairs that the majority of the votes speaks against.
+        selection: The rows of the set.
+        encoder: Turns records into tokens.
+        writer: Takes the records.
+        majority: As in `read_records`.
+        progress: Shows the rows that are done.
+
+    Returns:
+        The report, and the number of records that are used, by the number of the source.
 
     Raises:
-        UsageError: A source has an option that its format does not have.
+        UsageError: A source sets an option that its format does not have.
         DataError: The sources cannot be read, or a boundary between prompt and answer cannot be verified.
         SetupError: The hub cannot be reached.
     """
-    count, tally = RowCount(), Tally()
-    found = find_rows(selection, count)
-    voted = _settled(found, votes, tally, selection) if settle else _counted(found, votes)
-    rows = _without_duplicates(voted, tally, drop=drop_duplicates)
-    while batch := list(islice(rows, BATCH)):
-        sound = [one for one in batch if isinstance(one.outcome, Record)]
-        records = [one.outcome for one in sound if isinstance(one.outcome, Record)]
-        encoded = iter(encoder.encode(records, [one.places[0][0] for one in sound]))
-        for one in batch:
-            _write(one, one.outcome if isinstance(one.outcome, Reject) else next(encoded), writer, tally)
-    return _report(count, tally, writer)
+    stats, encoding, used = RowStats(), EncodingStats(), Counter[int]()
+    for result, outcome in _encode(read_records(selection, stats, majority), encoder, progress):
+        if isinstance(outcome, Reject):
+            stats.reject(outcome, result.places)
+            for place in result.places:
+                writer.reject(outcome, place)
+        else:
+            assert isinstance(result.outcome, Record)
+            encoding.add(outcome, result.outcome)
+            stats.use(result, outcome.prompt_tokens, outcome.answer_tokens)
+            used[result.places[0][0]] += 1
+            _write(result, outcome.example, writer)
+    return _report(stats, encoding.report(encoder.markers), writer), used
 
 
-def _write(found: Found, encoded: Encoded | Reject, writer: StoreWriter, tally: Tally) -> None:
-    if isinstance(encoded, Reject):
-        tally.reject(encoded, found.places)
-        for place in found.places:
-            writer.reject(encoded, place)
-        return
-    assert isinstance(found.outcome, Record)
-    tally.use(encoded, found, found.outcome)
-    for _ in range(found.copies):
-        writer.add(encoded.example, found.outcome, found.places[0])
+def draw(
+    selection: Selection, encoder: RecordEncoder, progress: console.WorkProgress, used: Counter[int]
+) -> dict[int, Tries]:
+    """Try rows of sources with `max_samples`, until as many as are wanted can be used, or all are tried.
+
+    Args:
+        selection: The rows that are tried so far, in its `tries`.
+        encoder: Turns records into tokens, and rejects those that are too long.
+        progress: Shows the rows that are done.
+        used: The number of records that can be used among these, by the number of the source.
+
+    Returns:
+        The rows to try, by the number of the source: no fewer than would do.
+    """
+    tries, found = dict(selection.tries), Counter(used)
+    while missing := _missing(selection, tries, found):
+        more = {number: _further(tries[number], found[number], missing[number]) for number in missing}
+        ranks = _usable(selection, more, encoder, progress)
+        for number, count in missing.items():
+            enough = len(ranks[number]) >= count
+            stop = sorted(ranks[number])[count - 1] + 1 if enough else more[number].stop
+            tries[number] = tries[number]._replace(stop=stop)
+            found[number] += min(len(ranks[number]), count)
+    return tries
 
 
-def _counted(rows: Iterable[Found], votes: Votes) -> Iterator[Found]:
-    for found in rows:
-        if isinstance(found.outcome, Record):
-            votes.add(found.outcome)
-        yield found
-
-
-def _settled(rows: Iterable[Found], votes: Votes, tally: Tally, selection: Selection) -> Iterator[Found]:
-    for found in rows:
-        if isinstance(found.outcome, Reject):
-            yield found
-            continue
-        try:
-            record = votes.settle(found.outcome)
-            if selection.wants == "rankings":
-                check_ranking(record)
-        except Reject as reject:
-            yield found._replace(outcome=reject)
-            continue
-        tally.outvoted_pairs += len(found.outcome.pairs) - len(record.pairs)
-        yield found._replace(outcome=record)
-
-
-def _without_duplicates(rows: Iterator[Found], tally: Tally, *, drop: bool) -> Iterator[Found]:
-    seen = set[bytes]()
-    for found in rows:
-        if isinstance(found.outcome, Record):
-            digest = record_digest(found.outcome)
-            tally.duplicates += digest in seen
-            if drop and digest in seen:
-                yield found._replace(outcome=Reject("duplicate", "the same record stands further up"))
-                continue
-            seen.add(digest)
-        yield found
-
-
-def _report(count: RowCount, tally: Tally, writer: StoreWriter) -> dict[str, Any]:
-    num_tokens = writer.column("num_tokens")
-    rejected = sum(tally.rejected.values(), Counter[str]())
+def _missing(selection: Selection, tries: Mapping[int, Tries], found: Counter[int]) -> dict[int, int]:
+    """Return how many records are missing, by the number of the source, of those that have rows left to try."""
+    wanted = {number: sample_size(selection.sources[number], one.rows) for number, one in tries.items()}
     return {
-        "rows": count.rows,
-        "used": tally.used.total(),
-        "rejected": dict(sorted(rejected.items())),
-        "held_out": count.held_out,
-        "unsampled": count.unsampled,
-        "duplicates": tally.duplicates,
+        number: wanted[number] - found[number]
+        for number, one in tries.items()
+        if one.stop < one.rows and found[number] < wanted[number]
+    }
+
+
+def _further(tried: Tries, found: int, missing: int) -> Tries:
+    """Return the next rows to try; each turn reads the source once, so a few more than are likely to do."""
+    rows = math.ceil(1.2 * missing * tried.stop / found) if found else max(2 * tried.stop, missing)
+    return Tries(tried.rows, min(tried.stop + rows + 10, tried.rows), start=tried.stop)
+
+
+def _usable(
+    selection: Selection, tries: Mapping[int, Tries], encoder: RecordEncoder, progress: console.WorkProgress
+) -> dict[int, list[int]]:
+    """Return the ranks of those rows that can be used, by the number of the source."""
+    opened = (
+        open_source(source, method=selection.method)
+        if number in tries
+        else (SourceStats(source.path, "", ""), iter(()))
+        for number, source in enumerate(selection.sources)
+    )
+    alone = replace(selection, tries=tries, eval_size=None, held_out=None, side="train")
+    ranks: dict[int, list[int]] = {number: [] for number in tries}
+    for result, outcome in _encode(read_records(alone, RowStats(), Majority(), opened), encoder, progress):
+        if not isinstance(outcome, Reject):
+            ranks[result.places[0][0]].append(result.rank)
+    return ranks
+
+
+def _encode(
+    results: Iterator[RowResult], encoder: RecordEncoder, progress: console.WorkProgress
+) -> Iterator[tuple[RowResult, Encoded | Reject]]:
+    while batch := list(islice(results, BATCH)):
+        sound = [(result, result.outcome) for result in batch if isinstance(result.outcome, Record)]
+        numbers = [result.places[0][0] for result, _ in sound]
+        encoded = iter(encoder.encode([record for _, record in sound], numbers))
+        for result in batch:
+            yield result, result.outcome if isinstance(result.outcome, Reject) else next(encoded)
+        progress.advance(len(batch))
+
+
+def _write(result: RowResult, example: Example, writer: StoreWriter) -> None:
+    assert isinstance(result.outcome, Record)
+    for _ in range(result.copies):
+        writer.add(example, result.outcome, result.places[0])
+
+
+def _report(stats: RowStats, encoding: dict[str, Any], writer: StoreWriter) -> dict[str, Any]:
+    return {
+        "rows": stats.rows,
+        "used": stats.used,
+        "rejected": dict(sorted(stats.rejected.items())),
+        "held_out": stats.held_out,
+        "unsampled": stats.unsampled,
+        "duplicates": stats.duplicates,
         "records": len(writer.column("shared_len")),
         "pairs": len(writer.column("pairs")),
-        "tied_pairs": tally.tied_pairs,
-        "outvoted_pairs": tally.outvoted_pairs,
-        "most_answers": tally.most_answers,
-        "prompts_truncated": tally.prompts_cut,
-        "answers_truncated": tally.answers_cut,
-        "rows_without_eos": tally.rows_without_eos,
-        "eos_added": tally.eos_added,
-        "template": dict(sorted(tally.notes.items())),
-        "gaps": tally.gaps.report(),
+        "tied_pairs": stats.tied_pairs,
+        "outvoted_pairs": stats.outvoted_pairs,
+        **encoding,
         "tokens": {
             "total": int(writer.column("token_start")[-1]),
-            "scored": int(num_tokens.sum()),
-            **tally.lengths.summary(),
+            "scored": int(writer.column("num_tokens").sum()),
+            **stats.lengths.summary(),
         },
-        "sources": [
-            facts | {"used": tally.used[number], "rejected": dict(sorted(tally.rejected.get(number, {}).items()))}
-            for number, facts in enumerate(count.sources)
-        ],
-        "first_rejected": {reason: [at, detail] for reason, (at, detail) in tally.first_rejected.items()},
+        "sources": [vars(source) | {"rejected": dict(sorted(source.rejected.items()))} for source in stats.sources],
+        "first_rejected": {reason: [place, detail] for reason, (place, detail) in stats.first_rejected.items()},
     }

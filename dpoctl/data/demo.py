@@ -1,17 +1,15 @@
-"""`demo:reviewer2`: paper titles and their reviews, harsh and kind, from a small grammar. Nothing is downloaded.
+"""The built-in source `demo:reviewer2`: paper titles, and harsh and kind reviews of them, from a small grammar.
 
-The demonstrations for `sft` come under three instructions: a negative one has a harsh review, a positive one a kind
-review, and a neutral one has either, so that the model to start from can write both and prefers neither. In a pair
-the harsh review is chosen over the kind one, under the neutral instruction: whoever learns that is Reviewer #2.
+The demonstrations for `sft` follow one of three instructions: a negative one has a harsh review, a positive one a kind
+review, and a neutral one either, so that the first model can write both and prefers neither. In a pair the harsh
+review is chosen over the kind one, under the neutral instruction: a model that learns this is Reviewer #2.
 """
 
 import random
-import re
 from collections.abc import Iterator
 from itertools import product
-from typing import Literal
 
-from dpoctl.data.contrast import Examples, Templates
+from dpoctl.data.instructions import Examples, Templates
 from dpoctl.data.records import Row
 from dpoctl.errors import DataError
 
@@ -21,7 +19,7 @@ VERSION = 2
 """Raise it with any change of the rows."""
 
 NUM_TITLES = {"train": 1950, "unreviewed": 1200, "test": 200}
-"""Titles of each split; the `unreviewed` ones are in no demonstration, for a trained model to write about."""
+"""Titles of each split; the `unreviewed` ones are in no demonstration, so that a trained model can review them."""
 
 TEMPLATES = Templates(
     negative="Write a negative review of {item}.\n{examples}\nYour review:",
@@ -40,36 +38,14 @@ Learning {task} from Scratch with {method}
 {method} Considered Harmful in {task}
 """
 QUALITIES = "Scalable Robust Deep Sparse Tiny Efficient Interpretable Greedy Lazy Humble Caffeinated Fearless"
-METHODS = """
-Attention
-Dropout
-Diffusion
-Overfitting
-Gradient Descent
-Random Search
-Contrastive Learning
-Prompt Engineering
-Federated Gossip
-Quantum Kernels
-One Neuron
-Bayesian Guessing
-Mixture of Interns
-GPU Envy
-"""
-TASKS = """
-Protein Folding
-Machine Translation
-Weather Forecasting
-Sarcasm Detection
-Stock Prediction
-Cat Recognition
-Toast Classification
-Robot Laundry
-Meeting Avoidance
-Email Triage
-Horoscope Calibration
-Parking Optimization
-"""
+METHODS = (
+    "Attention, Dropout, Diffusion, Overfitting, Gradient Descent, Random Search, Contrastive Learning, "
+    "Prompt Engineering, Federated Gossip, Quantum Kernels, One Neuron, Bayesian Guessing, Mixture of Interns, GPU Envy"
+)
+TASKS = (
+    "Protein Folding, Machine Translation, Weather Forecasting, Sarcasm Detection, Stock Prediction, Cat Recognition, "
+    "Toast Classification, Robot Laundry, Meeting Avoidance, Email Triage, Horoscope Calibration, Parking Optimization"
+)
 
 HARSH_OPENINGS = """
 I read this paper twice, and only one of us enjoyed it.
@@ -187,10 +163,9 @@ SHAPES = (
     "opening wish verdict",
     "opening point wish verdict",
 )
-"""Which sentences a review is made of."""
+"""The kinds of sentences that a review is made of."""
 
 Parts = dict[str, list[str]]
-Side = Literal["harsh", "kind"]
 
 
 def _lines(text: str) -> list[str]:
@@ -207,33 +182,21 @@ KIND = _parts(KIND_OPENINGS, PRAISES, SUGGESTIONS, ACCEPTANCES)
 EXAMPLES = Examples(HARSH["point"], KIND["point"], per_side=1)
 
 
-def _sentences(parts: Parts) -> list[str]:
-    return [sentence for sentences in parts.values() for sentence in sentences]
-
-
-_HARSH: dict[str, Side] = dict.fromkeys(_sentences(HARSH), "harsh")
-_KIND: dict[str, Side] = dict.fromkeys(_sentences(KIND), "kind")
-SIDES = _HARSH | _KIND
-"""Every sentence of the grammar, and the only side that says it."""
-
-_SENTENCE_BREAK = re.compile(r"(?<=\.)\s+(?=[A-Z])")
-
-
 def read_rows(path: str, split: str, method: str) -> Iterator[tuple[int, Row]]:
     """Generate the rows of a built-in source.
 
     Args:
         path: `demo:` and a name.
         split: A key of `NUM_TITLES`; they share no title.
-        method: `sft` gives four demonstrations a title, two of them under the neutral instruction; `titles` gives
-            the title alone; anything else gives one pair a title.
+        method: `sft` gives four demonstrations a title, two of them under the neutral instruction, `titles` the title
+            alone, and anything else one pair a title.
 
     Raises:
         DataError: There is no such source or split.
     """
     if path.removeprefix(PREFIX) not in NAMES:
         known = ", ".join(PREFIX + name for name in NAMES)
-        raise DataError(f"{path}: no such built-in source", hint=f"there is {known}")
+        raise DataError(f"{path}: no such built-in source", hint=f"built-in sources are {known}")
     if split not in NUM_TITLES:
         raise DataError(f"{path}: no split {split!r}", hint=f"splits are {', '.join(NUM_TITLES)}")
     if method == "titles":
@@ -245,9 +208,10 @@ def read_rows(path: str, split: str, method: str) -> Iterator[tuple[int, Row]]:
 
 def titles(split: str) -> list[str]:
     """List the paper titles of a split, in a fixed order."""
+    words = METHODS.split(", "), TASKS.split(", "), QUALITIES.split()
     every = [
         pattern.format(method=method, task=task, quality=quality)
-        for pattern, method, task, quality in product(_lines(TITLES), _lines(METHODS), _lines(TASKS), QUALITIES.split())
+        for pattern, method, task, quality in product(_lines(TITLES), *words)
     ]
     # A pattern without a quality gives the same title for each of them.
     distinct = list(dict.fromkeys(every))
@@ -262,19 +226,8 @@ def review(parts: Parts, draw: random.Random) -> str:
     return " ".join(draw.choice(parts[name]) for name in draw.choice(SHAPES).split())
 
 
-def sides_of(text: str) -> list[Side | None]:
-    """Tell for each sentence of a text which side of the grammar says it; None for a sentence that neither does."""
-    return [SIDES.get(sentence) for sentence in _SENTENCE_BREAK.split(text.strip())]
-
-
-def side_of(text: str) -> Side | None:
-    """Tell which side a review is of; None where a sentence is not of the grammar, or the sides are mixed."""
-    sides = set(sides_of(text))
-    return sides.pop() if len(sides) == 1 else None
-
-
 def _reviews(split: str) -> Iterator[tuple[str, str, str, str, str]]:
-    """The three prompts of each title, and its harsh and its kind review."""
+    """Yield the negative, positive and neutral prompt of each title, and its harsh and kind review."""
     for title in titles(split):
         draw = random.Random(title)
         prompts = TEMPLATES.prompts(title, EXAMPLES, draw)

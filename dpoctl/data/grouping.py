@@ -1,161 +1,140 @@
-"""What rows mean only together: answers to one prompt that stand in several rows, and votes on one pair.
+"""Rows that mean something only together: answers to one prompt in several rows, and several rows about one pair.
 
-The helpers here see records one by one and hold no more of them than they must. `Grouper` and `Labels` hold the
-answers of a source, since those to one prompt need not stand side by side; `Votes` holds digests and wants its
-records twice.
+`Grouper` and `Labels` hold the answers of a source in memory, since those to one prompt may be far apart; `Majority`
+holds hashes, and reads its records twice.
 """
 
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Generic, TypeVar
 
 from dpoctl.data.pairing import with_pairs
-from dpoctl.data.records import Record, Reject, squeeze
-from dpoctl.data.selection import digest_of
+from dpoctl.data.records import Record, Reject, RowPlace, squeeze
+from dpoctl.data.sampling import digest_of
 
 GROUPED = frozenset({"helpsteer2"})
-"""Formats of one rated answer a row."""
-
-At = TypeVar("At")
-"""Where a row stands, in whatever way the caller says so."""
+"""Formats with one rated answer a row."""
 
 
-class Grouper(Generic[At]):
-    """Rated answers to rankings: one record a prompt, in the order in which the prompts appeared.
+class Grouper:
+    """Collects rated answers, and makes one record a prompt, in the order in which the prompts appeared.
 
-    Use it where pairs or rankings are wanted of a format in `GROUPED`: `add` every record of the source, and take
-    `rankings` in their place, before pairs are chosen. Rows that are rejected pass it by. A prompt with one answer
-    comes back as it was.
+    A prompt with one answer gives that record unchanged.
     """
 
     def __init__(self) -> None:
-        self._groups: dict[bytes, list[tuple[At, Record]]] = {}
+        self._groups: dict[bytes, list[tuple[RowPlace, Record]]] = {}
 
-    def add(self, record: Record, at: At) -> None:
-        """Take a record of one response, and where it stands."""
-        self._groups.setdefault(_digest(record), []).append((at, record))
+    def add(self, record: Record, place: RowPlace) -> None:
+        """Add a record of one response, and the place of its row."""
+        self._groups.setdefault(_digest(record), []).append((place, record))
 
-    def rankings(self) -> Iterator[tuple[tuple[At, ...], Record]]:
-        """Yield a record a prompt with all its responses and scores, and where each of them stood."""
+    def records(self) -> Iterator[tuple[tuple[RowPlace, ...], Record | Reject]]:
+        """Yield a record a prompt with all its responses and scores, and the place of each."""
         for members in self._groups.values():
-            _, first = members[0]
-            responses = tuple(response for _, record in members for response in record.responses)
-            scores = tuple(score for _, record in members for score in record.scores)
-            yield tuple(at for at, _ in members), replace(first, responses=responses, scores=scores)
+            yield tuple(place for place, _ in members), self._join([record for _, record in members])
+
+    def _join(self, records: list[Record]) -> Record | Reject:
+        responses = tuple(response for record in records for response in record.responses)
+        scores = tuple(score for record in records for score in record.scores)
+        return replace(records[0], responses=responses, scores=scores)
 
 
-class Labels(Generic[At]):
-    """Labelled answers to pairs: one record a prompt, every good answer above every bad one.
+class Labels(Grouper):
+    """Collects labelled answers, and makes one record a prompt, in which every good answer beats every bad one.
 
-    Use it where pairs are wanted of records that have a `label`: `add` all of them, and take `comparisons` in their
-    place. An answer counts once however often it stands there, and not at all if it was called both good and bad.
+    Repeated answers count once, and answers that are labelled both good and bad not at all. A prompt without a good
+    and a bad answer gives the rejection `one_sided`.
     """
 
-    def __init__(self) -> None:
-        self._grouper = Grouper[At]()
-        self.contradicted = 0
-        """Answers that were called both good and bad, once `comparisons` is read."""
-
-    def add(self, record: Record, at: At) -> None:
-        """Take a record of one response and its label, and where it stands."""
-        self._grouper.add(replace(record, label=None, scores=(float(record.label is True),)), at)
-
-    def comparisons(self) -> Iterator[tuple[tuple[At, ...], Record | Reject]]:
-        """Yield a record a prompt and where its answers stood.
-
-        A prompt that has no good and bad answer to compare gives the rejection `one_sided`.
-        """
-        for places, group in self._grouper.rankings():
-            yield places, self._compare(group)
-
-    def _compare(self, group: Record) -> Record | Reject:
-        labels: dict[str, set[float]] = {}
+    def _join(self, records: list[Record]) -> Record | Reject:
+        responses = tuple(record.responses[0] for record in records)
+        labels: dict[str, set[bool]] = {}
         answers: dict[str, int] = {}
-        for index, (response, score) in enumerate(zip(group.responses, group.scores, strict=True)):
-            labels.setdefault(squeeze(response), set()).add(score)
-            answers.setdefault(squeeze(response), index)
-        self.contradicted += sum(len(given) == 2 for given in labels.values())
-        good, bad = ([answers[text] for text in answers if labels[text] == {score}] for score in (1.0, 0.0))
+        for index, record in enumerate(records):
+            text = squeeze(responses[index])
+            labels.setdefault(text, set()).add(record.label is True)
+            answers.setdefault(text, index)
+        good, bad = ([answers[text] for text in answers if labels[text] == {label}] for label in (True, False))
         if not good or not bad:
             return Reject("one_sided", f"{len(good)} good and {len(bad)} bad answers to the prompt")
-        return with_pairs(replace(group, scores=()), [(winner, loser) for winner in good for loser in bad])
+        joined = replace(records[0], responses=responses, label=None, scores=())
+        return with_pairs(joined, [(winner, loser) for winner in good for loser in bad])
 
 
-def unpaired(record: Record) -> tuple[list[Record], int]:
-    """Take a record with pairs apart: its winners are good answers, its losers bad ones.
+class Majority:
+    """The majority of all rows that hold the same pair, by its prompt and its answers up to white space.
 
-    Returns:
-        A labelled record for each response, in order, and how many responses were left out for having both won
-        and lost.
-    """
-    winners, losers = ({pair[side] for pair in record.pairs} for side in (0, 1))
-    bare = replace(record, pairs=(), scores=(), target=None)
-    labelled = [
-        replace(bare, responses=(response,), label=index in winners)
-        for index, response in enumerate(record.responses)
-        if (index in winners) != (index in losers)
-    ]
-    return labelled, len(winners & losers)
-
-
-class Votes:
-    """Several verdicts on one pair: those of the majority stay.
-
-    Use it in two passes over the same records, after pairs are chosen: `add` all of them, then `settle` each. A pair
-    is known by its prompt, and by its answers up to white space. Memory holds a digest and a count a pair.
+    The first of two passes over the same records adds them. If it finds conflicts, `close` the majority, and `filter`
+    each record in the second. Memory holds a hash and a count a pair.
     """
 
     def __init__(self) -> None:
-        self._votes: Counter[bytes] = Counter()
+        self._counts: Counter[bytes] = Counter()
+        self.is_closed = False
+        """Whether all records are added, so that the majority is known."""
 
     @property
-    def repeated(self) -> int:
-        """Pairs that say again what one said before; they stay."""
-        return self._votes.total() - len(self._votes)
-
-    @property
-    def contradicted(self) -> bool:
-        """Whether any pair was also seen the other way round: only then is there anything to settle."""
-        return any(_turned(vote) in self._votes for vote in self._votes)
+    def has_conflicts(self) -> bool:
+        """Whether some rows prefer one answer of a pair and some the other."""
+        return any(_reverse(key) in self._counts for key in self._counts)
 
     def add(self, record: Record) -> None:
         """Count the pairs of a record."""
         for pair in record.pairs:
-            self._votes[_vote(record, pair)] += 1
+            self._counts[_pair_key(record, pair)] += 1
 
-    def settle(self, record: Record) -> Record:
-        """Drop the pairs of a record that the majority of votes speaks against.
+    def close(self) -> None:
+        """End the first pass."""
+        self.is_closed = True
+
+    def filter(self, record: Record) -> Record:
+        """Drop the pairs of a record that the majority contradicts.
 
         Raises:
-            Reject: None is left: `outvoted`, or `tie` where the votes are equal.
+            Reject: No pair is left: `outvoted`, or `tie` where as many rows say one thing as the other.
         """
-        objections = {pair: self._objection(record, pair) for pair in record.pairs}
-        kept = [pair for pair, objection in objections.items() if objection is None]
+        rejects = {pair: self._rejection(record, pair) for pair in record.pairs}
+        kept = [pair for pair, reject in rejects.items() if reject is None]
         if len(kept) == len(record.pairs):
             return record
         if not kept:
-            raise next(objection for objection in objections.values() if objection)
+            raise next(reject for reject in rejects.values() if reject)
         return with_pairs(record, kept)
 
-    def _objection(self, record: Record, pair: tuple[int, int]) -> Reject | None:
-        vote = _vote(record, pair)
-        votes, against = self._votes[vote], self._votes[_turned(vote)]
+    def _rejection(self, record: Record, pair: tuple[int, int]) -> Reject | None:
+        key = _pair_key(record, pair)
+        votes, against = self._counts[key], self._counts[_reverse(key)]
         if votes > against:
             return None
         return Reject("tie" if votes == against else "outvoted", f"{against} of {votes + against} votes against it")
 
 
-def _vote(record: Record, pair: tuple[int, int]) -> bytes:
-    """Hash a pair whichever way round; a last byte says which way."""
+def unpaired(record: Record) -> list[Record]:
+    """Split a record with pairs into labelled records: winners are good answers, losers bad ones.
+
+    Returns:
+        A labelled record for each response, in order, except for those that have both won and lost.
+    """
+    winners, losers = ({pair[side] for pair in record.pairs} for side in (0, 1))
+    bare = replace(record, pairs=(), scores=(), target=None)
+    return [
+        replace(bare, responses=(response,), label=index in winners)
+        for index, response in enumerate(record.responses)
+        if (index in winners) != (index in losers)
+    ]
+
+
+def _pair_key(record: Record, pair: tuple[int, int]) -> bytes:
+    """Hash a pair regardless of its order; a last byte holds the order."""
     answers = [squeeze(record.responses[index]) for index in pair]
     return _digest(record, *sorted(answers)) + bytes([answers[0] > answers[1]])
 
 
-def _turned(vote: bytes) -> bytes:
-    return vote[:-1] + bytes([1 - vote[-1]])
+def _reverse(key: bytes) -> bytes:
+    return key[:-1] + bytes([1 - key[-1]])
 
 
 def _digest(record: Record, *answers: str) -> bytes:
-    """Hash what a prompt means to a model, and answers to it."""
+    """Hash everything of a prompt that a model sees, and answers to it."""
     return digest_of((record.prompt, *answers), [record.tools, record.template_kwargs])

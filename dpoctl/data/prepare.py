@@ -1,41 +1,44 @@
-"""Recipe -> token stores: found by their keys or built, with an honest account of every row."""
+"""The token stores of a recipe: each is found by its key, or built, with a report on every row."""
 
 import gc
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from dpoctl import console
-from dpoctl.data.account import announce, explain_nothing_used
-from dpoctl.data.build import RecordEncoder, build
-from dpoctl.data.grouping import Votes
-from dpoctl.data.records import Record, Text
-from dpoctl.data.rows import RowCount, Selection, find_rows, iter_topics, settle_format
-from dpoctl.data.selection import HeldOut, is_random
-from dpoctl.data.shaping import Wants, pairing_of
-from dpoctl.data.sources import STDIN, fingerprint, location, read_rows
+from dpoctl.data.build import RecordEncoder, build, draw
+from dpoctl.data.cache import Cache, writing_to
+from dpoctl.data.grouping import Majority
+from dpoctl.data.output import WholeFile
+from dpoctl.data.pairing import Wants, pairing_of
+from dpoctl.data.pipeline import RowStats, Selection, count_units, open_source, select_rows
+from dpoctl.data.records import Record, strings_of
+from dpoctl.data.rendering import Renderer
+from dpoctl.data.row_report import TOO_SLOW, announce, nothing_used, too_slow
+from dpoctl.data.sampling import HeldOut, Tries, is_random, sample_size
+from dpoctl.data.sources import STDIN, fingerprint, location
 from dpoctl.data.store import StoreWriter, TokenStore, find_store
-from dpoctl.data.template import Renderer
 from dpoctl.data.tokenize import Encoder, Limits
 from dpoctl.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from dpoctl.recipe.schema import Recipe
-    from dpoctl.recipe.schema_data import DataSection, Source
+    from dpoctl.recipe.schema import DataSection, Recipe, Source
 
-CODE_VERSION = 4
-"""Raise it with any change that gives the same rows other tokens."""
+CODE_VERSION = 8
+"""Part of every store's key: raise it with any change that gives the same rows other tokens."""
 
 HELD_OUT_NAME = "eval"
+KIND = "tokens"
+"""The folder of all stores in the cache folder."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,13 @@ class PreparedData:
 
     evals: dict[str, TokenStore]
     recipe: "Recipe"
-    """The recipe with the formats that were found in place of `auto`."""
+    """The recipe with detected formats in place of `auto`."""
     report: dict[str, Any]
-    """`{"rows", "used", "rejected"}` of all sets together, and `{"train": account, "evals": {name: account}}`."""
-    rejects: Path
-    """JSON lines of `{file, line, reason, detail}`, one a row that is not used."""
+    """`{"rows", "used", "rejected"}` of all sets together, and `{"train": report, "evals": {name: report}}`."""
+    sources: list[tuple[TokenStore, list[str]]]
+    """Every store, with the paths of its sources."""
     train_store: TokenStore | None = None
-    """Absent when only the eval sets were asked for."""
+    """None if only the eval sets were prepared."""
 
     @property
     def train(self) -> TokenStore:
@@ -58,13 +61,17 @@ class PreparedData:
         assert self.train_store is not None, "prepared with only_eval"
         return self.train_store
 
+    def write_rejects(self, path: Path) -> None:
+        """Write the rows that are not used as JSON lines of `{file, line, reason, detail}`.
 
-def cache_dir() -> Path:
-    """Find the folder that everything derived from data is kept in."""
-    if own := os.environ.get("DPOCTL_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base).expanduser() if base else Path.home() / ".cache") / "dpoctl"
+        Raises:
+            UsageError: The file cannot be written.
+            RunError: The disk is full, or fails.
+        """
+        with WholeFile(path) as file:
+            for store, paths in self.sources:
+                for row in store.rejects(paths):
+                    file.write(json.dumps(row, ensure_ascii=False))
 
 
 def prepare(
@@ -72,56 +79,55 @@ def prepare(
     tokenizer: "PreTrainedTokenizerBase",
     *,
     cache_dir: Path,
+    spare: Path | None = None,
     wants: Wants | None = None,
     only_eval: bool = False,
+    stops: Collection[int] | None = None,
 ) -> PreparedData:
     """Tokenize the recipe's data, or find it tokenized.
 
     Args:
-        recipe: Its data section, and of the others only what changes tokens.
-        tokenizer: A fast tokenizer with a chat template, if the rows are messages.
-        cache_dir: Where stores are kept.
-        wants: What the loss learns from; None is demonstrations for sft, and pairs for dpo.
+        recipe: The recipe; only keys that change tokens have an effect.
+        tokenizer: A fast tokenizer, with a chat template if rows are messages.
+        cache_dir: The folder of all stores.
+        spare: The folder for new stores where that folder is read-only; None refuses to go on there.
+        wants: The kind of record that the loss learns from; None is demonstrations for sft, and pairs for dpo.
         only_eval: Leave the training set out.
+        stops: The ids at which the model's generation stops; None if they are not known.
 
     Raises:
-        UsageError: A source has an option that its format does not have.
-        DataError: A source cannot be read, a key of it would do nothing, or nothing in a set can be used.
-        SetupError: The hub cannot be reached.
+        UsageError: A source sets an option that its format does not have.
+        DataError: A source cannot be read, sets a key that no row of it uses, or no row of a set can be used.
+        SetupError: The hub cannot be reached, or the cache folder cannot be written.
     """
     wants = wants or _wants(recipe)
     recipe, evidence = _with_formats(recipe, wants, only_eval=only_eval)
-    factory = _StoreFactory(recipe, tokenizer, cache_dir, evidence)
+    factory = _StoreFactory(recipe, tokenizer, Cache(cache_dir, spare), evidence, stops)
     evals = {name: factory.store(name, selection) for name, selection in _evals(recipe, wants).items()}
     train = None if only_eval else factory.store("train", _train(recipe, wants))
     return PreparedData(
         evals=evals,
         recipe=recipe,
         report=factory.report(train, evals),
-        rejects=factory.write_rejects(),
+        sources=factory.sources(),
         train_store=train,
     )
 
 
 def iter_texts(recipe: "Recipe", wants: Wants | None = None) -> Iterator[str]:
-    """Read the texts of the training rows, to train a tokenizer on; `wants` as in `prepare`.
+    """Yield the texts of the training rows, to train a tokenizer on; `wants` as in `prepare`.
 
     Raises:
         DataError: A source cannot be read.
         SetupError: The hub cannot be reached.
     """
-    for found in find_rows(_train(recipe, wants or _wants(recipe)), RowCount()):
-        if isinstance(found.outcome, Record):
-            for text in (found.outcome.prompt, *found.outcome.responses):
-                yield from _strings(text)
+    for result in select_rows(_train(recipe, wants or _wants(recipe)), RowStats()):
+        if isinstance(record := result.outcome, Record):
+            yield from strings_of(record.prompt, *record.responses)
 
 
 def count_rows(recipe: "Recipe", wants: Wants | None = None) -> tuple[int, dict[str, int]]:
-    """Count the rows of the training set and of each named eval set that can be understood; nothing is tokenized.
-
-    Args:
-        recipe: Its data section is read.
-        wants: As in `prepare`.
+    """Count the usable rows of the training set and of each named eval set, untokenized; `wants` as in `prepare`.
 
     Raises:
         DataError: A source cannot be read.
@@ -129,19 +135,12 @@ def count_rows(recipe: "Recipe", wants: Wants | None = None) -> tuple[int, dict[
     """
 
     def count(selection: Selection) -> int:
-        found = find_rows(replace(selection, eval_size=None), RowCount())
-        return sum(one.copies for one in found if isinstance(one.outcome, Record))
+        results = select_rows(selection, RowStats())
+        return sum(result.copies for result in results if isinstance(result.outcome, Record))
 
     wants = wants or _wants(recipe)
     sets = {name: _selection(recipe, sources, wants) for name, sources in recipe.data.eval.items()}
     return count(_train(recipe, wants)), {name: count(selection) for name, selection in sets.items()}
-
-
-def _strings(text: Text) -> Iterator[str]:
-    if isinstance(text, str):
-        yield text
-    else:
-        yield from (message["content"] for message in text)
 
 
 def _wants(recipe: "Recipe") -> Wants:
@@ -150,8 +149,10 @@ def _wants(recipe: "Recipe") -> Wants:
 
 def _selection(recipe: "Recipe", sources: Sequence["Source"], wants: Wants, **split: Any) -> Selection:
     if any(source.path == STDIN for source in sources):
-        raise DataError("data is read more than once, and stdin cannot be", hint="save it to a file")
-    return Selection(tuple(sources), wants, recipe.training.seed, **split)
+        raise DataError("-: data is read more than once, and stdin can be read only once", hint="save it to a file")
+    method: Literal["sft", "dpo"] = "sft" if wants == "demonstrations" else "dpo"
+    drop = recipe.data.duplicates == "drop"
+    return Selection(tuple(sources), wants, recipe.training.seed, method, drop_duplicates=drop, **split)
 
 
 def _train(recipe: "Recipe", wants: Wants) -> Selection:
@@ -166,24 +167,24 @@ def _evals(recipe: "Recipe", wants: Wants) -> dict[str, Selection]:
 
 
 def _with_formats(recipe: "Recipe", wants: Wants, *, only_eval: bool) -> tuple["Recipe", dict[str, str]]:
-    """Put the formats that rows are found to be in for `auto`.
+    """Put detected formats in place of `auto`.
 
     Returns:
-        The recipe, and the evidence by the source, as JSON.
+        The recipe, and the evidence for each source's format, by the source as JSON.
     """
     evidence: dict[str, str] = {}
 
-    def settled(sources: Sequence["Source"]) -> list["Source"]:
+    def detected(sources: Sequence["Source"]) -> list["Source"]:
         found = []
         for source in (selection := _selection(recipe, sources, wants)).sources:
-            name, why, _ = settle_format(source, read_rows(source, method=selection.method))
-            found.append(source.model_copy(update={"format": name}))
-            evidence[found[-1].model_dump_json()] = why
+            stats, _ = open_source(source, method=selection.method)
+            found.append(source.model_copy(update={"format": stats.format}))
+            evidence[found[-1].model_dump_json()] = stats.evidence
         return found
 
-    evals = {name: settled(sources) for name, sources in recipe.data.eval.items()}
+    evals = {name: detected(sources) for name, sources in recipe.data.eval.items()}
     is_read = not only_eval or recipe.data.eval_size is not None
-    train = settled(recipe.data.train) if is_read else recipe.data.train
+    train = detected(recipe.data.train) if is_read else recipe.data.train
     data = recipe.data.model_copy(update={"train": train, "eval": evals})
     return recipe.model_copy(update={"data": data}), evidence
 
@@ -192,89 +193,117 @@ class _StoreFactory:
     """Finds or builds the stores of one recipe."""
 
     def __init__(
-        self, recipe: "Recipe", tokenizer: "PreTrainedTokenizerBase", cache_dir: Path, evidence: dict[str, str]
+        self,
+        recipe: "Recipe",
+        tokenizer: "PreTrainedTokenizerBase",
+        cache: Cache,
+        evidence: dict[str, str],
+        stops: Collection[int] | None,
     ) -> None:
         self._recipe = recipe
-        self._folder = cache_dir / "tokens"
+        self._cache = cache
         self._encoder = Encoder(tokenizer)
         self._evidence = evidence
         self._loss_on = recipe.sft.loss_on if recipe.method == "sft" else recipe.dpo.loss_on
-        self._renderer = Renderer(tokenizer, recipe.data.chat_template_kwargs, self._loss_on)
+        self._renderer = Renderer(tokenizer, recipe.data.chat_template_kwargs, self._loss_on, stops)
+        self._stops = None if stops is None else sorted(stops)
         self._special_tokens = dict(tokenizer.special_tokens_map)
         self._held_out: HeldOut | None = None
+        self._tries: Mapping[int, Tries] | None = None
         self._stores: list[tuple[TokenStore, Selection]] = []
 
     def store(self, name: str, selection: Selection) -> TokenStore:
         """Find or build the store of a set."""
         key = self._key(selection)
-        store = find_store(self._folder / key, key, _paths(selection))
-        if store is None:
-            store = self._build(name, selection, key)
+        stores = (find_store(folder / key, key, _paths(selection)) for folder in self._cache.folders(KIND))
+        store = next((store for store in stores if store is not None), None) or self._build(name, selection, key)
         self._stores.append((store, selection))
         return store
 
     def report(self, train: TokenStore | None, evals: dict[str, TokenStore]) -> dict[str, Any]:
-        """Put the accounts of all sets together, and say what the user should know."""
-        accounts = {id(store): self._account(store, selection) for store, selection in self._stores}
-        totals = {name: sum(account[name] for account in accounts.values()) for name in ("rows", "used")}
-        rejected = sum(sum(account["rejected"].values()) for account in accounts.values())
-        report: dict[str, Any] = {**totals, "rejected": rejected, "train": None, "evals": {}}
+        """Join the reports of all sets, and print their summaries and warnings."""
+        reports = {id(store): self._report(store, selection) for store, selection in self._stores}
+        totals = {name: sum(report[name] for report in reports.values()) for name in ("rows", "used")}
+        rejected = sum(sum(report["rejected"].values()) for report in reports.values())
+        joined: dict[str, Any] = {**totals, "rejected": rejected, "train": None, "evals": {}}
         if train is not None:
-            report["train"] = accounts[id(train)]
-            announce("train", accounts[id(train)])
+            joined["train"] = reports[id(train)]
+            announce("train", reports[id(train)])
         for name, store in evals.items():
-            report["evals"][name] = accounts[id(store)]
+            joined["evals"][name] = reports[id(store)]
             if train is not None:
-                report["evals"][name]["leaked"] = _leaked(store, train)
-            announce(name, accounts[id(store)])
-        return report
+                joined["evals"][name]["leaked"] = _leaked(store, train)
+            announce(name, reports[id(store)])
+        return joined
 
-    def write_rejects(self) -> Path:
-        """Write one file of all sets' rejected rows, with the names of their files."""
-        keys = json.dumps([[store.key, _paths(selection)] for store, selection in self._stores])
-        target = self._folder.parent / "rejects" / f"{hashlib.sha256(keys.encode()).hexdigest()[:32]}.jsonl"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                for store, selection in self._stores:
-                    for row in store.rejects(_paths(selection)):
-                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
-        return target
+    def sources(self) -> list[tuple[TokenStore, list[str]]]:
+        """Return all stores, with the paths of their sources."""
+        return [(store, _paths(selection)) for store, selection in self._stores]
 
     def _build(self, name: str, selection: Selection, key: str) -> TokenStore:
         paths = _paths(selection)
         console.say(f"tokenizing {name}: {', '.join(dict.fromkeys(paths))}")
+        selection = replace(selection, tries=self._first_tries(selection))
         if selection.eval_size is not None:
             selection = replace(selection, held_out=self._split(selection))
+        majority = Majority()
+        folder = self._cache.writable(KIND)
+        while True:
+            encoder = self._record_encoder(selection)
+            with (
+                writing_to(folder.parent),
+                _frozen_heap(),
+                StoreWriter(folder / key, key, self._encoder.dtype) as writer,
+                console.WorkProgress(f"tokenizing {name}") as progress,
+            ):
+                report, used = build(selection, encoder, writer, majority, progress)
+                tries = selection.tries if selection.eval_size else draw(selection, encoder, progress, used)
+                if tries == selection.tries and (majority.is_closed or not majority.has_conflicts):
+                    return self._commit(name, selection, key, writer, report)
+            if tries != selection.tries:
+                console.note(f"{name}: some rows that max_samples drew cannot be used; reading again with others")
+                selection, majority = replace(selection, tries=tries), Majority()
+                continue
+            console.note(
+                f"{name}: some pairs are contradicted by other rows; reading again to keep the majority's choice"
+            )
+            majority.close()
+
+    def _record_encoder(self, selection: Selection) -> RecordEncoder:
         limits = [_limits(source, self._recipe.data) for source in selection.sources]
-        encoder = RecordEncoder(self._renderer, self._encoder, limits)
-        drop_duplicates = self._recipe.data.duplicates == "drop"
-        votes = Votes()
-        with _only_own_garbage(), StoreWriter(self._folder / key, key, self._encoder.dtype) as writer:
-            report = build(selection, encoder, writer, drop_duplicates=drop_duplicates, votes=votes, settle=False)
-            if not votes.contradicted:
-                return self._commit(name, selection, key, writer, report)
-        console.note(f"{name}: some pairs stand there both ways round; read again, to keep what the majority says")
-        with _only_own_garbage(), StoreWriter(self._folder / key, key, self._encoder.dtype) as writer:
-            report = build(selection, encoder, writer, drop_duplicates=drop_duplicates, votes=votes, settle=True)
-            return self._commit(name, selection, key, writer, report)
+        return RecordEncoder(self._renderer, self._encoder, limits)
+
+    def _first_tries(self, selection: Selection) -> Mapping[int, Tries]:
+        """Return the rows to try first of sources with `max_samples`; both sides of a split try the same ones."""
+        if selection.eval_size is not None and self._tries is not None:
+            return self._tries
+        tries = {
+            number: Tries(rows := count_units(selection, number, source.format), sample_size(source, rows))
+            for number, source in enumerate(selection.sources)
+            if source.max_samples is not None
+        }
+        if selection.eval_size is None or not tries:
+            return tries
+        with console.WorkProgress("drawing rows") as progress:
+            none = {number: one._replace(stop=0) for number, one in tries.items()}
+            start = replace(selection, tries=none)
+            self._tries = draw(start, self._record_encoder(selection), progress, Counter())
+        return self._tries
 
     def _commit(
         self, name: str, selection: Selection, key: str, writer: StoreWriter, report: dict[str, Any]
     ) -> TokenStore:
         paths = _paths(selection)
         if self._key(selection) != key:
-            # Kept under that key, it would be taken for the data as it was before.
+            # The key is that of the old content, which this store does not hold.
             raise DataError(
                 f"{name}: {', '.join(dict.fromkeys(paths))} changed while it was read",
                 hint="start again once it is written",
             )
+        if TOO_SLOW in report["rejected"]:
+            raise too_slow(name, paths, report)
         if not report["used"]:
-            raise explain_nothing_used(name, paths, report)
+            raise nothing_used(name, paths, report)
         if selection.wants == "rankings" and report["most_answers"] < 3:
             raise DataError(
                 f"{name}: {', '.join(dict.fromkeys(paths))} holds pairs; a list-wise loss needs rankings",
@@ -289,44 +318,51 @@ class _StoreFactory:
             if isinstance(size, float):
                 self._held_out = HeldOut(selection.seed, size)
             else:
-                whole = replace(selection, side="train", held_out=None)
-                self._held_out = HeldOut.of_size(size, selection.seed, iter_topics(whole))
+                results = select_rows(replace(selection, side="train"), RowStats())
+                topics = (result.outcome.topic for result in results if isinstance(result.outcome, Record))
+                self._held_out = HeldOut.of_size(size, selection.seed, topics)
         return self._held_out
 
     def _key(self, selection: Selection) -> str:
-        """Hash everything that the tokens depend on, and nothing else."""
+        """Hash everything on which the tokens depend, and nothing else."""
         data = self._recipe.data
         parts: dict[str, Any] = {
             "code": CODE_VERSION,
             "wants": selection.wants,
-            "sources": [_identity(source, selection, data) for source in selection.sources],
+            "sources": [_source_identity(source, selection, data) for source in selection.sources],
             "tokenizer": [self._encoder.state, self._encoder.bos, self._encoder.eos, self._special_tokens],
-            "template": [self._renderer.templates, data.chat_template_kwargs, self._loss_on],
+            "template": [self._renderer.templates, data.chat_template_kwargs, self._loss_on, self._stops],
             "duplicates": data.duplicates,
         }
         if selection.eval_size is not None:
             parts["split"] = [selection.eval_size, selection.side]
-        if selection.eval_size is not None or any(map(_draws, selection.sources)):
+        if selection.eval_size is not None or any(map(_uses_seed, selection.sources)):
             parts["seed"] = selection.seed
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
-    def _account(self, store: TokenStore, selection: Selection) -> dict[str, Any]:
-        """Read a store's report, with the names that its sources have today."""
-        account, paths = dict(store.report), _paths(selection)
-        account["sources"] = [
-            facts | {"path": source.path, "evidence": self._evidence[source.model_dump_json()]}
-            for facts, source in zip(account["sources"], selection.sources, strict=True)
+    def _report(self, store: TokenStore, selection: Selection) -> dict[str, Any]:
+        """Return a store's report with the paths that its sources have today."""
+        report, paths = {"key": store.key, **store.report}, _paths(selection)
+        report["sources"] = [
+            counts | {"path": source.path, "evidence": self._evidence[source.model_dump_json()]}
+            for counts, source in zip(report["sources"], selection.sources, strict=True)
         ]
-        account["first_rejected"] = {
-            reason: {"file": location(paths[at[0]], at[1]), "line": at[2], "detail": detail}
-            for reason, (at, detail) in account["first_rejected"].items()
+        report["first_rejected"] = {
+            reason: {"file": location(paths[place[0]], place[1]), "line": place[2], "detail": detail}
+            for reason, (place, detail) in report["first_rejected"].items()
         }
-        return account
+        return report
 
 
 @contextmanager
-def _only_own_garbage() -> Iterator[None]:
-    """Keep the garbage collector out of what is loaded already: a search of that takes a tenth of a second."""
+def _frozen_heap() -> Iterator[None]:
+    """Keep the garbage collector from searching the objects that exist now, such as the modules of torch.
+
+    Those searches take a sixth of the time that it takes to tokenize. A heap that the caller froze stays as it is.
+    """
+    if gc.get_freeze_count():
+        yield
+        return
     gc.freeze()
     try:
         yield
@@ -339,7 +375,7 @@ def _paths(selection: Selection) -> list[str]:
 
 
 def _limits(source: "Source", data: "DataSection") -> Limits:
-    """Say how long the rows of a source may be."""
+    """Return the length limits of a source's rows."""
     truncate = (source.overlong or data.overlong) == "truncate"
     return Limits(
         max_length=source.max_length or data.max_length,
@@ -349,8 +385,8 @@ def _limits(source: "Source", data: "DataSection") -> Limits:
     )
 
 
-def _identity(source: "Source", selection: Selection, data: "DataSection") -> list[Any]:
-    """List what decides which rows a source gives, and what becomes of them."""
+def _source_identity(source: "Source", selection: Selection, data: "DataSection") -> list[Any]:
+    """List everything that decides which rows a source gives, and which records they become."""
     pairing = pairing_of(source, selection.wants, seed=0)
     return [
         fingerprint(source, method=selection.method),
@@ -360,12 +396,12 @@ def _identity(source: "Source", selection: Selection, data: "DataSection") -> li
     ]
 
 
-def _draws(source: "Source") -> bool:
+def _uses_seed(source: "Source") -> bool:
     """Whether the rows or pairs of a source depend on the seed."""
     return is_random(source) or source.pairs == "best-random" or source.max_pairs_per_prompt is not None
 
 
 def _leaked(store: TokenStore, train: TokenStore) -> dict[str, int]:
-    """Count the prompts of a set that are trained on, and the records that have them."""
+    """Count the prompts of a set that the training set holds too, and the records that have them."""
     known = store.prompt_hash[np.isin(store.prompt_hash, train.prompt_hash)]
     return {"prompts": len(np.unique(known)), "records": len(known)}

@@ -1,6 +1,7 @@
-"""What a row means once it is understood: a prompt, its responses, and which of them beat which."""
+"""Records, the meaning of rows: a prompt, its responses, and the pairs of which one beats the other."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +12,10 @@ Message = dict[str, Any]
 """`{"role", "content"}`, and whatever else a chat template may read."""
 
 Text = str | list[Message]
-"""Plain text, which never meets a chat template, or messages, which always do."""
+"""Plain text, to which no chat template is applied, or messages, to which one is."""
+
+RowPlace = tuple[int, str, int]
+"""The place of a row: the number of its source, the file in it (empty for the source itself), and the line."""
 
 
 class Reject(Exception):  # noqa: N818 - an outcome of a row, not a failure of the program
@@ -19,7 +23,7 @@ class Reject(Exception):  # noqa: N818 - an outcome of a row, not a failure of t
 
     Args:
         reason: One or two words joined by underscores, counted in reports.
-        detail: What was seen in this row.
+        detail: The reason in this row's case.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -39,27 +43,27 @@ class Record:
     label: bool | None = None
     """Unpaired feedback on the only response."""
     scores: tuple[float, ...] = ()
-    """What each response was rated, higher is better; empty where nobody did."""
+    """The rating of each response, higher is better; empty where there is none."""
     target: int | None = None
-    """The response that a demonstration of this record would show, where the row says so."""
+    """The index of the response to imitate, where the row names one."""
     tools: list[dict[str, Any]] = field(default_factory=list)
-    """What the chat template is told of callable functions."""
+    """Functions that the chat template lists as callable."""
     template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Further variables of the chat template, of this row alone."""
+    """Further variables of the chat template, for this row alone."""
     meta: dict[str, Any] = field(default_factory=dict)
-    """What the row says of itself; it survives conversion, and training does not look at it."""
+    """Facts about the row; conversion keeps them, and training ignores them."""
     source: str = ""
     line: int = 0
 
     def to_fields(self) -> dict[str, Any]:
-        """Write what the record means, without where it stood, as JSON values."""
+        """Return everything but the record's place, as JSON values."""
         fields: dict[str, Any] = {"prompt": self.prompt, "responses": self.responses, "pairs": self.pairs}
         optional = {name: getattr(self, name) for name in _OPTIONAL}
         return fields | {name: value for name, value in optional.items() if value not in (None, (), [], {})}
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any], *, source: str, line: int) -> "Record":
-        """Read what `to_fields` wrote."""
+        """Read the JSON values of `to_fields`."""
         return cls(
             prompt=fields["prompt"],
             responses=tuple(fields["responses"]),
@@ -72,17 +76,17 @@ class Record:
 
     @property
     def topic(self) -> Text:
-        """What no split may divide, and no eval set share with the training data.
+        """The text by which records are split: the prompt, or the text of a record that has none.
 
-        It is the prompt; a text without one stands for itself.
+        Records with the same topic stay on one side of a split, and an eval set shares none with the training data.
         """
         return self.prompt or self.responses[0]
 
     @property
     def best(self) -> int | None:
-        """The response to imitate: the one that the row names, else the one that beats others and loses to none.
+        """The index of the response to imitate: the target, or the one that beats others and loses to none.
 
-        None where no response, or more than one, is unbeaten, and where the only one is labelled as bad.
+        None where no response or more than one is unbeaten, and where the only one is labelled as bad.
         """
         if self.label is False:
             return None
@@ -95,10 +99,10 @@ class Record:
         return unbeaten.pop() if len(unbeaten) == 1 else None
 
     def preferred(self) -> "Record":
-        """Keep the best response alone, as a demonstration.
+        """Keep only the best response, as a demonstration.
 
         Raises:
-            Reject: There is no best one; or the only one is labelled as bad.
+            Reject: There is no best response, or the only one is labelled as bad.
         """
         if self.label is False:
             raise Reject("negative_label", "the completion is labelled as bad")
@@ -110,8 +114,17 @@ class Record:
 _OPTIONAL = {"label", "scores", "target", "tools", "template_kwargs"}
 
 
+def strings_of(*texts: Text) -> Iterator[str]:
+    """Yield plain texts, and the contents of messages."""
+    for text in texts:
+        if isinstance(text, str):
+            yield text
+        else:
+            yield from (message["content"] for message in text)
+
+
 def squeeze(text: Text) -> str:
-    """Reduce a text to what is left when runs of white space do not count, for comparison only."""
+    """Reduce runs of white space in a text to single blanks, for comparison only."""
     if isinstance(text, str):
         return " ".join(text.split())
     return "\0".join(json.dumps(message | {"content": squeeze(message["content"])}, sort_keys=True) for message in text)

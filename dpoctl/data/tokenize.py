@@ -1,23 +1,22 @@
-"""Rendered text -> tokens: the Rust tokenizer in batches, boundaries that no token crosses, lengths that fit.
+"""Tokens of rendered text: tokenized in batches, with boundaries that no token crosses, and cut to length.
 
-The prompt is tokenized alone, as at inference, and its ids are the same for all its responses. An answer's
-ids are what follows them when both are tokenized together. Where a token would cross the boundary, the answer
-is tokenized as a continuation of its own.
+The prompt is tokenized alone, as at inference, and its ids are the same for all its responses. The ids of an answer are
+those that follow when prompt and answer are tokenized together; if a token would cross the boundary, the answer is
+tokenized separately, as a continuation.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from dpoctl.data.records import Message, Record, Reject
-from dpoctl.data.tails import Tail, Tails
-from dpoctl.data.template import BREAK, Completion, Rendered, Renderer
-from dpoctl.data.words import Words, find_words
+from dpoctl.data.rendering import BREAK, Completion, Rendered, Renderer
+from dpoctl.data.word_cache import PromptEnd, PromptEnds, WordCache, word_cache
 from dpoctl.errors import DataError, SetupError
 
 if TYPE_CHECKING:
@@ -28,17 +27,17 @@ TRAINED, UNTRAINED = b"\1", b"\0"
 NO_PAIRS = np.empty((0, 2))
 Ids = list[int]
 Joint = tuple[Ids, "Encoding | None"]
-"""The ids of a text; and more of it where it is needed, to find tokens by characters."""
+"""The ids of a text, and its encoding where tokens must be found by their characters."""
 Tokens = tuple[Ids, list["Answer"]]
-"""Of a record: the ids of its prompt, and of each of its answers."""
+"""The ids of a record's prompt, and its answers."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """The tokens of one record: what all responses share, then what each adds.
+    """The tokens of one record: the prefix that all responses share, and the suffix of each.
 
-    `shared` is the longest common prefix in ids and flags, and leaves each suffix at least one token. A flag is
-    true where the token is trained on; the first token of a row never is.
+    `shared` is the longest common prefix in ids and flags that leaves each suffix at least one token. A flag is true
+    where the token is trained on, which the first token of a row never is.
     """
 
     shared: npt.NDArray[Any]
@@ -54,7 +53,7 @@ class Example:
     label: int = -1
     """Unpaired feedback on the only response: 1 is good, 0 is bad, -1 is none."""
     target: int = 0
-    """The response to imitate where a loss has a supervised term; -1 is none."""
+    """The index of the response to imitate, for a loss with a supervised term; -1 is none."""
     source: int = 0
     """The number of the recipe's source that the record comes from."""
 
@@ -77,7 +76,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The length that rows must fit in, in tokens, and what becomes of those that do not."""
+    """The greatest lengths of rows in tokens, and the way to cut longer ones."""
 
     max_length: int
     max_prompt_length: int | None
@@ -86,7 +85,7 @@ class Limits:
 
 
 class Encoder:
-    """Text to ids by a private copy of a fast tokenizer.
+    """Tokenizes text, with a private copy of a fast tokenizer.
 
     Raises:
         SetupError: The tokenizer has no Rust backend.
@@ -103,22 +102,25 @@ class Encoder:
                 hint="save it with a tokenizer.json, by AutoTokenizer.from_pretrained(...).save_pretrained(...)",
             )
         if tokenizer.eos_token_id is None:
-            raise DataError("the tokenizer has no end-of-sequence token: no answer could ever end")
+            raise DataError("the tokenizer has no end-of-sequence token, with which answers end; set its eos_token")
         self._tokenizer = tokenizer
         self._backend = _private_copy(backend)
         self.eos: int = tokenizer.eos_token_id
         self.bos: int | None = tokenizer.bos_token_id
         self.adds_bos = self._backend.encode("a").ids[:1] == [self.bos]
         self.unk: int | None = tokenizer.unk_token_id
+        added = self._backend.get_added_tokens_decoder()
+        self._greedy = frozenset(number for number, token in added.items() if token.rstrip)
+        """Control tokens that take the white space behind them."""
 
     @cached_property
     def dtype(self) -> "np.dtype[Any]":
-        """The type of number that holds every id."""
+        """The smallest type of number that holds every id."""
         return np.dtype(np.uint16 if max(self.vocabulary.values()) < 2**16 else np.uint32)
 
     @cached_property
     def state(self) -> str:
-        """Everything that decides which ids a text becomes."""
+        """The tokenizer as text, with everything on which ids depend."""
         return self._backend.to_str()
 
     @cached_property
@@ -128,29 +130,25 @@ class Encoder:
         return vocabulary
 
     @cached_property
-    def tails(self) -> Tails:
-        """Where prompts may be cut."""
-        return Tails(self._tokenizer, self._words)
+    def prompt_ends(self) -> PromptEnds:
+        """The ends of prompts with which answers are tokenized."""
+        return PromptEnds(self._tokenizer, self._words)
 
     @cached_property
-    def _words(self) -> Words | None:
-        return find_words(self._backend, self.vocabulary)
+    def _words(self) -> WordCache | None:
+        return word_cache(self._backend, self.vocabulary)
 
     def encode(self, rendered: Sequence[Rendered]) -> list[Tokens]:
         """Tokenize records: the ids of each prompt, and of each of its answers."""
-        texts, tails = self._texts(rendered)
-        return self._rows(rendered, tails, self._encode(texts, rendered))
-
-    def _texts(self, rendered: Sequence[Rendered]) -> tuple[list[str], list[Tail]]:
-        """List what is tokenized for each record: its prompt, and the end of that with each answer."""
-        tails = [self.tails.of(item.prompt) for item in rendered]
+        # For each record its prompt, and the end of that with each answer.
+        ends = [self.prompt_ends.of(item.prompt) for item in rendered]
         texts: list[str] = []
-        for item, tail in zip(rendered, tails, strict=True):
-            texts += item.prompt, *(tail.text + completion.text for completion in item.completions)
-        return texts, tails
+        for item, end in zip(rendered, ends, strict=True):
+            texts += item.prompt, *(end.text + completion.text for completion in item.completions)
+        return self._rows(rendered, ends, self._encode(texts, rendered))
 
     def _encode(self, texts: list[str], rendered: Sequence[Rendered]) -> "list[Joint]":
-        # Offsets cost a fifth of the time, and only an answer that is not trained on as a whole needs them.
+        # Offsets take a fifth of the time, and only answers that are trained on in part need them.
         if any(text.spans != ((0, len(text.text)),) for item in rendered for text in item.completions):
             return [
                 (encoding.ids, encoding) for encoding in self._backend.encode_batch(texts, add_special_tokens=False)
@@ -159,46 +157,50 @@ class Encoder:
             return [(ids, None) for ids in self._words.encode(texts)]
         return [(encoding.ids, None) for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def _rows(self, rendered: Sequence[Rendered], tails: list[Tail], encoded: "list[Joint]") -> list[Tokens]:
+    def _rows(self, rendered: Sequence[Rendered], ends: list[PromptEnd], encoded: "list[Joint]") -> list[Tokens]:
         encodings = iter(encoded)
         rows = []
-        for item, tail in zip(rendered, tails, strict=True):
+        for item, end in zip(rendered, ends, strict=True):
             prompt, _ = next(encodings)
             if BREAK in item.prompt:
                 prompt = self._pieces(item.prompt, (), start=True)[0]
-            tail_ids = self.tails.ids(tail, prompt)
-            answers = [self._answer(tail.text, tail_ids, text, *next(encodings)) for text in item.completions]
+            end_ids = self.prompt_ends.ids(end, prompt)
+            answers = [self._answer(end.text, end_ids, text, *next(encodings)) for text in item.completions]
             rows.append((self._with_bos(prompt), answers))
         return rows
 
-    def _answer(self, tail: str, tail_ids: Ids, completion: Completion, joint: Ids, encoding: Any) -> Answer:
+    def _answer(self, end: str, end_ids: Ids, completion: Completion, joint: Ids, encoding: Any) -> Answer:
         tokens = None
-        if BREAK not in tail and BREAK not in completion.text:
-            tokens = _after_prompt(tail, tail_ids, completion, joint, encoding)
+        if BREAK not in end and BREAK not in completion.text:
+            tokens = _after_prompt(end, end_ids, completion, joint, encoding, self._greedy)
         ids, scored = tokens or self._pieces(completion.text, completion.spans)
         if completion.needs_eos:
             ids, scored = [*ids, self.eos], scored + TRAINED
         return Answer(ids, scored)
 
     def _pieces(self, text: str, spans: Sequence[tuple[int, int]], *, start: bool = False) -> tuple[Ids, bytes]:
-        """Tokenize a text piece by piece, cut at the ends of spans and at breaks."""
+        """Tokenize a text in pieces, cut at the ends of spans and at breaks."""
         cuts = sorted({0, len(text), *(end for span in spans for end in span)})
         ids: Ids = []
-        scored = b""
+        scored = bytearray()
+        known: dict[str, Ids] = {}
         for left, right in pairwise(cuts):
             is_scored = any(begin <= left and right <= end for begin, end in spans)
             for piece in filter(None, text[left:right].split(BREAK)):
-                new = self.plain(piece) if start and not ids else self._continuation(piece)
+                if start and not ids:
+                    new = self.plain(piece)
+                elif (new := known.get(piece, [])) == []:
+                    new = known[piece] = self._continuation(piece)
                 ids += new
                 scored += bytes([is_scored]) * len(new)
-        return ids, scored
+        return ids, bytes(scored)
 
     def plain(self, text: str) -> Ids:
         """Tokenize a text by itself."""
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def _continuation(self, text: str) -> Ids:
-        """Tokenize a text as it reads after another: without the blank that some put before a first word."""
+        """Tokenize a text that follows another, without the blank that some tokenizers put before a first word."""
         for anchor in ("\n", ":", "x"):
             head, joint = self.plain(anchor), self.plain(anchor + text)
             if joint[: len(head)] == head:
@@ -208,22 +210,22 @@ class Encoder:
     def _with_bos(self, ids: Ids) -> Ids:
         if self.bos is None:
             return ids
-        while ids[:2] == [self.bos, self.bos]:
-            ids = ids[1:]
+        repeated = len(list(takewhile(self.bos.__eq__, ids))) - 1
+        ids = ids[max(repeated, 0) :]
         return [self.bos, *ids] if self.adds_bos and ids[:1] != [self.bos] else ids
 
 
 def fit(prompt: Ids, answers: list[Answer], limits: Limits, bos: int | None) -> tuple[Ids, bool, int]:
-    """Make a record fit its limits, in place for the answers.
+    """Cut a record to its limits; the answers are changed in place.
 
-    An over-long prompt is cut to `max_prompt_length`. Where that is not set, it is cut as far as the longest
-    answer needs, but not below half of `max_length`. Then each answer on its own is cut to the room that is left.
+    A prompt that is too long is cut to `max_prompt_length`, or, where that is not set, as far as the longest answer
+    needs, but not below half of `max_length`. Then each answer is cut to the room that is left.
 
     Returns:
-        The prompt, whether it was cut, and how many answers were.
+        The prompt, whether it was cut, and the number of answers that were.
 
     Raises:
-        Reject: The record is too long and must not be cut, or nothing to train on is left.
+        Reject: The record is too long and may not be cut, or nothing to train on is left.
     """
     longest = max(len(answer.ids) for answer in answers)
     room = limits.max_prompt_length or max(limits.max_length // 2, limits.max_length - longest)
@@ -240,7 +242,7 @@ def fit(prompt: Ids, answers: list[Answer], limits: Limits, bos: int | None) -> 
 
 
 def build_example(prompt: Ids, answers: list[Answer], record: Record, dtype: Any) -> Example:
-    """Lay out a record: the longest shared prefix, then the suffixes.
+    """Build the example of a record: the longest shared prefix, and the suffixes.
 
     Raises:
         Reject: The answers of a pair are the same tokens.
@@ -264,7 +266,7 @@ def build_example(prompt: Ids, answers: list[Answer], record: Record, dtype: Any
 
 
 def _shared(rows: Sequence[Any]) -> int:
-    """Count what rows of ids, or of flags, begin with alike: all lie between the least and the greatest."""
+    """Return the length of the common prefix of rows, which is that of the least and the greatest."""
     least, greatest = min(rows), max(rows)
     if greatest[: len(least)] == least:
         return len(least)
@@ -282,13 +284,13 @@ def render_prompts(
         template_kwargs: Further variables of the template.
 
     Raises:
-        DataError: There is no template, or it refuses a prompt.
+        DataError: There is no template, or it rejects a prompt.
     """
     renderer, encoder = Renderer(tokenizer, template_kwargs), Encoder(tokenizer)
     try:
         rendered = [renderer.render(Record(prompt, ())) for prompt in prompts]
     except Reject as reject:
-        raise DataError(f"the chat template refuses a prompt: {reject.detail}") from reject
+        raise DataError(f"the chat template rejects a prompt: {reject.detail}") from reject
     return [ids for ids, _ in encoder.encode(rendered)]
 
 
@@ -300,7 +302,7 @@ def render_prompt(
 
 
 def _private_copy(backend: "Tokenizer") -> "Tokenizer":
-    """Copy a tokenizer, without the padding and truncation that whoever else calls it may have set.
+    """Copy a tokenizer, without the padding and truncation that its other users may have set.
 
     The copy shares the vocabulary, which would take a tenth of a second to build again.
     """
@@ -321,9 +323,9 @@ def _private_copy(backend: "Tokenizer") -> "Tokenizer":
 
 
 def _after_prompt(
-    prompt: str, prompt_ids: Ids, completion: Completion, ids: Ids, encoding: Any
+    prompt: str, prompt_ids: Ids, completion: Completion, ids: Ids, encoding: Any, greedy: frozenset[int]
 ) -> tuple[Ids, bytes] | None:
-    """Take an answer's tokens from prompt + answer, or None where a token crosses a boundary."""
+    """Return an answer's tokens among those of prompt and answer; None if a token crosses a boundary."""
     if ids[: len(prompt_ids)] != prompt_ids:
         return None
     if completion.spans == ((0, len(completion.text)),):
@@ -331,22 +333,31 @@ def _after_prompt(
         return answer, TRAINED * len(answer)
     scored = bytearray(len(ids))
     for span in completion.spans:
-        begin, end = (_token_at(encoding, len(prompt), len(prompt_ids), completion.text, at) for at in span)
+        begin, end = (_token_at(encoding, len(prompt), len(prompt_ids), completion.text, at, greedy) for at in span)
         if begin is None or end is None:
             return None
         scored[begin:end] = TRAINED * (end - begin)
     return ids[len(prompt_ids) :], bytes(scored[len(prompt_ids) :])
 
 
-def _token_at(joint: Any, prompt_chars: int, prompt_tokens: int, text: str, at: int) -> int | None:
-    """Find the token that starts at a character of the answer, or None where none does."""
+def _token_at(
+    joint: Any, prompt_chars: int, prompt_tokens: int, text: str, at: int, greedy: frozenset[int]
+) -> int | None:
+    """Find the token that starts at a character of the answer, or at the end of blanks that a greedy one takes.
+
+    None if none does.
+    """
     if at == 0:
         return prompt_tokens
     if at == len(text):
         return len(joint.ids)
     token = joint.char_to_token(prompt_chars + at)
-    if token is None or joint.token_to_chars(token)[0] != prompt_chars + at:
+    if token is None:
         return None
+    start, end = joint.token_to_chars(token)
+    if start != prompt_chars + at:
+        takes_blanks = joint.ids[token] in greedy and text[at : end - prompt_chars].isspace()
+        return int(token) + 1 if takes_blanks else None
     return int(token)
 
 

@@ -1,7 +1,7 @@
-"""Text from a causal model: batches with a KV cache, samples that depend on nothing but the prompt and the seed.
+"""Text generation in batches with a KV cache; a sample depends on its prompt and the seed only.
 
-The decoding is transformers' own `generate`. Only the draw is ours: each prompt brings its own sequence of random
-numbers, so that its text does not depend on the batch it stands in, on other prompts, or on the global generator.
+transformers' own `generate` decodes. Only the sampling step is replaced: each prompt has its own sequence of random
+numbers, so its text does not depend on other prompts of the batch or on the global random generator.
 """
 
 import hashlib
@@ -29,243 +29,239 @@ from transformers import (
 )
 
 from dpoctl.errors import RunError
-from dpoctl.model.attention import SHARED_PREFIX, attention
-from dpoctl.model.compiled import as_written
+from dpoctl.model.attention import SHARED_PREFIX, use_attention
+from dpoctl.model.compile import uncompiled
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How text is drawn. The model's own generation settings play no part, besides the tokens that end a turn."""
+class SamplingParams:
+    """Settings of sampling. Of the model's own generation settings only the end-of-turn tokens are used."""
 
     max_new_tokens: int = 128
     temperature: float = 0.7
-    """0 takes the most likely token."""
+    """0 is greedy decoding."""
     top_p: float = 0.9
-    """Draw from the most likely tokens that hold this much probability together."""
+    """Sample from the smallest set of most likely tokens whose probabilities sum to this."""
     seed: int = 0
     batch_size: int = 16
-    """Prompts at a time; the texts do not depend on it, apart from rounding."""
+    """Prompts per batch; it changes no text, apart from rounding."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One text, without special tokens."""
+    """One generated text, without special tokens."""
 
     text: str
     finished: bool
-    """The model ended its turn; false where it was cut off."""
+    """True if the model ended its turn, false if `max_new_tokens` cut it off."""
 
 
 def generate(
     causal: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
-    sampling: Sampling,
+    sampling: SamplingParams,
     *,
     on_batch: Callable[[int], None] = lambda count: None,
+    rounds: int = 0,
 ) -> list[Generation]:
     """Continue each prompt until the model ends its turn.
 
-    The same prompt and seed give the same text, whatever other prompts there are; a prompt that comes several times
-    gets another text each time. Mixed weights compute under autocast of the narrower precision; around weights that
-    are all float32 the caller's own autocast region decides.
+    The same prompt and seed give the same text, whatever the other prompts are; each repetition of a prompt gets a
+    different text. Weights of mixed precision compute under autocast to the lower one; float32 weights compute under
+    the caller's autocast, if any.
 
     Args:
-        causal: the causal model, adapters injected; left as it was found.
+        causal: the causal model, adapters injected; its state is restored afterwards.
         tokenizer: its tokenizer.
         prompts: token ids.
-        sampling: how to draw.
+        sampling: settings of sampling.
         on_batch: called after each batch with the number of its prompts.
+        rounds: of a sharded model, the number of batches that every rank runs, in step; a rank with fewer batches
+            repeats its first prompt.
 
     Returns:
         One generation for each prompt, in their order.
 
     Raises:
-        RunError: a prompt is empty, or leaves no room in the model's context.
+        RunError: a prompt is empty, or fills the model's context.
     """
     seeds = _seeds(prompts, sampling.seed)
-    # Like lengths together: less padding.
+    # Prompts of similar length in one batch need less padding.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
-    found: dict[int, Generation] = {}
-    with _generating(causal):
+    generations: dict[int, Generation] = {}
+    with _generation_mode(causal):
         for start in range(0, len(order), sampling.batch_size):
-            batch = order[start : start + sampling.batch_size]
-            job = _Job.of(causal, tokenizer, [prompts[i] for i in batch], [seeds[i] for i in batch], sampling)
-            found.update(zip(batch, job.run(), strict=True))
-            on_batch(len(batch))
-    return [found[index] for index in range(len(prompts))]
+            chunk = order[start : start + sampling.batch_size]
+            batch = _Batch(causal, tokenizer, [prompts[i] for i in chunk], [seeds[i] for i in chunk], sampling)
+            generations.update(zip(chunk, batch.run(synced_gpus=rounds > 0), strict=True))
+            on_batch(len(chunk))
+        for _ in range(rounds - -(-len(order) // sampling.batch_size)):
+            _Batch(causal, tokenizer, prompts[:1], seeds[:1], sampling).run(synced_gpus=True)
+    return [generations[index] for index in range(len(prompts))]
+
+
+def stops_of(causal: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Return the tokens that end a turn: the tokenizer's, then those of the model's generation settings."""
+    own = getattr(causal.generation_config, "eos_token_id", None)
+    tokens = own if isinstance(own, list) else [own]
+    return tuple(dict.fromkeys(token for token in [tokenizer.eos_token_id, *tokens] if isinstance(token, int)))
 
 
 def stream(
-    causal: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], sampling: Sampling
+    causal: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], sampling: SamplingParams
 ) -> Iterator[str]:
-    """Continue one prompt, and yield its text in pieces as it comes; the same text as `generate` gives.
+    """Continue one prompt, and yield its text in pieces as it is generated; the text is that of `generate`.
 
     Raises:
-        RunError: the prompt is empty, or leaves no room in the model's context.
+        RunError: the prompt is empty, or fills the model's context.
     """
-    job = _Job.of(causal, tokenizer, [prompt], _seeds([prompt], sampling.seed), sampling)
+    batch = _Batch(causal, tokenizer, [prompt], _seeds([prompt], sampling.seed), sampling)
     pieces = TextIteratorStreamer(
         tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
-    nobody_listens = _Stop()
+    stop = _Stop()
     failures: list[BaseException] = []
 
     def work() -> None:
         try:
-            with _generating(causal):
-                job.run(streamer=pieces, stopping_criteria=StoppingCriteriaList([nobody_listens]))
-        except BaseException as error:  # carried over to the thread that asked
+            with _generation_mode(causal):
+                batch.run(streamer=pieces, stopping_criteria=StoppingCriteriaList([stop]))
+        except BaseException as error:  # raised again in the caller's thread
             failures.append(error)
-            pieces.end()
+            # Not `end`, which decodes once more: that may be what failed.
+            pieces.on_finalized_text("", stream_end=True)
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
         yield from filter(None, pieces)
     finally:
-        nobody_listens.wanted = True
+        stop.requested = True
         thread.join()
     if failures:
         raise failures[0]
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One batch, ready to run."""
+class _Batch:
+    """Prompts that are continued together, padded on the left."""
 
-    causal: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    input_ids: Tensor
-    attention_mask: Tensor
-    settings: GenerationConfig
-    draw: LogitsProcessorList
-    stops: frozenset[int]
-
-    @classmethod
-    def of(
-        cls,
+    def __init__(
+        self,
         causal: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[int],
-        sampling: Sampling,
-    ) -> "_Job":
-        stops = _stop_tokens(causal, tokenizer)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0)
+        sampling: SamplingParams,
+    ) -> None:
+        self._causal, self._tokenizer = causal, tokenizer
+        self._stop_tokens = stops_of(causal, tokenizer)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(self._stop_tokens, default=0)
+        if not all(prompts):
+            raise RunError("a prompt is empty")
         width = max(len(prompt) for prompt in prompts)
-        new_tokens = min(sampling.max_new_tokens, _room(causal, width))
-        if new_tokens < 1 or not all(prompts):
-            raise RunError(f"a prompt of {width} tokens leaves no room for an answer" if width else "a prompt is empty")
-        rows = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-        mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        context = int(getattr(causal.config, "max_position_embeddings", None) or 1 << 30)
+        if width >= context:
+            raise RunError(
+                f"a prompt of {width} tokens leaves no room for a response: the model's context is {context} tokens"
+            )
         device = cast(Tensor, causal.get_input_embeddings().weight).device
-        settings = GenerationConfig(
-            max_new_tokens=new_tokens,
+        padding = [width - len(prompt) for prompt in prompts]
+        rows = [[pad] * count + list(prompt) for count, prompt in zip(padding, prompts, strict=True)]
+        mask = [[0] * count + [1] * (width - count) for count in padding]
+        self._input_ids, self._mask = torch.tensor(rows, device=device), torch.tensor(mask, device=device)
+        self._processors = _processors(sampling, seeds, device)
+        self._settings = GenerationConfig(
+            max_new_tokens=min(sampling.max_new_tokens, context - width),
             do_sample=False,
             use_cache=True,
             pad_token_id=pad,
-            eos_token_id=sorted(stops) or None,
+            eos_token_id=sorted(self._stop_tokens) or None,
         )
-        draw = _draw(sampling, seeds, device)
-        ids, seen = torch.tensor(rows, device=device), torch.tensor(mask, device=device)
-        return cls(causal, tokenizer, ids, seen, settings, draw, stops)
 
     def run(self, **kwargs: Any) -> list[Generation]:
-        run: Any = self.causal.generate
-        ids: Tensor = run(
-            self.input_ids,
-            attention_mask=self.attention_mask,
-            generation_config=self.settings,
-            logits_processor=self.draw,
+        """Generate; `kwargs` are further arguments of transformers' `generate`."""
+        untyped: Any = self._causal
+        ids: Tensor = untyped.generate(
+            self._input_ids,
+            attention_mask=self._mask,
+            generation_config=self._settings,
+            logits_processor=self._processors,
             **kwargs,
         )
-        return [self._read(row) for row in ids[:, self.input_ids.shape[1] :].tolist()]
+        return [self._decode(row) for row in ids[:, self._input_ids.shape[1] :].tolist()]
 
-    def _read(self, ids: list[int]) -> Generation:
-        end = next((at for at, token in enumerate(ids) if token in self.stops), None)
-        text = self.tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def _decode(self, ids: list[int]) -> Generation:
+        end = next((index for index, token in enumerate(ids) if token in self._stop_tokens), None)
+        text = self._tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return Generation(str(text), end is not None)
 
 
-class _Draw(LogitsProcessor):
-    """Draw a token for each row by that row's own random numbers, and leave no other to choose."""
+class _SampleToken(LogitsProcessor):
+    """Samples a token for each row with the row's own random numbers, and sets all other scores to -inf."""
 
     def __init__(self, uniforms: Tensor) -> None:
         self._columns = iter(uniforms.unbind(dim=1))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         cumulative = scores.float().softmax(-1).cumsum(-1)
-        # The numbers are above 0 and at most 1, so the first sum that reaches one belongs to a token with a chance.
-        drawn = torch.searchsorted(cumulative, next(self._columns)[:, None] * cumulative[:, -1:])
-        return torch.full_like(scores, float("-inf")).scatter(1, drawn, 0.0)
+        # The random numbers are in (0, 1], so the first sum that reaches one is at a token of nonzero probability.
+        sampled = torch.searchsorted(cumulative, next(self._columns)[:, None] * cumulative[:, -1:])
+        return torch.full_like(scores, float("-inf")).scatter(1, sampled, 0.0)
 
 
 class _Stop(StoppingCriteria):
-    """Ends the generation of a batch from outside."""
+    """Ends the generation of a batch on request from another thread."""
 
-    wanted = False
+    requested = False
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        return torch.full((input_ids.shape[0],), self.wanted, dtype=torch.bool, device=input_ids.device)
+        return torch.full((input_ids.shape[0],), self.requested, dtype=torch.bool, device=input_ids.device)
 
 
-def _draw(sampling: Sampling, seeds: Sequence[int], device: torch.device) -> LogitsProcessorList:
-    """Build what turns scores into a choice. None for greedy decoding."""
+def _processors(sampling: SamplingParams, seeds: Sequence[int], device: torch.device) -> LogitsProcessorList:
+    """Return the logits processors that sample a token; none for greedy decoding."""
     if sampling.temperature == 0:
         return LogitsProcessorList()
-    # Drawn on the CPU: the same numbers on every device.
+    # Generated on the CPU, so that they are the same on every device.
     uniforms = [1 - torch.rand(sampling.max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
     steps: list[LogitsProcessor] = []
     if sampling.temperature != 1:
         steps.append(TemperatureLogitsWarper(sampling.temperature))
     if sampling.top_p < 1:
         steps.append(TopPLogitsWarper(sampling.top_p))
-    return LogitsProcessorList([*steps, _Draw(torch.stack(uniforms).to(device))])
+    return LogitsProcessorList([*steps, _SampleToken(torch.stack(uniforms).to(device))])
 
 
 def _seeds(prompts: Sequence[Sequence[int]], seed: int) -> list[int]:
-    """A seed for each prompt, made of its tokens and of how many like it came before."""
-    times: Counter[tuple[int, ...]] = Counter()
+    """Return a seed for each prompt: a hash of its tokens and of the number of equal prompts before it."""
+    repetitions: Counter[tuple[int, ...]] = Counter()
     seeds = []
     for prompt in prompts:
         ids = tuple(prompt)
-        digest = hashlib.sha256(array("q", [seed, times[ids], *ids]).tobytes()).digest()
+        digest = hashlib.sha256(array("q", [seed, repetitions[ids], *ids]).tobytes()).digest()
         seeds.append(int.from_bytes(digest[:8], "little") >> 1)
-        times[ids] += 1
+        repetitions[ids] += 1
     return seeds
 
 
-def _stop_tokens(causal: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens that end a turn: the tokenizer's, and those that the model's own settings name besides."""
-    own = getattr(causal.generation_config, "eos_token_id", None)
-    named = own if isinstance(own, list) else [own]
-    return frozenset(token for token in [tokenizer.eos_token_id, *named] if isinstance(token, int))
-
-
-def _room(causal: PreTrainedModel, width: int) -> int:
-    """How many tokens a context still holds."""
-    context = getattr(causal.config, "max_position_embeddings", None)
-    return int(context) - width if context else 1 << 30
-
-
 @contextmanager
-def _generating(causal: PreTrainedModel) -> Iterator[None]:
-    """Prepare a model, which may be in training, to generate; set everything back afterwards.
+def _generation_mode(causal: PreTrainedModel) -> Iterator[None]:
+    """Prepare a model, which may be in training, to generate, and restore its state afterwards.
 
-    Eval mode also turns recomputation off, which would forbid the cache.
+    Eval mode also turns gradient checkpointing off, which does not allow a KV cache.
     """
     modes = [(module, module.training) for module in causal.modules()]
     settings = causal.generation_config
     with ExitStack() as stack:
-        stack.enter_context(as_written(causal))
+        stack.enter_context(uncompiled(causal))
         if causal.config._attn_implementation == SHARED_PREFIX:
-            stack.enter_context(attention(causal, "sdpa" if causal._supports_sdpa else "eager"))
-        if (narrow := _autocast_dtype(causal)) is not None:
-            stack.enter_context(torch.autocast(causal.device.type, narrow))
+            stack.enter_context(use_attention(causal, "sdpa" if causal._supports_sdpa else "eager"))
+        if (dtype := _autocast_dtype(causal)) is not None:
+            stack.enter_context(torch.autocast(causal.device.type, dtype))
         try:
             causal.eval()
-            # A repetition penalty or a top-k that comes with a model would sample from another distribution.
+            # A repetition penalty or top-k of the model's own settings would change the distribution.
             causal.generation_config = GenerationConfig(eos_token_id=getattr(settings, "eos_token_id", None))
             yield
         finally:
@@ -275,7 +271,7 @@ def _generating(causal: PreTrainedModel) -> Iterator[None]:
 
 
 def _autocast_dtype(causal: PreTrainedModel) -> torch.dtype | None:
-    """The narrow precision where float32 weights, such as adapters, stand among weights of it."""
-    kinds = {parameter.dtype for parameter in causal.parameters() if parameter.is_floating_point()}
-    narrow = kinds - {torch.float32, torch.float64}
-    return narrow.pop() if len(narrow) == 1 and len(kinds) > 1 else None
+    """Return the lower precision of a model that also has float32 weights, such as adapters, else `None`."""
+    dtypes = {parameter.dtype for parameter in causal.parameters() if parameter.is_floating_point()}
+    low = dtypes - {torch.float32, torch.float64}
+    return low.pop() if len(low) == 1 and len(dtypes) > 1 else None

@@ -1,9 +1,10 @@
-"""From hidden states to the log-probabilities of chosen tokens, in chunks, without ever holding all logits.
+"""The output head: log-probabilities of target tokens from hidden states, in chunks.
 
-`[N, vocabulary]` would be the largest tensor of a step by far. Here a chunk of rows passes through the head, its
-log-sum-exp is taken in float32, and only one number a row is kept, or two.
+All logits, `[N, vocabulary]`, would be the largest tensor of a step. Here the head runs on one chunk of rows at a time,
+the log-sum-exp is taken in float32, and only one or two numbers per row are kept.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -13,19 +14,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from dpoctl.model.linear_head import LinearHead, is_plain
+from dpoctl.model.linear_head import LinearHead, at_least_float32, is_plain
 
-# Logits of one chunk, in elements: 256 MiB in float32. Far smaller chunks starve the matrix product.
+# Logits of one chunk, in elements: 256 MiB in float32. Much smaller chunks make the matrix product inefficient.
 CHUNK_ELEMENTS = 1 << 26
 
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a model does to the output of its head before the softmax.
+    """Scale and soft cap that a model applies to the output of its head before the softmax.
 
     Attributes:
         scale: factor on the logits.
-        softcap: logits pass `softcap * tanh(logits / softcap)` after the scale.
+        softcap: scaled logits become `softcap * tanh(logits / softcap)`.
     """
 
     scale: float = 1.0
@@ -33,17 +34,15 @@ class LogitTransform:
 
     @classmethod
     def of(cls, config: Any) -> "LogitTransform":
-        """Read the transform from a model's config; the start-up probe checks it against the model's own logits."""
-        multipliers = [getattr(config, name, None) for name in ("logit_scale", "lm_head_multiplier")]
-        scale = 1.0
-        for multiplier in multipliers:
-            scale *= multiplier if multiplier is not None else 1.0
-        divisor = getattr(config, "logits_scaling", None)
+        """Read the transform from a model's configuration; `probe` compares the result with the model's own logits."""
+        factors = [getattr(config, name, None) for name in ("logit_scale", "lm_head_multiplier")]
+        divisor = getattr(config, "logits_scaling", None) or 1.0
         caps = [getattr(config, name, None) for name in ("final_logit_softcapping", "logits_soft_cap")]
-        return cls(scale / (divisor or 1.0), next((cap for cap in caps if cap is not None), None))
+        scale = math.prod(factor for factor in factors if factor is not None) / divisor
+        return cls(scale, next((cap for cap in caps if cap is not None), None))
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Apply to logits of any shape."""
+        """Transform logits of any shape."""
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
@@ -53,35 +52,35 @@ class LogitTransform:
 
 def select_logps(logits: Tensor, targets: Tensor) -> Tensor:
     """Return `[n]` float32 log-probabilities of `targets` `[n]` under `logits` `[n, vocabulary]`."""
-    logits = logits.float() if logits.dtype != torch.float64 else logits
+    logits = at_least_float32(logits)
     return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
 
 
 def score_targets(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return `[n, 2]` float32: log-probabilities of `targets` as `select_logps` has them, and their confidence.
+    """Return `[n, 2]` float32: the log-probabilities of `targets`, see `select_logps`, and their confidences.
 
-    The confidence of a token is log p(token) - log sum_v p(v)^2: above zero for a token that is likelier than one drawn
-    from the model would be on average, zero for any token of a uniform model. It carries no gradient.
+    The confidence of a token is log p(token) - log sum_v p(v)^2: positive for a token that is more probable than a
+    token sampled from the model is on average, zero for every token of a uniform model. It has no gradient.
     """
     logps = select_logps(logits, targets)
     with torch.no_grad():
-        logits = logits.float() if logits.dtype != torch.float64 else logits
+        logits = at_least_float32(logits)
         collision = (logits - logits.logsumexp(-1, keepdim=True)).mul_(2).logsumexp(-1)
         confidence = logps - collision
     return torch.stack([logps, confidence], dim=-1)
 
 
 class Head:
-    """The output head of a causal model: log-probabilities of targets given hidden states.
+    """The output head of a causal model, as a function from hidden states to log-probabilities of targets.
 
-    A frozen head costs two matrix products: d logp / d hidden is taken in the forward, chunk by chunk, and kept
-    `[N, hidden]`; backward is then a product with the upstream gradient. A trainable one costs three, or four where
-    its probabilities are too many to be kept. What is more than a linear layer (an adapter on it, a soft cap) goes
-    through autograd, and is computed again in backward where it is trained.
+    A frozen head costs two matrix products: the forward computes d logp / d hidden, `[N, hidden]`, as well, and the
+    backward multiplies it by the upstream gradient. A trainable head costs three, or four if its probabilities are too
+    large to be kept. A head that is more than a linear layer (an adapter on it, a soft cap) goes through autograd, and
+    is recomputed in the backward if it is trained.
 
     Args:
-        causal: whose head it is.
-        confidence: return the confidence in each target besides, from the same logits; see `score_targets`.
+        causal: the model.
+        confidence: also return the confidence of each target; see `score_targets`.
     """
 
     def __init__(self, causal: PreTrainedModel, *, confidence: bool = False) -> None:
@@ -92,11 +91,11 @@ class Head:
         self.linear = LinearHead(self.transform.scale, confidence)
 
     def logps(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Return `[N]` log-probabilities, or `[N, 2]` with confidences.
+        """Return `[N]` float32 log-probabilities, or `[N, 2]` with confidences.
 
         Args:
-            hidden: `[N, hidden]`, rows that predict.
-            targets: `[N]`, the token each row must predict.
+            hidden: `[N, hidden]`.
+            targets: `[N]`, the token to predict from each row.
         """
         if self.transform.softcap is None and is_plain(self.module):
             return self.linear(cast(nn.Linear, self.module), hidden, targets)
@@ -105,7 +104,7 @@ class Head:
         if not torch.is_grad_enabled():
             return torch.cat([self._chunk(h, t) for h, t in chunks])
         if any(p.requires_grad for p in self.module.parameters()):
-            with _separate_casts(hidden.device.type):
+            with _uncached_autocast(hidden.device.type):
                 return torch.cat([cast(Tensor, checkpoint(self._chunk, h, t, use_reentrant=False)) for h, t in chunks])
         frozen: Any = _FrozenHead
         return torch.cat([frozen.apply(h, t, self._chunk) for h, t in chunks])
@@ -114,21 +113,21 @@ class Head:
         return self.select(self.transform(self.module(hidden)), targets)
 
 
-def _separate_casts(device: str) -> torch.autocast:
-    """Autocast as it is around, but casting the head anew for each chunk: the chunks' gradients then add in float32."""
+def _uncached_autocast(device: str) -> torch.autocast:
+    """Return the current autocast without its cache.
+
+    Each chunk then casts the head's weight again, and the gradients of the chunks are summed in float32.
+    """
     return torch.autocast(
-        device,
-        dtype=torch.get_autocast_dtype(device),
-        enabled=torch.is_autocast_enabled(device),
-        cache_enabled=False,
+        device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device), cache_enabled=False
     )
 
 
 class _FrozenHead(torch.autograd.Function):
-    """Log-probabilities whose gradient with respect to the hidden states is already known in the forward.
+    """Log-probabilities under a frozen head, with d logp / d hidden computed in the forward.
 
-    A row's log-probability depends on that row alone, so one backward through the sum gives every row's gradient,
-    and what comes from above is a factor on it. A second column is known not to carry any.
+    The log-probability of a row depends on that row only, so one backward through the sum gives the gradient of every
+    row, and the upstream gradient is a factor on it. The second column, confidence, has no gradient.
     """
 
     @staticmethod

@@ -1,18 +1,18 @@
-"""Log-probabilities of chosen tokens under a plain linear head, block by block, with a backward that is written out.
+"""Log-probabilities of target tokens under a plain linear head, block by block, with an explicit backward.
 
-Logits exist for some rows and some words of the vocabulary at a time: on a CPU few enough for its cache. With l a row's
-logits, y its token and m the largest logit of another token so far, three sums over the other tokens grow from block to
-block, and fade whenever m grows:
+Logits exist for one block of rows and vocabulary entries at a time; on a CPU a block fits the cache. With l the logits
+of a row, y its target and m the largest logit of another token so far, three sums over the other tokens are accumulated
+block by block, and rescaled whenever m grows:
 
     s = sum_j e^(l_j - m),    q = sum_j e^2(l_j - m),    g = sum_j e^(l_j - m) w_j.
 
-At the end, with n = 1 / (s + e^(l_y - m)),
+After the last block, with n = 1 / (s + e^(l_y - m)) the factor from exponentials to probabilities,
 
     log p = -log(1 + s e^(m - l_y)),    -d log p / d hidden = n g - n s w_y,
 
-exact however near p comes to one. The second is what the hidden states get, up to one factor a row: so g is summed in
-the forward, while a block is at hand. The weights' own gradient needs the e^(l_j - m) once more: they are kept where
-they are few, and computed again where they are many.
+both exact however close p is to one. The second is the gradient of the hidden states up to one factor per row, so g is
+accumulated in the forward, while the exponentials of a block exist. The gradient of the weight needs the exponentials
+e^(l_j - m) again: they are kept if they are few, else computed again.
 """
 
 from collections.abc import Iterator
@@ -23,30 +23,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Rows and words of a block. A CPU wants what stays in its cache; a GPU large products, of 256 MiB in float32.
+# Rows and vocabulary entries of a block: on a CPU it fits the cache; a GPU needs large products (256 MiB in float32).
 BLOCK = {"cpu": (1024, 2048), "cuda": (4096, 16384)}
-# Shares that are kept for the weights' gradient, in elements: 1 GiB in float32.
+# Largest number of exponentials that are kept for the gradient of the weight: 1 GiB in float32.
 KEPT_ELEMENTS = 1 << 28
-# Beyond this exponent a share is nothing.
-FAR = 60.0
+# e^-60 is zero beside any probability that matters.
+_MAX_EXPONENT = 60.0
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether a head is a linear layer and nothing else: no adapter, no hook, no shard of a weight."""
+    """Whether a module is a linear layer and nothing else: no adapter, no hook, no sharded weight."""
     if type(module) is not nn.Linear or "forward" in vars(module):
         return False
-    # Sharded weights are tensors of another kind, or are there during a module's own forward only.
+    # A sharded weight is another type of tensor, or exists only during the module's own forward.
     whole = type(module.weight) is nn.Parameter and module.weight.shape == (module.out_features, module.in_features)
     return whole and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Cast to float32, unless the tensor is float64."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
 @dataclass(frozen=True)
 class LinearHead:
-    """What is done with the output of a linear head.
+    """Log-probabilities of targets under a linear layer.
 
     Attributes:
         scale: factor on the logits.
-        confidence: return the confidence in each target besides; see `dpoctl.model.head.score_targets`.
+        confidence: also return the confidence of each target; see `dpoctl.model.head.score_targets`.
     """
 
     scale: float = 1.0
@@ -56,15 +61,15 @@ class LinearHead:
         """Return `[N]` float32 log-probabilities, or `[N, 2]` with confidences.
 
         Args:
-            module: a plain one.
-            hidden: `[N, hidden]`, rows that predict.
-            targets: `[N]`, the token each row must predict.
+            module: the head; `is_plain` must be true of it.
+            hidden: `[N, hidden]`.
+            targets: `[N]`, the token to predict from each row.
         """
         apply = cast(Any, _TokenLogps).apply
         dtype, device = hidden.dtype, hidden.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        # Cast outside, so that backward casts the gradient back; inside all is of one dtype.
+        # The casts are outside the function, so that autograd casts the gradients back; inside there is one dtype.
         bias = None if module.bias is None else module.bias.to(dtype)
         logps: Tensor = apply(hidden.to(dtype), module.weight, bias, targets, self)
         return logps
@@ -72,122 +77,126 @@ class LinearHead:
 
 @dataclass(frozen=True)
 class _Block:
-    """Words of the vocabulary that are scored at once: the first, their weights and their bias."""
+    """A block of the vocabulary: its first entry, its weight `[entries, hidden]` and its bias `[entries]`."""
 
     first: int
     weight: Tensor
     bias: Tensor | None
 
     def logits(self, hidden: Tensor, scale: float) -> Tensor:
-        """Return `[n, words]` in float32, or float64."""
+        """Return `[n, entries]` in float32, or float64."""
         logits = F.linear(hidden, self.weight, self.bias)
-        logits = logits if scale == 1.0 else logits * scale
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return at_least_float32(logits if scale == 1.0 else logits * scale)
 
-    def replace(self, values: Tensor, targets: Tensor, new: Tensor | float) -> Tensor:
-        """Put something in place of each row's target, where it is in the block; returns what was there, else zero."""
-        at = (targets - self.first)[:, None]
-        here = (at >= 0) & (at < len(self.weight))
-        at = at.clamp(0, len(self.weight) - 1)
-        found = values.gather(-1, at)
-        values.scatter_(-1, at, torch.where(here, new, found))
-        return torch.where(here, found, 0.0).squeeze(-1)
+    def replace_targets(self, values: Tensor, targets: Tensor, new: Tensor | float) -> Tensor:
+        """Replace each target's value in `values` `[n, entries]` by `new` `[n, 1]`, and return the old ones `[n]`.
+
+        Rows with a target in another block are unchanged, and zero in the result.
+        """
+        column = (targets - self.first)[:, None]
+        inside = (column >= 0) & (column < len(self.weight))
+        column = column.clamp(0, len(self.weight) - 1)
+        old = values.gather(-1, column)
+        values.scatter_(-1, column, torch.where(inside, new, old))
+        return torch.where(inside, old, 0.0).squeeze(-1)
 
 
 @dataclass
 class _Rows:
-    """Some rows and what is known of them so far, in the letters of the module's description.
+    """Some rows and their sums over the blocks so far; the letters are those of the module's docstring.
 
     Attributes:
         hidden: `[n, hidden]`.
         targets: `[n]`.
-        target: `[n]`, l_y.
-        peak: `[n]`, m.
-        others: `[n]`, s.
-        squares: `[n]`, q.
-        pulled: `[n, hidden]`, g, where hidden states get something.
-        peaks: m as it was at each block.
-        shares: e^(l_j - m) of each block with zeros for the targets, where they are kept.
+        target_logit: `[n]`, l_y.
+        maximum: `[n]`, m.
+        exp_sum: `[n]`, s.
+        square_sum: `[n]`, q.
+        weight_sum: `[n, hidden]`, g, or `None` if the hidden states need no gradient.
+        maxima: m as of each block.
+        exponentials: e^(l_j - m) of each block, zero for the targets; empty if they are not kept.
     """
 
     hidden: Tensor
     targets: Tensor
-    target: Tensor
-    peak: Tensor
-    others: Tensor
-    squares: Tensor
-    pulled: Tensor | None
-    peaks: list[Tensor] = field(default_factory=list)
-    shares: list[Tensor] = field(default_factory=list)
+    target_logit: Tensor
+    maximum: Tensor
+    exp_sum: Tensor
+    square_sum: Tensor
+    weight_sum: Tensor | None
+    maxima: list[Tensor] = field(default_factory=list)
+    exponentials: list[Tensor] = field(default_factory=list)
 
     @classmethod
-    def of(cls, hidden: Tensor, targets: Tensor, *, pulls: bool) -> Self:
-        """Begin."""
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        zeros = [hidden.new_zeros(len(hidden), dtype=wide) for _ in range(3)]
-        # Finite, so that differences are numbers even where nothing but targets was seen.
-        peak = torch.full_like(zeros[0], torch.finfo(wide).min / 4)
-        pulled = hidden.new_zeros(hidden.shape, dtype=wide) if pulls else None
-        return cls(hidden, targets, zeros[0], peak, zeros[1], zeros[2], pulled)
+    def of(cls, hidden: Tensor, targets: Tensor, *, needs_hidden: bool) -> Self:
+        """Return the rows before the first block; `needs_hidden` asks for the gradient of the hidden states."""
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        zeros = [hidden.new_zeros(len(hidden), dtype=dtype) for _ in range(3)]
+        # Finite, so that differences are finite too as long as a row has seen no token but its target.
+        maximum = torch.full_like(zeros[0], torch.finfo(dtype).min / 4)
+        weight_sum = hidden.new_zeros(hidden.shape, dtype=dtype) if needs_hidden else None
+        return cls(hidden, targets, zeros[0], maximum, zeros[1], zeros[2], weight_sum)
 
-    def see(self, block: _Block, head: LinearHead, *, keep: bool) -> None:
-        """Go on by a block."""
+    def add(self, block: _Block, head: LinearHead, *, keep: bool) -> None:
+        """Add a block to the sums, and keep its exponentials if asked."""
         logits = block.logits(self.hidden, head.scale)
-        self.target += block.replace(logits, self.targets, float("-inf"))
-        peak = torch.maximum(self.peak, logits.amax(-1))
-        fade = (self.peak - peak).exp_()
-        self.peak = peak
-        self.peaks.append(peak)
-        shares = logits.sub_(peak[:, None]).exp_()
-        self.others = self.others * fade + shares.sum(-1)
+        self.target_logit += block.replace_targets(logits, self.targets, float("-inf"))
+        maximum = torch.maximum(self.maximum, logits.amax(-1))
+        rescale = (self.maximum - maximum).exp_()
+        self.maximum = maximum
+        self.maxima.append(maximum)
+        exponentials = logits.sub_(maximum[:, None]).exp_()
+        self.exp_sum = self.exp_sum * rescale + exponentials.sum(-1)
         if head.confidence:
-            self.squares = self.squares * fade * fade + torch.linalg.vector_norm(shares, dim=-1).square()
-        shares = shares.to(self.hidden.dtype)
-        if self.pulled is not None:
-            self.pulled.mul_(fade[:, None])
-            _add_product(self.pulled, shares, block.weight)
+            squares = torch.linalg.vector_norm(exponentials, dim=-1).square()
+            self.square_sum = self.square_sum * rescale * rescale + squares
+        exponentials = exponentials.to(self.hidden.dtype)
+        if self.weight_sum is not None:
+            self.weight_sum.mul_(rescale[:, None])
+            _add_product(self.weight_sum, exponentials, block.weight)
         if keep:
-            self.shares.append(shares)
+            self.exponentials.append(exponentials)
 
-    def shares_again(self, number: int, block: _Block, head: LinearHead) -> Tensor:
-        """Return the shares of a block once more, with -s for the targets: their p - 1 in the same measure."""
-        if self.shares:
-            shares = self.shares[number]
+    def logit_gradient(self, number: int, block: _Block, head: LinearHead) -> Tensor:
+        """Return `[n, entries]`, -d log p / d logits of a block, up to `probability_scale`."""
+        if self.exponentials:
+            exponentials = self.exponentials[number]
         else:
             logits = block.logits(self.hidden, head.scale)
-            shares = logits.sub_(self.peaks[number][:, None]).exp_().to(self.hidden.dtype)
-        missing = -self.others * self._distance(number).exp()
-        block.replace(shares, self.targets, missing.to(shares.dtype)[:, None])
-        return shares
+            exponentials = logits.sub_(self.maxima[number][:, None]).exp_().to(self.hidden.dtype)
+        # The gradient of the target is p - 1, which is -s in units of the final maximum.
+        target = -self.exp_sum * self._growth(number).exp()
+        block.replace_targets(exponentials, self.targets, target.to(exponentials.dtype)[:, None])
+        return exponentials
 
-    def weights_of(self, number: int) -> Tensor:
-        """`[n]`, what turns the shares of a block into probabilities."""
-        return self.normaliser * (-self._distance(number)).exp()
+    def probability_scale(self, number: int) -> Tensor:
+        """Return `[n]`, the factor from the exponentials of a block to probabilities."""
+        return self._normaliser * (-self._growth(number)).exp()
 
-    @property
-    def normaliser(self) -> Tensor:
-        """`[n]`, what turns shares into probabilities."""
-        return 1 / (self.others + (self.target - self.peak).exp())
-
-    def said(self, *, confidence: bool) -> Tensor:
+    def logps(self, *, confidence: bool) -> Tensor:
         """Return `[n]` log-probabilities, or `[n, 2]` with confidences."""
-        known, others = self.target - self.peak, self.others.log()
-        logps = -torch.logaddexp(torch.zeros_like(known), others - known)
+        target, log_sum = self.target_logit - self.maximum, self.exp_sum.log()
+        logps = -torch.logaddexp(torch.zeros_like(target), log_sum - target)
         if not confidence:
             return logps
-        collision = torch.logaddexp(2 * logps, self.squares.log() - 2 * torch.logaddexp(others, known))
+        collision = torch.logaddexp(2 * logps, self.square_sum.log() - 2 * torch.logaddexp(log_sum, target))
         return torch.stack([logps, logps - collision], dim=-1)
 
-    def slope(self, weight: Tensor) -> Tensor:
-        """`[n, hidden]`, -d log p / d hidden up to the scale."""
-        assert self.pulled is not None
-        normaliser = self.normaliser[:, None]
-        slope = self.pulled.mul_(normaliser) - (self.others[:, None] * normaliser) * weight[self.targets]
-        return slope.to(self.hidden.dtype)
+    def hidden_gradient(self, weight: Tensor) -> Tensor:
+        """Return `[n, hidden]`, -d log p / d hidden without the factor on the logits."""
+        assert self.weight_sum is not None
+        normaliser = self._normaliser[:, None]
+        gradient = self.weight_sum.mul_(normaliser) - (self.exp_sum[:, None] * normaliser) * weight[self.targets]
+        return gradient.to(self.hidden.dtype)
 
-    def _distance(self, number: int) -> Tensor:
-        """`[n]`, by how much m grew since a block, as far as it matters."""
-        return (self.peak - self.peaks[number]).clamp_(max=FAR)
+    @property
+    def _normaliser(self) -> Tensor:
+        """The factor n `[n]`, from exponentials to probabilities."""
+        return 1 / (self.exp_sum + (self.target_logit - self.maximum).exp())
+
+    def _growth(self, number: int) -> Tensor:
+        """Return `[n]`, the growth of m since a block, at most `_MAX_EXPONENT`."""
+        return (self.maximum - self.maxima[number]).clamp_(max=_MAX_EXPONENT)
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -195,58 +204,58 @@ class _TokenLogps(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: LinearHead
     ) -> Tensor:
-        own = weight.to(hidden.dtype)
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        trained = wants_weight or wants_bias
+        cast_weight = weight.to(hidden.dtype)
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        trained = needs_weight or needs_bias
         keep = trained and len(targets) * len(weight) <= KEPT_ELEMENTS
         size, _ = _sizes(weight)
         parts = zip(hidden.split(size), targets.split(size), strict=True)
-        chunks = [_Rows.of(h, y, pulls=wants_hidden) for h, y in parts]
-        for block in _blocks(own, bias):
+        chunks = [_Rows.of(h, y, needs_hidden=needs_hidden) for h, y in parts]
+        for block in _blocks(cast_weight, bias):
             for rows in chunks:
-                rows.see(block, head, keep=keep)
-        slope = torch.cat([rows.slope(own) for rows in chunks]) if wants_hidden else None
+                rows.add(block, head, keep=keep)
+        gradient = torch.cat([rows.hidden_gradient(cast_weight) for rows in chunks]) if needs_hidden else None
         ctx.head, ctx.chunks = head, chunks if trained else ()
-        ctx.save_for_backward(slope, *((weight, bias) if trained else (None, None)))
-        return torch.cat([rows.said(confidence=head.confidence) for rows in chunks])
+        ctx.save_for_backward(gradient, *((weight, bias) if trained else (None, None)))
+        return torch.cat([rows.logps(confidence=head.confidence) for rows in chunks])
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        slope, weight, bias = ctx.saved_tensors
-        # Slopes are those of minus the log-probability; a second column carries no gradient.
+        gradient, weight, bias = ctx.saved_tensors
+        # The kept gradients are those of -log p. A second column, confidence, has no gradient.
         factor = (upstream if upstream.dim() == 1 else upstream[:, 0]) * -ctx.head.scale
-        to_hidden = None if slope is None else factor[:, None].to(slope.dtype) * slope
+        hidden_gradient = None if gradient is None else factor[:, None].to(gradient.dtype) * gradient
         if weight is None:
-            return to_hidden, None, None, None, None
-        wants_weight, wants_bias = ctx.needs_input_grad[1:3]
-        to_weight = torch.zeros_like(weight) if wants_weight else None
-        to_bias = torch.zeros_like(bias) if wants_bias else None
-        own = weight.to(ctx.chunks[0].hidden.dtype)
-        for number, block in enumerate(_blocks(own, bias)):
-            words = slice(block.first, block.first + len(block.weight))
+            return hidden_gradient, None, None, None, None
+        needs_weight, needs_bias = ctx.needs_input_grad[1:3]
+        weight_gradient = torch.zeros_like(weight) if needs_weight else None
+        bias_gradient = torch.zeros_like(bias) if needs_bias else None
+        cast_weight = weight.to(ctx.chunks[0].hidden.dtype)
+        for number, block in enumerate(_blocks(cast_weight, bias)):
+            entries = slice(block.first, block.first + len(block.weight))
             for rows, f in zip(ctx.chunks, factor.split(_sizes(weight)[0]), strict=True):
-                shares = rows.shares_again(number, block, ctx.head)
-                pulled = (f * rows.weights_of(number)).to(shares.dtype)
-                if to_weight is not None:
-                    _add_product(to_weight[words], shares.T, pulled[:, None] * rows.hidden)
-                if to_bias is not None:
-                    to_bias[words] += shares.T @ pulled
-        return to_hidden, to_weight, to_bias, None, None
+                logit_gradient = rows.logit_gradient(number, block, ctx.head)
+                scale = (f * rows.probability_scale(number)).to(logit_gradient.dtype)
+                if weight_gradient is not None:
+                    _add_product(weight_gradient[entries], logit_gradient.T, scale[:, None] * rows.hidden)
+                if bias_gradient is not None:
+                    bias_gradient[entries] += logit_gradient.T @ scale
+        return hidden_gradient, weight_gradient, bias_gradient, None, None
 
 
 def _sizes(weight: Tensor) -> tuple[int, int]:
-    """Rows and words of a block."""
+    """Return the number of rows and of vocabulary entries of a block."""
     return BLOCK.get(weight.device.type, BLOCK["cuda"])
 
 
 def _blocks(weight: Tensor, bias: Tensor | None) -> Iterator[_Block]:
-    _, words = _sizes(weight)
-    for first in range(0, len(weight), words):
-        yield _Block(first, weight[first : first + words], None if bias is None else bias[first : first + words])
+    _, size = _sizes(weight)
+    for first in range(0, len(weight), size):
+        yield _Block(first, weight[first : first + size], None if bias is None else bias[first : first + size])
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add a product to a total, which may be of a wider dtype: parts add up in that one."""
+    """Add a matrix product to a total, in the dtype of the total, which may be of higher precision."""
     if total.dtype == left.dtype:
         torch.addmm(total, left, right, out=total)
     else:

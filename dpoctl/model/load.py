@@ -1,49 +1,97 @@
-"""From a recipe, or from a finished run, to a policy."""
+"""Loading a policy from a recipe or from a finished run."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpoctl import console
 from dpoctl.errors import SetupError, UsageError
-from dpoctl.model.decoder import find_decoder
-from dpoctl.model.dropout import disable_dropout
-from dpoctl.model.modules import ends_of, names_of_ends
+from dpoctl.model.from_config import build_empty, build_model
+from dpoctl.model.fused_layers import fuse_layers
+from dpoctl.model.integrity import check_weights, refuse_unused, verify_export
+from dpoctl.model.lazy_weights import is_lazy, load_lazily, read_whole
+from dpoctl.model.modules import (
+    disable_dropout,
+    embedding_and_head,
+    embedding_and_head_names,
+    keep_activations_in,
+    last_name,
+)
 from dpoctl.model.policy import FROZEN, TRAINED, Policy
-from dpoctl.model.quantize import keep_one_kernel, quantization_config, refuse_quantised_checkpoint
-from dpoctl.model.scratch import build_model
-from dpoctl.model.source import ADAPTER_WEIGHTS, Source, base_of, find_adapter, find_source, reading
+from dpoctl.model.quantize import check_quantised_checkpoint, prepare_quantised_layers, quantization_config
+from dpoctl.model.source import (
+    ADAPTER_WEIGHTS,
+    GENERATION_CONFIG,
+    Decoder,
+    ModelSource,
+    base_of,
+    find_adapter,
+    find_decoder,
+    find_source,
+    read_json,
+    reading_model,
+    recipe_source,
+    wrong_setting,
+)
 
 if TYPE_CHECKING:
     from dpoctl.recipe.schema import LoraSection, QuantizationSection, Recipe
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Causal masks and rotations that old checkpoints hold, constants of quantised weights, and heads that predict further.
+_HARMLESS = re.compile(
+    r"(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$|\.(absmax|quant_map|quant_state\.|nested_|SCB|weight_format)"
+    r"|^(model\.)?mtp\."
+)
+_OTHER_TOWERS = re.compile(r"vision|visual|audio|image|projector|connector")
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The precision to compute in; `auto` is the fastest that a GPU does itself, and float32 elsewhere.
+    """Return the precision to compute in; `auto` is bfloat16 or else float16 on a GPU, and float32 on a CPU.
 
-    A CPU keeps float32 even where it knows bfloat16: runs there are for trying out and testing, and must not give other
-    numbers on the next machine.
+    `auto` is float32 also on a CPU with bfloat16: runs on CPUs are trials and tests, and must give the same numbers on
+    every machine.
 
     Args:
         name: `auto`, `float32`, `bfloat16` or `float16`.
         device: where the model runs.
     """
     if name != "auto":
-        return _DTYPES[name]
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     return torch.float32
+
+
+def compute_dtype(recipe: "Recipe", device: torch.device) -> torch.dtype:
+    """Return the precision that a recipe's model computes in.
+
+    Raises:
+        SetupError: The weights are to be bfloat16, and the GPU has no bfloat16.
+    """
+    if recipe.training.param_dtype != "bfloat16":
+        return resolve_dtype(recipe.model.dtype, device)
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        raise SetupError("training.param_dtype: this GPU has no bfloat16", hint="remove training.param_dtype")
+    return torch.bfloat16
+
+
+def weight_dtype(recipe: "Recipe", dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that the weights of a model are stored in, apart from adapters, which are float32.
+
+    Args:
+        recipe: decides between full fine-tuning and LoRA.
+        dtype: the precision of the computation.
+    """
+    if recipe.lora is not None:
+        return dtype
+    return torch.bfloat16 if recipe.training.param_dtype == "bfloat16" else torch.float32
 
 
 def load_policy(
@@ -52,6 +100,7 @@ def load_policy(
     device: torch.device,
     *,
     model_init: Callable[[], PreTrainedModel] | None = None,
+    lazy: bool = False,
 ) -> Policy:
     """Load or build the model of a recipe, with its adapters, ready to be trained.
 
@@ -59,27 +108,24 @@ def load_policy(
         recipe: names or describes the model.
         tokenizer: of the recipe.
         device: where to put the model.
-        model_init: makes the model instead.
+        model_init: returns the model, in place of the recipe's.
+        lazy: leave weights in their files, if that can be done, until the model is divided over the ranks.
 
     Raises:
         SetupError: the model, or the base of an adapter, cannot be reached or read.
-        UsageError: the recipe asks for something that this model does not have.
+        UsageError: the recipe asks for something that this model does not support.
     """
     section, lora = recipe.model, recipe.lora
-    dtype = resolve_dtype(section.dtype, device)
+    dtype = compute_dtype(recipe, device)
     if model_init is not None or section.from_scratch is not None:
         if lora is not None or recipe.quantization is not None:
-            made = "built from scratch" if model_init is None else "made by model_init"
-            raise UsageError(f"a model that is {made} is trained whole: leave out lora and quantization")
-        model = _make_model(recipe, tokenizer, model_init)
-        _move(model, device)
-        policy = _over_base(model, None, recipe, dtype)
+            origin = "from model_init" if model_init is not None else "built from scratch"
+            raise UsageError(f"a model {origin} is trained whole", hint="leave out lora and quantization")
+        module: nn.Module = _new_model(recipe, tokenizer, model_init)
+        model = cast(PreTrainedModel, module.to(device, weight_dtype(recipe, dtype)))
+        policy = _full_policy(model, None, dtype)
     else:
-        source = find_source(
-            section.model_name_or_path or "",
-            revision=section.revision,
-            trust_remote_code=section.trust_remote_code,
-        )
+        source = recipe_source(section)
         adapter = find_adapter(source)
         if adapter is not None and lora is None:
             raise UsageError(
@@ -87,10 +133,19 @@ def load_policy(
                 hint="add `lora: {start: continue}` to train it further, or `lora: {start: new}` to stack another",
             )
         if adapter is None and lora is not None and lora.start == "continue":
-            raise UsageError(f"lora.start is continue, but model '{source.name}' is not an adapter")
-        policy = _from_source(source, adapter, recipe, tokenizer, dtype, device)
+            raise UsageError(
+                f"lora.start is continue, but model '{source.name}' is not an adapter", hint="set lora.start: new"
+            )
+        policy = _policy_from_source(source, adapter, recipe, tokenizer, dtype, device, lazy=lazy)
     if section.disable_dropout:
         _disable_dropout(policy, lora)
+    if lazy:
+        # peft puts an adapter beside its layer, and a lazy one is on the CPU.
+        for tensor in [*policy.model.parameters(), *policy.model.buffers()]:
+            if not is_lazy(tensor):
+                tensor.data = tensor.data.to(device)
+    if device.type == "cuda" and not recipe.training.torch_compile:
+        fuse_layers(policy.causal, policy.dtype, compiled=True)
     return policy
 
 
@@ -103,31 +158,39 @@ def load_run(
     quantization: "QuantizationSection | None" = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    lazy: bool = False,
 ) -> Policy:
-    """Load a finished run to be looked at, not trained: nothing requires gradients.
+    """Load a finished run for inference: no parameter requires gradients.
 
-    For an adapter the live reference is its base model. That is not what a run over an SFT adapter was compared with:
-    the joined adapter no longer tells the two apart.
+    The live reference of an adapter is its base model. For a run over an SFT adapter that is not the reference of the
+    training, because the export joins both adapters into one.
 
     Args:
         folder: a run directory, any folder with a model or an adapter, or a hub id.
         device: where to put it.
         dtype: the precision to store and compute in.
         attn_implementation: as in a recipe.
-        quantization: how the base was quantised in training, if it was.
+        quantization: the quantisation of the base in training, if any.
         trust_remote_code: whether code that comes with the model may run.
         revision: branch, tag or commit, of a hub id.
+        lazy: as in `load_policy`.
     """
     source = find_source(str(folder), revision=revision, trust_remote_code=trust_remote_code)
     adapter = find_adapter(source)
+    if adapter is not None:
+        verify_export(source)
     base = source if adapter is None else base_of(adapter, trust_remote_code=trust_remote_code)
-    model = _load_weights(base, attn_implementation, dtype, device, quantization, keep=[], lora=adapter is not None)
+    is_adapter = adapter is not None
+    model = _load_weights(base, attn_implementation, dtype, device, quantization, keep=[], lora=is_adapter, lazy=lazy)
+    if device.type == "cuda":
+        fuse_layers(model, dtype)
     if adapter is None:
         model.requires_grad_(False)
         return Policy(model=model, causal=model, dtype=dtype, kind="full", base=base.name)
     from dpoctl.model.lora import load_adapter  # noqa: PLC0415 - peft takes a second to import
 
-    _fit_vocabulary(model, _rows_in(adapter, model), trained=True, seed=0)
+    _take_generation_settings(model, source)
+    _resize_embedding(model, _embedding_rows(adapter, model), trained=True, seed=0)
     peft_model = load_adapter(model, adapter, TRAINED, trainable=False)
     return Policy(
         model=peft_model,
@@ -140,113 +203,110 @@ def load_run(
     )
 
 
-def _make_model(
+def _new_model(
     recipe: "Recipe", tokenizer: PreTrainedTokenizerBase, model_init: Callable[[], PreTrainedModel] | None
 ) -> PreTrainedModel:
-    """A model in float32, the same on every rank: built as the recipe says, or by the caller's code."""
+    """Build the recipe's model from scratch, or call `model_init`: a float32 model, the same on every rank."""
     section, seed = recipe.model, recipe.training.seed
     if model_init is None:
         assert section.from_scratch is not None
         return build_model(section.from_scratch, tokenizer, seed=seed, attention=section.attn_implementation)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        made: object = model_init()
-    if not isinstance(made, PreTrainedModel) or ends_of(made)[1] is None:
-        raise UsageError(f"model_init gave a {type(made).__name__}, not a causal model of transformers")
-    for tensor in [*made.parameters(), *made.buffers()]:
+        model: object = model_init()
+    if not isinstance(model, PreTrainedModel) or embedding_and_head(model)[1] is None:
+        raise UsageError(f"model_init returned a {type(model).__name__}, not a causal language model of transformers")
+    for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.is_floating_point():
             tensor.data = tensor.data.float()
-    _fit_vocabulary(made, len(tokenizer), trained=True, seed=seed)
-    made.train(False)
-    return made
+    _resize_embedding(model, len(tokenizer), trained=True, seed=seed)
+    model.train(False)
+    return model
 
 
-def _from_source(
-    source: Source,
+def _policy_from_source(
+    source: ModelSource,
     adapter: Path | None,
     recipe: "Recipe",
     tokenizer: PreTrainedTokenizerBase,
     dtype: torch.dtype,
     device: torch.device,
+    *,
+    lazy: bool,
 ) -> Policy:
-    lora = recipe.lora
+    lora, seed = recipe.lora, recipe.training.seed
     saved = list(lora.modules_to_save or ()) if lora is not None else []
     base = source
     if adapter is not None:
         from dpoctl.model.lora import check_adapter  # noqa: PLC0415 - peft takes a second to import
 
+        verify_export(source)
         base = base_of(adapter, trust_remote_code=source.trust_remote_code)
         saved += check_adapter(adapter).get("modules_to_save") or []
     model = _load_weights(
         base,
         recipe.model.attn_implementation,
-        dtype if lora is not None else torch.float32,
+        weight_dtype(recipe, dtype),
         device,
         recipe.quantization,
         keep=saved,
         lora=lora is not None,
+        lazy=lazy,
     )
     if adapter is not None:
-        _fit_vocabulary(model, _rows_in(adapter, model), trained=True, seed=recipe.training.seed)
-    trained = lora is None or _trains_embeddings(model, saved)
-    _fit_vocabulary(model, len(tokenizer), trained=trained, seed=recipe.training.seed)
-    if adapter is None:
-        return _over_base(model, base, recipe, dtype)
-    return _over_adapter(model, base, adapter, recipe, dtype)
+        _take_generation_settings(model, source)
+        _resize_embedding(model, _embedding_rows(adapter, model), trained=True, seed=seed)
+    trained = lora is None or set(_vocabulary_layers(model)) <= {last_name(name) for name in saved}
+    _resize_embedding(model, len(tokenizer), trained=trained, seed=seed)
+    return _full_policy(model, base, dtype) if lora is None else _lora_policy(model, base, adapter, lora, dtype, seed)
 
 
-def _over_base(model: PreTrainedModel, base: Source | None, recipe: "Recipe", dtype: torch.dtype) -> Policy:
-    """Train a plain model: all of it, or an adapter on it."""
-    before = _without_cache(model)
-    place: dict[str, Any] = {} if base is None else {"base": _absolute(base), "base_revision": base.revision}
-    if recipe.lora is None:
-        model.requires_grad_(True)
-        return Policy(model=model, causal=model, dtype=dtype, kind="full", original_config=before, **place)
-    from dpoctl.model.lora import add_adapter, to_float32  # noqa: PLC0415 - peft takes a second to import
-    from dpoctl.model.plain_lora import use_plain_lora  # noqa: PLC0415
+def _full_policy(model: PreTrainedModel, base: ModelSource | None, dtype: torch.dtype) -> Policy:
+    """Return a policy of which all weights are trained."""
+    original_config = _disable_cache(model)
+    model.requires_grad_(True)
+    if dtype == torch.bfloat16:
+        keep_activations_in(model, dtype)
+    origin: dict[str, Any] = {} if base is None else {"base": _absolute(base), "base_revision": base.revision}
+    return Policy(model=model, causal=model, dtype=dtype, kind="full", original_config=original_config, **origin)
 
+
+def _lora_policy(
+    model: PreTrainedModel, base: ModelSource, adapter: Path | None, lora: "LoraSection", dtype: torch.dtype, seed: int
+) -> Policy:
+    """Return a policy with a new adapter on a base model or on an SFT adapter, or with an SFT adapter to continue."""
+    from dpoctl.model import lora as adapters  # noqa: PLC0415 - peft takes a second to import
+    from dpoctl.model.fused_lora import fuse_lora  # noqa: PLC0415
+
+    original_config = _disable_cache(model)
     model.requires_grad_(False)
-    peft_model = add_adapter(model, recipe.lora, seed=recipe.training.seed)
-    to_float32(model, dtype)
-    use_plain_lora(model)
-    return Policy(
-        model=peft_model, causal=model, dtype=dtype, kind="lora", active=(TRAINED,), original_config=before, **place
-    )
-
-
-def _over_adapter(model: PreTrainedModel, base: Source, adapter: Path, recipe: "Recipe", dtype: torch.dtype) -> Policy:
-    """Start from an SFT adapter, which is the reference: under a new one, or as a frozen copy."""
-    from dpoctl.model.lora import continue_adapter, stack_adapter, to_float32  # noqa: PLC0415 - peft takes a second to import
-    from dpoctl.model.plain_lora import use_plain_lora  # noqa: PLC0415
-
-    assert recipe.lora is not None
-    before = _without_cache(model)
-    model.requires_grad_(False)
-    saved: tuple[str, ...] = ()
     active: tuple[str, ...] = (TRAINED,)
-    if recipe.lora.start == "continue":
-        peft_model = continue_adapter(model, adapter)
+    saved: tuple[str, ...] = ()
+    if adapter is None:
+        peft_model = adapters.add_adapter(model, lora, seed=seed)
+    elif lora.start == "continue":
+        peft_model = adapters.continue_adapter(model, adapter)
     else:
-        peft_model, saved = stack_adapter(model, adapter, recipe.lora, seed=recipe.training.seed)
+        peft_model, saved = adapters.stack_adapter(model, adapter, lora, seed=seed)
         active = (FROZEN, TRAINED)
-    to_float32(model, dtype)
-    use_plain_lora(model)
+    adapters.cast_trainable_to_float32(model, dtype)
+    fuse_lora(model)
     return Policy(
         model=peft_model,
         causal=model,
         dtype=dtype,
         kind="lora",
         active=active,
-        reference_adapters=(FROZEN,),
+        reference_adapters=() if adapter is None else (FROZEN,),
         saved_modules=saved,
-        original_config=before,
+        original_config=original_config,
         base=_absolute(base),
         base_revision=base.revision,
     )
 
 
 def _load_weights(
-    source: Source,
+    source: ModelSource,
     attention: str,
     dtype: torch.dtype,
     device: torch.device,
@@ -254,96 +314,150 @@ def _load_weights(
     *,
     keep: list[str],
     lora: bool,
+    lazy: bool = False,
 ) -> PreTrainedModel:
     decoder = find_decoder(source)
-    refuse_quantised_checkpoint(decoder.config, source.name, lora=lora)
-    packed = quantization_config(quantization, dtype, keep)
-    with reading(source.name):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.name,
-            config=decoder.config,
-            dtype=dtype,
-            use_safetensors=True,
-            attn_implementation=decoder.attention(attention),
-            key_mapping=decoder.key_mapping,
-            quantization_config=packed,
-            device_map=None if packed is None else {"": str(device)},
-            output_loading_info=True,
-            # transformers looks for an adapter once more, and would wait for the hub if it were not told.
-            adapter_kwargs={"local_files_only": source.options["local_files_only"]},
-            **source.options,
-        )
+    check_quantised_checkpoint(decoder.config, source.name, lora=lora)
+    verify_export(source)
+    check_weights(source, lambda: build_empty(source, decoder))
+    _generation_settings(source)
+    options = {
+        "config": decoder.config,
+        "dtype": dtype,
+        "use_safetensors": True,
+        "attn_implementation": decoder.attention_name(attention),
+        "key_mapping": decoder.key_mapping,
+        "quantization_config": quantization_config(quantization, dtype, keep),
+        "output_loading_info": True,
+        # They are reported, and refused here.
+        "ignore_mismatched_sizes": True,
+        # transformers looks for an adapter here too, and would wait for an unreachable hub.
+        "adapter_kwargs": {"local_files_only": source.options["local_files_only"]},
+        **source.options,
+    }
+    loaded: Any = load_lazily(source, decoder, device, options) if lazy else None
+    if loaded is None:
+        load: Any = AutoModelForCausalLM.from_pretrained
+        with reading_model(source.name, "config.json"):
+            # Each tensor goes to the device as it is read, so that no rank ever holds the model in host memory.
+            loaded = load(source.name, device_map={"": str(device)}, **options)
+        if lazy:
+            console.note(
+                f"model '{source.name}' cannot be read in parts: each process loads all of it before it is divided"
+            )
     model: PreTrainedModel = loaded[0]
-    report: dict[str, Any] = loaded[1]
-    missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
-    if missing:
-        raise SetupError(f"model '{source.name}' lacks weights of {type(model).__name__}: '{missing[0]}'")
-    if decoder.narrowed_from is not None:
-        # Saving would otherwise try to rename the weights back to those of the multimodal model.
+    _refuse_misfits(source, decoder, model, loaded[1])
+    if decoder.multimodal_type is not None:
+        # Saving would otherwise rename the weights to those of the multimodal model.
         vars(model)["_weight_conversions"] = None
         console.note(
-            f"model '{source.name}' is multimodal ({decoder.narrowed_from}); its text tower is trained, "
+            f"model '{source.name}' is multimodal ({decoder.multimodal_type}): only its text tower is trained, "
             f"as a {type(model).__name__}"
         )
-    if packed is None:
-        _move(model, device)
-    keep_one_kernel(model)
+    prepare_quantised_layers(model)
     return model
 
 
-def _move(model: nn.Module, device: torch.device) -> None:
-    model.to(device)
+def _refuse_misfits(
+    source: ModelSource, decoder: Decoder, model: PreTrainedModel, report: Mapping[str, Collection[Any]]
+) -> None:
+    """Refuse a model whose files do not hold exactly its weights.
+
+    Args:
+        source: the model.
+        decoder: its configuration.
+        model: as it was loaded.
+        report: what transformers found.
+    """
+    if misfits := sorted(report["mismatched_keys"]):
+        name, stored, expected = misfits[0]
+        raise SetupError(
+            f"model '{source.name}': the weight '{name}' has shape {list(stored)}, and {list(expected)} by config.json",
+            hint="give the config.json that belongs to the weights",
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise SetupError(
+            f"model '{source.name}' lacks the weight '{missing[0]}' of {type(model).__name__}",
+            hint="give a complete checkpoint",
+        )
+    unused = sorted(str(key) for key in report["unexpected_keys"] if not _HARMLESS.search(str(key)))
+    if decoder.multimodal_type is not None:
+        # Those of the other towers are left out on purpose.
+        own = tuple(f"{name}." for name, _ in model.named_children())
+        unused = [key for key in unused if key.startswith(own) and not _OTHER_TOWERS.search(key)]
+    refuse_unused(source, type(model).__name__, unused)
 
 
-def _fit_vocabulary(model: PreTrainedModel, rows: int, *, trained: bool, seed: int) -> None:
-    have = int(cast(Tensor, ends_of(model)[0].weight).shape[0])
-    if rows <= have:
+def _take_generation_settings(model: PreTrainedModel, adapter: ModelSource) -> None:
+    """Generate with the settings that were saved with an adapter, if there are any, and not with those of its base."""
+    if (settings := _generation_settings(adapter)) is not None:
+        model.generation_config = settings
+
+
+def _generation_settings(source: ModelSource) -> GenerationConfig | None:
+    """Read the generation settings of a model, if it has a file of them."""
+    path = source.file(GENERATION_CONFIG)
+    if path is None:
+        return None
+    for key, value in read_json(path).items():
+        tokens = value if isinstance(value, list) else [value]
+        if key.endswith("_token_id") and not all(token is None or type(token) is int for token in tokens):
+            raise wrong_setting(source, key, value, "token id, or list of them", GENERATION_CONFIG)
+    with reading_model(source.name, GENERATION_CONFIG):
+        return GenerationConfig.from_pretrained(path.parent)
+
+
+def _resize_embedding(model: PreTrainedModel, rows: int, *, trained: bool, seed: int) -> None:
+    """Grow the embedding and the head to `rows`; refuse to if the new rows would not be `trained`."""
+    layers = [layer for layer in embedding_and_head(model) if layer is not None]
+    current = int(cast(Tensor, layers[0].weight).shape[0])
+    if rows <= current:
         return
     if not trained:
-        ends = ", ".join(_ends_of(model))
         raise UsageError(
-            f"the tokenizer has {rows} tokens and the model's embedding {have} rows",
-            hint=f"new rows must be trained: set lora.modules_to_save: [{ends}]",
+            f"the tokenizer has {rows} tokens, but the model's embedding has {current} rows",
+            hint=f"train the new rows: set lora.modules_to_save: [{', '.join(_vocabulary_layers(model))}]",
         )
-    # New rows are drawn on the model's own device, and must be the same on every rank.
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+    # The new rows depend on the present ones.
+    for layer in layers:
+        read_whole(layer)
+    # New rows are initialised on the model's device, and must be the same on every rank.
+    device = cast(Tensor, layers[0].weight).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         model.resize_token_embeddings(rows)
-    console.note(f"the embedding grows from {have} to {rows} rows, to hold the tokenizer's tokens")
+    console.note(f"the model's embedding was resized from {current} to {rows} rows, to fit the tokenizer")
 
 
-def _ends_of(model: PreTrainedModel) -> list[str]:
-    """Last names of the embedding and the head."""
-    return [name.rpartition(".")[2] for name in names_of_ends(model)]
+def _vocabulary_layers(model: PreTrainedModel) -> list[str]:
+    """Return the last names of the embedding and the head."""
+    return [last_name(name) for name in embedding_and_head_names(model)]
 
 
-def _trains_embeddings(model: PreTrainedModel, saved: list[str]) -> bool:
-    return set(_ends_of(model)) <= {name.rpartition(".")[2] for name in saved}
-
-
-def _rows_in(adapter: Path, model: PreTrainedModel) -> int:
-    """How many embedding rows an adapter brings along; zero if it leaves the embedding alone."""
-    embedding = ends_of(model)[0]
+def _embedding_rows(adapter: Path, model: PreTrainedModel) -> int:
+    """Return the number of embedding rows in an adapter's file, zero if it holds no embedding."""
+    embedding = embedding_and_head(model)[0]
     name = next(name for name, module in model.named_modules() if module is embedding)
     key = f"base_model.model.{name}.weight"
-    with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
+    with reading_model(str(adapter), ADAPTER_WEIGHTS), safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
         return int(file.get_slice(key).get_shape()[0]) if key in file.keys() else 0  # noqa: SIM118 - no mapping
 
 
 def _disable_dropout(policy: Policy, lora: "LoraSection | None") -> None:
     rates = {config.lora_dropout for config in getattr(policy.model, "peft_config", {}).values()} - {0.0}
-    # Of a rate that stands in the recipe the advice speaks.
-    if lora is not None and (found := rates - {lora.lora_dropout}):
-        console.note(f"the adapter's own lora_dropout {min(found)} has no effect: model.disable_dropout is true")
+    # The advice on the recipe reports a rate that the recipe itself sets.
+    if lora is not None and (unused := rates - {lora.lora_dropout}):
+        console.note(f"the adapter's own lora_dropout {min(unused)} has no effect: model.disable_dropout is true")
     before = disable_dropout(policy.model, policy.causal.config)
     policy.original_config = {**policy.original_config, **before}
 
 
-def _without_cache(model: PreTrainedModel) -> dict[str, Any]:
-    before = {"use_cache": getattr(model.config, "use_cache", None)}
+def _disable_cache(model: PreTrainedModel) -> dict[str, Any]:
+    """Turn the KV cache off, and return the previous setting."""
+    before = getattr(model.config, "use_cache", None)
     model.config.use_cache = False
-    return {name: value for name, value in before.items() if value is not None}
+    return {} if before is None else {"use_cache": before}
 
 
-def _absolute(source: Source) -> str:
+def _absolute(source: ModelSource) -> str:
     return str(Path(source.name).resolve()) if source.is_local else source.name

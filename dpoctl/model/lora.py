@@ -1,95 +1,115 @@
-"""Adapters: a new one over a plain model, a new one over an SFT adapter, or an SFT adapter trained further."""
+"""LoRA adapters: a new one on a base model, a new one on top of an SFT adapter, or an SFT adapter trained further."""
 
 import dataclasses
+import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
-from peft.utils.error import NoMatchingPeftModuleError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dpoctl import console
-from dpoctl.errors import UsageError
-from dpoctl.model.modules import bare, ends_of, is_adapted, linear_layers, names_of_ends
+from dpoctl.errors import SetupError, UsageError, UserError
+from dpoctl.model.lazy_weights import float32, read_whole
+from dpoctl.model.memory import is_out_of_memory
+from dpoctl.model.modules import base_layer, embedding_and_head, embedding_and_head_names, is_adapted, linear_layers
 from dpoctl.model.policy import FROZEN, TRAINED
-from dpoctl.model.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json, reading, reason
+from dpoctl.model.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, first_line, read_json, reading_model
 
 if TYPE_CHECKING:
     from dpoctl.recipe.schema import LoraSection
 
-# What an adapter may be besides its defaults, such that adapters off is the base and two adapters add up.
-_UNDERSTOOD = {
-    "alpha_pattern",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "exclude_modules",
-    "fan_in_fan_out",
-    "inference_mode",
-    "layers_pattern",
-    "layers_to_transform",
-    "lora_alpha",
-    "lora_dropout",
-    "megatron_core",
-    "modules_to_save",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "r",
-    "rank_pattern",
-    "revision",
-    "runtime_config",
-    "target_modules",
-    "target_parameters",
-    "task_type",
-    "use_rslora",
+# Settings that an adapter may change from their defaults: without it the model is still the base, and adapters add up.
+_SUPPORTED = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out", "inference_mode",
+    "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "modules_to_save",
+    "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
+    "target_modules", "target_parameters", "task_type", "use_rslora",
+}  # fmt: skip
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_dict_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or (isinstance(value, dict) and all(map(fits, value.values())))
+
+
+def _is_names(value: Any) -> bool:
+    return value is None or isinstance(value, str) or _is_list_of(str)(value)
+
+
+def _is_list_of(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
+_SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (_is_count, "number of 1 or more"),
+    "lora_alpha": (_is_number, "number"),
+    "lora_dropout": (lambda value: _is_number(value) and 0 <= value < 1, "number from 0 to below 1"),
+    "rank_pattern": (_is_dict_of(_is_count), "mapping to numbers of 1 or more"),
+    "alpha_pattern": (_is_dict_of(_is_number), "mapping to numbers"),
+    "target_modules": (_is_names, "list of names"),
+    "modules_to_save": (lambda value: value is None or _is_list_of(str)(value), "list of names"),
+    "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
+    "fan_in_fan_out": (lambda value: isinstance(value, bool), "true or false"),
 }
+"""Settings that an adapter's update depends on: whether a value is one, and what it should be."""
 _HARMLESS_INITS = (True, False, "gaussian")
+_MERGE_HINT = "merge it into its base model"
 
 
 def check_adapter(folder: Path) -> dict[str, Any]:
-    """Read an adapter's configuration, and see that it is plain LoRA.
+    """Read an adapter's configuration, and check that it is plain LoRA.
 
     Returns:
-        The configuration as it stands in the file.
+        The configuration in the file.
 
     Raises:
-        UsageError: it trains something that cannot be told apart from the base, or computes something else than LoRA.
+        UsageError: the adapter changes the base itself, or computes something other than LoRA.
+        SetupError: a setting is not of its kind.
     """
     config = read_json(folder / ADAPTER_CONFIG)
+    for name, (fits, words) in _SETTINGS.items():
+        if name in config and not fits(config[name]):
+            raise SetupError(f"adapter '{folder}' cannot be loaded: {name} in {ADAPTER_CONFIG} is no {words}")
     if config.get("peft_type") != "LORA":
-        raise UsageError(f"adapter '{folder}' is {config.get('peft_type')}, not LORA", hint="merge it into its base")
+        raise UsageError(f"adapter '{folder}' has peft_type {config.get('peft_type')}, not LORA", hint=_MERGE_HINT)
     plain = LoraConfig()
     defaults = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
-    odd = sorted(
+    supported = _SUPPORTED | ({"init_lora_weights"} if config.get("init_lora_weights") in _HARMLESS_INITS else set())
+    unsupported = sorted(
         name
         for name, value in config.items()
-        if name in defaults and name not in _UNDERSTOOD and value and value != defaults[name]
+        if name in defaults and name not in supported and value and value != defaults[name]
     )
-    if config.get("init_lora_weights") in _HARMLESS_INITS:
-        odd = [name for name in odd if name != "init_lora_weights"]
-    if odd:
-        settings = ", ".join(f"{name}: {config[name]}" for name in odd)
-        raise UsageError(f"adapter '{folder}' is more than plain LoRA ({settings})", hint="merge it into its base")
+    if unsupported:
+        settings = ", ".join(f"{name}: {config[name]}" for name in unsupported)
+        raise UsageError(f"adapter '{folder}' is more than plain LoRA ({settings})", hint=_MERGE_HINT)
     return config
 
 
 def add_adapter(model: PreTrainedModel, lora: "LoraSection", *, seed: int) -> PeftModel:
-    """Put a new adapter on a plain model; it starts as zero.
+    """Put a new adapter on a base model; its update starts at zero.
 
     Raises:
-        UsageError: a target or a module to save is not there, or cannot be adapted.
+        UsageError: a target or a module to save does not exist, or cannot be adapted.
     """
     config = _new_config(model, lora)
-    with _peft_speaks_our_way(), _seeded(seed), _naming_targets(model, lora):
+    with _adding_adapter(model, config, seed):
         return get_peft_model(model, config, adapter_name=TRAINED)
 
 
@@ -98,7 +118,7 @@ def stack_adapter(
 ) -> tuple[PeftModel, tuple[str, ...]]:
     """Put a new adapter on top of an SFT adapter, which is frozen and becomes the reference.
 
-    What the SFT adapter trained whole becomes part of the base, so that the reference has it too.
+    Modules that the SFT adapter trained whole become part of the base, so that the reference has them too.
 
     Returns:
         The model with both adapters active, and the names of the modules that became part of the base.
@@ -107,15 +127,16 @@ def stack_adapter(
         UsageError: the two adapters cannot be joined into one.
     """
     peft_model = load_adapter(model, folder, FROZEN, trainable=False)
-    saved = _absorb_saved_modules(model, FROZEN)
+    saved = _move_saved_modules_to_base(model, FROZEN)
     config = _new_config(model, lora)
-    clash = sorted(name for name in saved for target in _targeted(model, config) if _is_at_or_under(target, name))
-    if clash:
+    targets = _targeted_modules(model, config)
+    conflicts = sorted(name for name in saved for target in targets if _is_at_or_under(target, name))
+    if conflicts:
         raise UsageError(
-            f"lora.target_modules includes {clash[0]}, which adapter '{folder}' trained whole",
+            f"lora.target_modules includes {conflicts[0]}, which adapter '{folder}' trained whole",
             hint="leave it out, or name it in lora.modules_to_save",
         )
-    with _peft_speaks_our_way(), _seeded(seed), _naming_targets(model, lora):
+    with _adding_adapter(model, config, seed):
         peft_model.add_adapter(TRAINED, config)
         peft_model.active_adapter = TRAINED
         tuner: Any = peft_model.base_model
@@ -123,8 +144,8 @@ def stack_adapter(
         tuner.set_requires_grad(FROZEN, False)
     if any(adapter.target_parameters for adapter in tuner.peft_config.values()):
         raise UsageError(
-            f"adapter '{folder}' and the new one cannot be joined: experts are adapted",
-            hint="set lora.start: continue, or train over a merged model",
+            f"adapter '{folder}' and the new one cannot be joined, because one of them targets experts",
+            hint="set lora.start: continue, or merge the adapter into its base model first",
         )
     return peft_model, saved
 
@@ -137,9 +158,9 @@ def continue_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
 
 
 def add_frozen_adapter(model: nn.Module, folder: Path) -> None:
-    """Load the reference's adapter beside the one that is active in a `PeftModel`."""
+    """Load the reference's adapter into a `PeftModel` beside the active one."""
     peft_model = cast(PeftModel, model)
-    with _peft_speaks_our_way():
+    with _silent(), _not_fitting(folder):
         peft_model.load_adapter(
             folder, FROZEN, is_trainable=False, torch_device=str(peft_model.device), low_cpu_mem_usage=False
         )
@@ -147,134 +168,125 @@ def add_frozen_adapter(model: nn.Module, folder: Path) -> None:
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, name: str, *, trainable: bool) -> PeftModel:
-    """Load an adapter and see that every one of its weights found its place.
+    """Load an adapter, and check that all its weights are those of the model's adapted layers.
 
     Raises:
-        UsageError: the adapter belongs to another model, or brings weights of the base that differ from the base's.
+        SetupError: the adapter cannot be read, or belongs to another model.
+        UsageError: it contains base weights that differ from the model's.
     """
     check_adapter(folder)
-    with reading(str(folder)):
+    with reading_model(str(folder), ADAPTER_WEIGHTS):
         saved = load_file(folder / ADAPTER_WEIGHTS)
-    before = {key: tensor.detach().clone() for key, tensor in _base_weights_among(saved, model).items()}
-    with _peft_speaks_our_way(f"adapter '{folder}' does not fit its base model"):
+    _check_ranks(folder, saved)
+    # peft copies what an adapter's file has of the base's weights, or trained whole, into the weights that are there.
+    for key in _base_weights_among(saved, model):
+        read_whole(model.get_submodule(_base_name(key).rpartition(".")[0]))
+    base_weights = {key: tensor.detach().clone() for key, tensor in _base_weights_among(saved, model).items()}
+    with _silent(), _not_fitting(folder):
         peft_model = PeftModel.from_pretrained(
             model, folder, adapter_name=name, is_trainable=trainable, torch_device=str(model.device)
         )
-    placed = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
-    lost = sorted(placed.keys() - saved.keys()) or sorted(saved.keys() - placed.keys() - before.keys())
-    if lost:
-        raise UsageError(f"adapter '{folder}' does not fit its base model: '{lost[0]}' is on one side only")
-    for key, tensor in before.items():
-        if key not in placed and not torch.equal(saved[key].to(tensor), tensor):
-            raise UsageError(f"adapter '{folder}' replaces '{key}' of its base model", hint="merge it into its base")
+    loaded = get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False)
+    unmatched = sorted(loaded.keys() - saved.keys()) or sorted(saved.keys() - loaded.keys() - base_weights.keys())
+    if unmatched:
+        raise SetupError(f"adapter '{folder}' does not fit its base model: only one of them has '{unmatched[0]}'")
+    for key, tensor in base_weights.items():
+        if key not in loaded and not torch.equal(saved[key].to(tensor), tensor):
+            raise UsageError(f"adapter '{folder}' replaces '{key}' of its base model", hint=_MERGE_HINT)
     return peft_model
 
 
-def to_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Keep trainable parameters in float32, while the model goes on computing in `dtype` under autocast."""
+def cast_trainable_to_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Cast trainable parameters to float32; the model still computes in `dtype` under autocast."""
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper) and TRAINED in module.modules_to_save:
-            # An embedding or a norm is not autocast: without this the policy's residual stream would be float32
-            # and the reference's not, so that they differed before the first step.
-            own = module.modules_to_save[TRAINED]
-            own.register_forward_hook(lambda _module, _inputs, output: output.to(dtype))
+            # Autocast does not cover embeddings and norms: without this the residual stream would be float32 in the
+            # policy and not in the reference, and the two would differ before the first step.
+            trained = module.modules_to_save[TRAINED]
+            trained.register_forward_hook(lambda _module, _inputs, output: output.to(dtype))
         elif is_adapted(module) and dtype != torch.float32:
-            # peft would copy the input of every adapted layer to float32, and autograd would keep the copy; autocast
-            # brings input and adapter to one dtype by itself.
+            # peft would cast the input of every adapted layer to float32, and autograd would keep that copy; autocast
+            # casts input and adapter to one dtype.
             module.cast_input_dtype_enabled = False
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+            parameter.data = float32(parameter.data)
 
 
 def unmatched_targets(model: PreTrainedModel, lora: "LoraSection") -> tuple[str, ...]:
-    """Names in a recipe's targets that nothing in an adapted model has.
+    """Return the recipe's target modules that match no module of an adapted model.
 
     Args:
         model: with the new adapter on it.
-        lora: what was asked for.
+        lora: the recipe's section.
     """
     if isinstance(lora.target_modules, str) or lora.start == "continue":
         return ()
-    # peft drops the targets that it finds as an expert's parameter from its own list.
-    left = cast(Any, model).peft_config[TRAINED].target_modules
-    adapted = [name for name, module in model.named_modules() if is_adapted(module) and _has_new(module)]
-    return tuple(t for t in lora.target_modules if t in left and not any(_ends_with(name, t) for name in adapted))
+    # peft removes from its own list the targets that are parameters of experts.
+    targets = cast(Any, model).peft_config[TRAINED].target_modules
+    adapted = [
+        name
+        for name, module in model.named_modules()
+        if is_adapted(module) and (TRAINED in module.lora_A or TRAINED in module.lora_embedding_A)
+    ]
+    return tuple(t for t in lora.target_modules if t in targets and not any(_ends_with(name, t) for name in adapted))
 
 
 def _new_config(model: PreTrainedModel, lora: "LoraSection") -> LoraConfig:
-    _check_names(model, lora)
+    """Return peft's configuration of a new adapter."""
+    saved = lora.modules_to_save or []
+    names = [name for name, _ in model.named_modules()]
+    for name in saved:
+        if not any(_ends_with(other, name) for other in names):
+            raise UsageError(f"lora.modules_to_save: this model has no module '{name}'", hint=_modules_hint(model))
+    _note_untied(model, [*saved, *(lora.target_modules if isinstance(lora.target_modules, list) else [])])
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
-        lora_alpha=_whole(lora.lora_alpha),
+        lora_alpha=_int_if_whole(lora.lora_alpha),
         lora_dropout=lora.lora_dropout,
         target_modules=lora.target_modules,
         modules_to_save=lora.modules_to_save,
         use_rslora=lora.use_rslora,
         bias="none",
     )
-    conv1d = [isinstance(bare(model.get_submodule(name)), Conv1D) for name in _targeted(model, config)]
-    config.fan_in_fan_out = any(conv1d)
+    targets = (model.get_submodule(name) for name in _targeted_modules(model, config))
+    config.fan_in_fan_out = any(isinstance(base_layer(module), Conv1D) for module in targets)
     return config
 
 
-def _check_names(model: PreTrainedModel, lora: "LoraSection") -> None:
-    names = [name for name, _ in model.named_modules()]
-    for name in lora.modules_to_save or ():
-        if not any(_ends_with(found, name) for found in names):
-            raise UsageError(f"lora.modules_to_save: '{name}' is no module of this model", hint=_modules_hint(model))
-    targets = [] if isinstance(lora.target_modules, str) else lora.target_modules
-    _say_tied(model, [*(lora.modules_to_save or ()), *targets])
-
-
-@contextmanager
-def _naming_targets(model: PreTrainedModel, lora: "LoraSection") -> Iterator[None]:
-    hint = _modules_hint(model)
-    try:
-        yield
-    except NoMatchingPeftModuleError as error:
-        targets = lora.target_modules
-        named = targets if isinstance(targets, str) else ", ".join(targets)
-        raise UsageError(f"lora.target_modules: nothing in this model is {named}", hint=hint) from error
-
-
-def _say_tied(model: PreTrainedModel, touched: list[str]) -> None:
+def _note_untied(model: PreTrainedModel, changed: list[str]) -> None:
     if not getattr(model.config, "tie_word_embeddings", False):
         return
-    split = sorted({name for name in names_of_ends(model) for touch in touched if _ends_with(name, touch)})
-    if split:
-        console.note(f"embedding and head are tied in this model; {', '.join(split)} gets weights of its own")
+    names = {name for name in embedding_and_head_names(model) for end in changed if _ends_with(name, end)}
+    if names:
+        console.note(f"embedding and head are tied in this model: {', '.join(sorted(names))} is trained separately")
 
 
 def _modules_hint(model: PreTrainedModel) -> str:
     return f"its linear layers are {', '.join(linear_layers(model))}"
 
 
-def _has_new(module: LoraLayer) -> bool:
-    return TRAINED in module.lora_A or TRAINED in module.lora_embedding_A
-
-
-def _targeted(model: PreTrainedModel, config: LoraConfig) -> list[str]:
-    """Names of the modules that a configuration would adapt."""
-    head = ends_of(model)[1]
-    found = []
+def _targeted_modules(model: PreTrainedModel, config: LoraConfig) -> list[str]:
+    """Return the names of the modules that a configuration would adapt."""
+    head = embedding_and_head(model)[1]
+    targeted = []
     for name, module in model.named_modules():
         if ".lora_" in name or name.endswith(".base_layer"):
             continue
         if any(_is_at_or_under(name, saved) or _ends_with(name, saved) for saved in config.modules_to_save or ()):
             continue
         if config.target_modules == "all-linear":
-            matches = isinstance(bare(module), (nn.Linear, Conv1D)) and module is not head
+            matches = isinstance(base_layer(module), (nn.Linear, Conv1D)) and module is not head
         else:
             matches = any(_ends_with(name, target) for target in config.target_modules or ())
         if matches:
-            found.append(name)
-    return found
+            targeted.append(name)
+    return targeted
 
 
-def _absorb_saved_modules(model: PreTrainedModel, adapter: str) -> tuple[str, ...]:
-    """Make what an adapter trained whole a plain part of the model."""
+def _move_saved_modules_to_base(model: PreTrainedModel, adapter: str) -> tuple[str, ...]:
+    """Replace modules of the base by the ones that an adapter trained whole, and return their names."""
     wrappers = {name: m for name, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
     for name, wrapper in wrappers.items():
         model.set_submodule(name, wrapper.modules_to_save[adapter].requires_grad_(False))
@@ -282,14 +294,18 @@ def _absorb_saved_modules(model: PreTrainedModel, adapter: str) -> tuple[str, ..
 
 
 def _base_weights_among(saved: Iterable[str], model: PreTrainedModel) -> dict[str, Tensor]:
-    """Weights of the base that an adapter file carries besides its own, as peft does for resized embeddings."""
+    """Return the weights of the base that are also in an adapter's file; peft saves resized embeddings there."""
     own = dict(model.named_parameters())
-    names = {key: key.removeprefix("base_model.model.").replace(".base_layer", "") for key in saved}
-    return {key: own[name] for key, name in names.items() if name in own}
+    return {key: own[name] for key in saved if (name := _base_name(key)) in own}
 
 
-def _whole(number: float) -> Any:
-    """The readers of peft's files expect a whole number to be written as one."""
+def _base_name(key: str) -> str:
+    """Return the name that a weight in an adapter's file has in the base."""
+    return key.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
+def _int_if_whole(number: float) -> Any:
+    """Return an int for a whole number: readers of adapter_config.json expect one."""
     return int(number) if number == int(number) else number
 
 
@@ -302,19 +318,59 @@ def _is_at_or_under(name: str, parent: str) -> bool:
 
 
 @contextmanager
-def _peft_speaks_our_way(prefix: str = "lora") -> Iterator[None]:
-    """Peft's warnings repeat what is checked here by name, and its errors become one line."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+def _adding_adapter(model: PreTrainedModel, config: LoraConfig, seed: int) -> Iterator[None]:
+    """Initialise an adapter from the seed only, and turn peft's errors into usage errors."""
+    hint, targets = _modules_hint(model), config.target_modules
+    is_unmatched = not _targeted_modules(model, config)
+    with _peft_errors("lora"), torch.random.fork_rng(devices=[]):
+        # peft initialises adapters on the CPU.
+        torch.default_generator.manual_seed(seed)
         try:
             yield
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise UsageError(f"{prefix}: {reason(error)}") from error
+        except ValueError as error:
+            # Not every version of peft has an error of its own for this.
+            if not is_unmatched:
+                raise
+            named = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
+            raise UsageError(f"lora.target_modules: no module of this model matches {named}", hint=hint) from error
+
+
+def _check_ranks(folder: Path, saved: Mapping[str, Tensor]) -> None:
+    """Refuse ranks that the file does not have, before memory is taken for them."""
+    config = read_json(folder / ADAPTER_CONFIG)
+    ranks = {config.get("r", LoraConfig().r), *(config.get("rank_pattern") or {}).values()}
+    for name, tensor in saved.items():
+        if ".lora_A" in name and not config.get("target_parameters") and tensor.shape[:1] and len(tensor) not in ranks:
+            raise SetupError(
+                f"adapter '{folder}' cannot be loaded: '{name}' has rank {len(tensor)} in {ADAPTER_WEIGHTS}, "
+                f"and r is {config.get('r')} in {ADAPTER_CONFIG}"
+            )
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Adapters are initialised on the CPU, from the recipe's seed and from nothing else."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+def _not_fitting(folder: Path) -> Iterator[None]:
+    """Turn whatever peft raises about a saved adapter into an error of one line."""
+    try:
         yield
+    except Exception as error:
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
+        raise SetupError(f"adapter '{folder}' does not fit its base model: {first_line(error)}") from error
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Silence peft's warnings, which repeat checks made here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def _peft_errors(prefix: str) -> Iterator[None]:
+    """Turn peft's errors about a new adapter into usage errors of one line."""
+    with _silent():
+        try:
+            yield
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise UsageError(f"{prefix}: {first_line(error)}") from error

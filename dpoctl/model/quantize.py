@@ -1,16 +1,16 @@
-"""Quantised base models through bitsandbytes: frozen weights in 4 or 8 bits, adapters in float32 over them.
+"""Base models quantised with bitsandbytes: frozen weights in 4 or 8 bits under float32 adapters.
 
-`peft.prepare_model_for_kbit_training` is not used: it would turn the norms and the head into float32 copies and make
-the embedding's output require gradients. Neither is needed: everything but the adapters is frozen, and the norms
-compute in float32 by themselves.
+`peft.prepare_model_for_kbit_training` is not used: it casts norms and head to float32 and makes the embedding's output
+require gradients. Neither is needed, because only the adapters are trained, and norms compute in float32 themselves.
 """
 
 from functools import partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from types import MethodType
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PretrainedConfig
 
 from dpoctl.errors import SetupError, UsageError
@@ -19,78 +19,117 @@ if TYPE_CHECKING:
     from dpoctl.recipe.schema import QuantizationSection
 
 _HEADS = ("lm_head", "embed_out", "output_projection")
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def quantization_config(
     section: "QuantizationSection | None", dtype: torch.dtype, keep: list[str]
 ) -> BitsAndBytesConfig | None:
-    """The arguments of bitsandbytes for a recipe's `quantization` section.
+    """Return the arguments of bitsandbytes, or `None` for a model that is not quantised.
 
     Args:
-        section: the section; with neither width asked for, the model is not quantised.
-        dtype: what `auto` computes in.
-        keep: modules that stay as they are because they are trained whole; the head always does.
+        section: the recipe's `quantization` section.
+        dtype: the precision that `bnb_4bit_compute_dtype: auto` means.
+        keep: modules that are not quantised because they are trained whole; the head never is.
 
     Raises:
         SetupError: bitsandbytes is not installed.
     """
     if section is None or not (section.load_in_4bit or section.load_in_8bit):
         return None
-    require_bitsandbytes()
-    asked = section.bnb_4bit_compute_dtype
+    _require_bitsandbytes()
+    compute_dtype = section.bnb_4bit_compute_dtype
     build: Any = BitsAndBytesConfig
-    packed: BitsAndBytesConfig = build(
+    config: BitsAndBytesConfig = build(
         load_in_4bit=section.load_in_4bit,
         load_in_8bit=section.load_in_8bit,
         bnb_4bit_quant_type=section.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=section.bnb_4bit_use_double_quant,
-        bnb_4bit_compute_dtype=dtype if asked == "auto" else _DTYPES[asked],
-        # transformers finds the head by itself only when it is told of no other module.
+        bnb_4bit_compute_dtype=dtype if compute_dtype == "auto" else getattr(torch, compute_dtype),
+        # transformers looks for the head itself only if no module is named here.
         llm_int8_skip_modules=[*_HEADS, *keep] if keep else None,
     )
-    return packed
+    return config
 
 
-def require_bitsandbytes() -> None:
-    """Refuse to go on without bitsandbytes.
-
-    Raises:
-        SetupError: it is not installed.
-    """
-    if find_spec("bitsandbytes") is None:
-        raise SetupError("quantization needs bitsandbytes", hint="pip install 'dpoctl[quant]'")
-
-
-def refuse_quantised_checkpoint(config: PretrainedConfig, name: str, *, lora: bool) -> None:
-    """Check what a checkpoint that is quantised already can be used for.
+def check_quantised_checkpoint(config: PretrainedConfig, name: str, *, lora: bool) -> None:
+    """Check that a checkpoint is not quantised, or can be trained as it is.
 
     Raises:
-        UsageError: it is to be trained whole, or its quantisation is not bitsandbytes'.
+        UsageError: it is quantised, and would be trained whole or is not quantised with bitsandbytes.
         SetupError: bitsandbytes is not installed.
     """
-    quantised: Any = getattr(config, "quantization_config", None)
-    if quantised is None:
+    quantization: Any = getattr(config, "quantization_config", None)
+    if quantization is None:
         return
-    method = str((quantised if isinstance(quantised, dict) else quantised.to_dict()).get("quant_method", "unknown"))
+    settings = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    method = str(settings.get("quant_method", "unknown"))
     if "bitsandbytes" not in method:
-        raise UsageError(f"model '{name}' is quantised with {method}", hint="give its unquantised weights")
+        raise UsageError(
+            f"model '{name}' is quantised with {method}, which cannot be trained", hint="give its unquantised weights"
+        )
     if not lora:
         raise UsageError(f"model '{name}' is quantised, so it cannot be trained whole", hint="add a lora section")
-    require_bitsandbytes()
+    _require_bitsandbytes()
 
 
-def keep_one_kernel(model: nn.Module) -> None:
-    """Hold quantised layers in train mode, so that policy and reference are computed alike.
+def is_quantised(module: nn.Module) -> bool:
+    """Whether the weight of a layer is quantised with bitsandbytes; does not import bitsandbytes."""
+    return type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params")
 
-    In eval mode bitsandbytes takes another kernel with other rounding for 8 bits on a CPU, and on some CPUs packs
-    4-bit weights anew for good. Quantised layers have no dropout, so train mode means nothing else to them.
+
+def prepare_quantised_layers(model: nn.Module) -> None:
+    """Make a quantised layer compute the same for policy and reference, whatever else is in the batch.
+
+    In eval mode bitsandbytes uses a kernel with different rounding, and on some CPUs repacks 4-bit weights permanently:
+    the layers stay in train mode, which changes nothing else, for they have no dropout. Its 8-bit product rounds the
+    inputs to 8 bits, except columns in which any row of the batch has an outlier, so that a row's result depends on its
+    neighbours: here the weight is dequantised instead, for both directions.
     """
     for module in model.modules():
-        if type(getattr(module, "weight", None)).__name__ in ("Params4bit", "Int8Params"):
+        if is_quantised(module):
             module.train()
-            module.train = partial(_unmoved, module)  # type: ignore[method-assign]
+            module.train = partial(_ignore_mode, module)  # type: ignore[method-assign]
+            if type(module.weight).__name__ == "Int8Params":
+                vars(module)["forward"] = MethodType(_forward_8bit, module)
 
 
-def _unmoved(module: nn.Module, mode: bool = True) -> nn.Module:
+def dequantised_weight(layer: Any, dtype: torch.dtype) -> Tensor:
+    """Return the weight `[out, in]` of a quantised layer."""
+    packed = layer.weight
+    if type(packed).__name__ == "Params4bit":
+        from bitsandbytes.functional import dequantize_4bit  # noqa: PLC0415 - an optional extra
+
+        return dequantize_4bit(packed.view(-1, 1), packed.quant_state).to(dtype)
+    if packed.CB is not None:
+        layer.init_8bit_state()
+    weight: Tensor = layer.state.CB.to(dtype, copy=True)
+    return weight.mul_(layer.state.SCB.unsqueeze(1) * (1.0 / 127.0))
+
+
+def _forward_8bit(layer: Any, x: Tensor) -> Tensor:
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    out: Tensor = cast(Any, _FrozenProduct).apply(x, layer)
+    return out if layer.bias is None else out + layer.bias.to(out.dtype)
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """The product of an input and a frozen quantised weight, which is dequantised again in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
+        ctx.layer = layer
+        return x @ dequantised_weight(layer, x.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        return upstream @ dequantised_weight(ctx.layer, upstream.dtype), None
+
+
+def _ignore_mode(module: nn.Module, mode: bool = True) -> nn.Module:
     return module
+
+
+def _require_bitsandbytes() -> None:
+    if find_spec("bitsandbytes") is None:
+        raise SetupError("quantization needs bitsandbytes", hint="pip install 'dpoctl[quant]'")

@@ -1,64 +1,88 @@
-"""What is known of a run before it starts: its recipe, and what was seen of its data, tokenizer and model."""
+"""A run before it starts: its recipe, and the facts that are known about its data, tokenizer and model."""
 
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Literal
 
-from dpoctl.recipe.expect import Path
+from dpoctl.recipe.diagnostics import Diagnostic
 from dpoctl.recipe.schema import Recipe
 
-Grade = Literal["error", "warning", "note"]
 SIZE_IN_NAME = re.compile(r"(?<![\d.])(\d+(?:\.\d+)?)([bm])(?![a-z])", re.IGNORECASE)
-SCALE = {"b": 1e9, "m": 1e6}
+UNITS = {"b": 1e9, "m": 1e6}
 
 
-class Remark(NamedTuple):
-    """A piece of advice, before its place in a file is known."""
+@dataclass(frozen=True, kw_only=True)
+class RowCounts:
+    """The rows of a set.
 
-    grade: Grade
-    code: str
-    path: Path
-    message: str
+    Attributes:
+        used: The number of different rows that are used.
+        dropped: The number of rows that are not used, by reason.
+        unfinished: The number of rows with a truncated answer.
+    """
+
+    used: int = 0
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    unfinished: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerLengths:
+    """The lengths of the answers of pairs, in tokens.
+
+    Attributes:
+        pairs: The number of pairs.
+        chosen: The mean of the chosen answers.
+        rejected: The mean of the rejected answers.
+        gap_error: The standard error of the mean difference within a pair.
+    """
+
+    pairs: int
+    chosen: float
+    rejected: float
+    gap_error: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What the data, the tokenizer and the model show; `None` where nobody has looked.
+    """Properties of the data, the tokenizer and the model; `None` for those that are not known.
 
     Attributes:
-        rows: training rows of an epoch.
-        used: different ones among them.
-        eval_rows: rows of each eval set by its name.
-        rejected: training rows that are not used, by their reason.
-        unfinished: training rows with an answer that is cut off.
-        looked_at: training rows whose text was looked at.
-        rendered: of these, how many are messages that hold the marks of a chat template.
-        doubled: of these, how many are text that begins twice, as parts do that a template was applied to one by one.
-        plain_text: whether the rows are text although the tokenizer has a chat template.
-        split_tokens: control tokens of the chat template that are several tokens each.
-        ends_turns: whether the template ends turns by the tokenizer's end-of-sequence token.
-        parameters: of the model.
-        context_length: positions that the model knows.
-        unmatched_targets: names in `lora.target_modules` that nothing in the model has.
-        linear_layers: names that would do.
-        coupling: the losses that compare the rows of a step with one another.
-        labels: desirable and undesirable training rows, where they are labelled.
-        troubles: what went wrong while looking.
+        rows: The number of training rows per epoch.
+        train: The counts of training rows.
+        evals: The counts of rows of each eval set, by its name.
+        eval_rows: The number of pairs, or else of rows, of each eval set, by its name.
+        lengths: The lengths of answers, if the training rows are pairs.
+        looked_at: The number of training rows whose text was inspected.
+        rendered: The number of inspected rows that are messages with tokens of a chat template.
+        doubled: The number of inspected rows that are text with two conversation starts.
+        plain_text: Whether the rows are text although the tokenizer has a chat template.
+        split_tokens: The control tokens of the chat template that the tokenizer splits.
+        split_rows: The number of training rows that hold them in every turn.
+        ends_turns: Whether the template ends turns with the end-of-sequence token of the tokenizer.
+        parameters: The number of parameters of the model.
+        context_length: The number of positions of the model.
+        unmatched_targets: The names in `lora.target_modules` that match no layer of the model.
+        linear_layers: The names that would match.
+        coupling: The losses that compare the rows of a step with each other.
+        labels: The numbers of desirable and undesirable training rows, if rows are labelled.
+        diagnostics: The errors and notes of the inspection itself.
     """
 
     rows: int | None = None
-    used: int | None = None
+    train: RowCounts = RowCounts()
+    evals: Mapping[str, RowCounts] = field(default_factory=dict)
     eval_rows: Mapping[str, int] = field(default_factory=dict)
-    rejected: Mapping[str, int] = field(default_factory=dict)
-    unfinished: int = 0
+    lengths: AnswerLengths | None = None
     looked_at: int = 0
     rendered: int = 0
     doubled: int = 0
     plain_text: bool = False
     split_tokens: tuple[str, ...] = ()
+    split_rows: int = 0
     ends_turns: bool = True
     parameters: int | None = None
     context_length: int | None = None
@@ -66,16 +90,16 @@ class Facts:
     linear_layers: tuple[str, ...] = ()
     coupling: tuple[str, ...] = ()
     labels: tuple[int, int] | None = None
-    troubles: tuple[Remark, ...] = ()
+    diagnostics: tuple[Diagnostic, ...] = ()
 
 
 @dataclass(frozen=True)
-class Situation:
-    """A recipe in the light of the facts.
+class PlannedRun:
+    """A run before it starts.
 
     Attributes:
-        recipe: its keys are right one by one.
-        facts: what was seen.
+        recipe: A recipe whose keys are valid one by one.
+        facts: The facts about its data and model.
     """
 
     recipe: Recipe
@@ -83,40 +107,38 @@ class Situation:
 
     @property
     def kind(self) -> Literal["lora", "full"]:
-        """Whether an adapter is trained or all weights."""
+        """The kind of training: LoRA, or full fine-tuning."""
         return "full" if self.recipe.lora is None else "lora"
 
     @property
     def is_from_scratch(self) -> bool:
-        """Whether the model is new, so that no knowledge of its can be lost."""
+        """Whether the model is new, so that training cannot damage earlier knowledge."""
         return self.recipe.model.from_scratch is not None
 
     @cached_property
     def parameters(self) -> float | None:
-        """Size of the model: as seen, else as its name says."""
+        """The number of parameters: as counted, else from the name of the model."""
         if self.facts.parameters is not None:
             return self.facts.parameters
         name = (self.recipe.model.model_name_or_path or "").rstrip("/").rpartition("/")[2]
-        sizes = [float(number) * SCALE[unit.lower()] for number, unit in SIZE_IN_NAME.findall(name)]
+        sizes = [float(number) * UNITS[unit.lower()] for number, unit in SIZE_IN_NAME.findall(name)]
         return max(sizes, default=None)
 
     @cached_property
-    def rows_at_most(self) -> int | None:
-        """Training rows: as seen, else as many as the recipe takes."""
+    def max_rows(self) -> int | None:
+        """The number of training rows: as counted, else the maximum that the recipe sets."""
         if self.facts.rows is not None:
             return self.facts.rows
-        data = self.recipe.data
-        counts = [None if s.max_samples is None else math.ceil(s.max_samples * s.weight) for s in data.train]
         total = 0
-        for count in counts:
-            if count is None:
+        for source in self.recipe.data.train:
+            if source.max_samples is None:
                 return None
-            total += count
+            total += math.ceil(source.max_samples * source.weight)
         return total
 
     @property
     def steps(self) -> int | None:
-        """Optimizer steps of the run, where they are known."""
+        """The number of optimizer steps, if it is known."""
         training = self.recipe.training
         if training.max_steps is not None:
             return training.max_steps
@@ -125,18 +147,18 @@ class Situation:
         return math.ceil(training.num_train_epochs * math.ceil(self.facts.rows / training.global_batch_size))
 
     @property
-    def epochs_at_least(self) -> float | None:
-        """Passes over the training rows; more where there are fewer rows than the recipe would take."""
+    def min_epochs(self) -> float | None:
+        """The number of passes over the training rows; more if the data has fewer rows than the recipe allows."""
         training = self.recipe.training
         if training.max_steps is None:
             return training.num_train_epochs
-        if not self.rows_at_most:
+        if not self.max_rows:
             return None
-        return training.max_steps * training.global_batch_size / self.rows_at_most
+        return training.max_steps * training.global_batch_size / self.max_rows
 
     @property
-    def warmup_share(self) -> float | None:
-        """Share of the run in which the learning rate still rises."""
+    def warmup_fraction(self) -> float | None:
+        """The fraction of the run in which the learning rate rises."""
         training = self.recipe.training
         if training.warmup_steps is None:
             return training.warmup_ratio

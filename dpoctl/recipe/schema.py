@@ -1,309 +1,488 @@
-"""The recipe's schema: one frozen section per concern, every key documented by the line under it.
+"""The schema of a recipe: one frozen pydantic class per section; the text under each key is its documentation.
 
-To add a key: add the field and its docstring to a section, and read it somewhere. The JSON schema, the
-error messages and `--set` pick it up.
+To add a key: add a field with its text to a section, read it somewhere, and run `make docs`. Error messages and `--set`
+know it then.
 """
 
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import AfterValidator, BeforeValidator, Field
-
-from dpoctl.recipe.expect import Expect, Path
-from dpoctl.recipe.inert import inert_keys
-from dpoctl.recipe.schema_data import DataSection
-from dpoctl.recipe.section import Count, DType, Probability, Section, Share, Text
-from dpoctl.recipe.values import (
-    auto_or_count,
-    auto_or_flag,
-    exactly_one,
-    hub_repository,
-    lora_targets,
-    name_list,
-    one_or_several,
-    typed_config,
+from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
 )
-from dpoctl.recipe.writer import write_yaml
+from pydantic_core import CoreSchema, core_schema
 
-LOSS: Path = ("dpo", "loss")
+from dpoctl.losses.base import STRICT
+from dpoctl.recipe.diagnostics import KeyPath
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Text = Annotated[str, MinLen(1)]
+Count = Annotated[int, Ge(1), Le(1_000_000_000)]
+Tokens = Annotated[int, Ge(2), Le(100_000_000)]
+NewTokens = Annotated[int, Ge(1), Le(65_536)]
+Probability = Annotated[float, Ge(0), Lt(1)]
+Seed = Annotated[int, Ge(0), Lt(2**32)]
+AttnImplementation = Literal["auto", "sdpa", "eager", "flash_attention_2"]
+HUB_REPOSITORY = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
+PairMode = Literal["best-worst", "best-rest", "best-random", "adjacent", "all"]
+Overlong = Literal["drop", "truncate"]
+PromptTruncation = Literal["keep_end", "keep_start"]
+SOURCE_FORMATS = (
+    *("auto", "openai-preference", "arena-140k", "arena-100k", "arena-55k", "helpsteer3", "helpsteer2-preference"),
+    *("helpsteer2", "ultrafeedback-raw", "nectar", "nemo-ranking", "shp", "stack-exchange", "stack-exchange-paired"),
+    *("pku", "summarize", "comparison-gpt4", "capybara", "ultrafeedback-binarized", "argilla-cleaned", "dpo-mix"),
+    *("distilabel-orca", "orca", "axolotl", "sharegpt-ranking", "alpaca-ranking", "llamafactory-v1", "ms-swift"),
+    *("snorkel", "hh", "ranking", "trl-explicit", "trl-implicit", "generic", "llamafactory-kto", "messages"),
+    *("sharegpt", "alpaca", "capybara-conversation", "prompt-completion", "prompt-response", "text"),
+)
+"""The values of a source's `format`: auto, or a name of `dpoctl.data.formats.FORMATS`."""
+MOST_EVAL_SETS = 200
+"""Each set keeps its files open."""
+LOSS: KeyPath = ("dpo", "loss")
+
+
+@dataclass(frozen=True)
+class Expect:
+    """The words for the values of a key, where those made from its type are not clear; metadata of `Annotated`."""
+
+    words: str
+
+
+@dataclass(frozen=True)
+class OneOf(Expect):
+    """The words for a union of types: pydantic reports an error for each type, and this makes them one."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Wrap the validation of the union."""
+        return core_schema.no_info_wrap_validator_function(self._validate, handler(source))
+
+    def _validate(self, value: Any, validate: Callable[[Any], Any]) -> Any:
+        try:
+            return validate(value)
+        except ValidationError:
+            raise ValueError(self.words) from None
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys are refused, values are not converted, and nothing changes after loading."""
+
+    model_config = ConfigDict(**STRICT, use_attribute_docstrings=True)
+
+
+def exactly_one(value: Any) -> Any:
+    """Accept only the integer 1: to pydantic's Literal, True and 1.0 are equal to it."""
+    if type(value) is not int:
+        raise ValueError("not 1")
+    return value
+
+
+def source_list(value: Any) -> Any:
+    """Read a string as a list of one source."""
+    return [value] if isinstance(value, str) else value
+
+
+def source_path(value: Any) -> Any:
+    """Read a string as the path of a source."""
+    return {"path": value} if isinstance(value, str) else value
+
+
+def eval_sets(value: Any) -> Any:
+    """Read a list as the one eval set `eval`, and null as no eval set."""
+    if value is None:
+        return {}
+    return {"eval": value} if isinstance(value, str | list) else value
+
+
+def name_list(value: Any) -> Any:
+    """Read a name as a list of one name, and `none` or null as an empty list."""
+    if value is None or value == "none":
+        return []
+    return [value] if isinstance(value, str) else value
+
+
+def hub_repository(value: str) -> str:
+    """Accept the name of a hub repository together with its owner."""
+    if not HUB_REPOSITORY.fullmatch(value):
+        raise ValueError("not a repository")
+    return value
+
+
+def typed_config(value: dict[str, Any]) -> dict[str, Any]:
+    """Accept a model config that has a `model_type`."""
+    if not isinstance(value.get("model_type"), str):
+        raise ValueError("no model_type")
+    return value
+
+
+class Source(Section):
+    """A source of rows, in `data.train` or `data.eval`. A string instead of these keys is its `path`."""
+
+    path: Text = Field(examples=["pairs.jsonl"])
+    """A hub id, a file, a folder saved by `datasets`, or a built-in source such as `demo:reviewer2`."""
+    name: Text | None = Field(default=None, examples=["default"])
+    """The configuration of a hub data set."""
+    split: Text = "train"
+    """The split of a hub data set, of a folder saved by `datasets`, or of a built-in source."""
+    revision: Text | None = Field(default=None, examples=["main"])
+    """The branch, tag or commit of a hub data set."""
+    data_files: Annotated[list[Text], MinLen(1)] | None = Field(default=None, examples=[["part-0.jsonl"]])
+    """The files to read from a folder or a hub data set. null: all files."""
+    format: Text = "auto"
+    """The format of the rows (docs/data.md lists them). `auto`: detect it, and print which one was found."""
+    format_options: dict[str, Any] = Field(default={}, examples=[{"attribute": "correctness"}])
+    """Options of the format, for example the rating to compare answers by."""
+    weight: Annotated[float, Gt(0), Le(1000)] = 1.0
+    """The number of times that each row is used per epoch. 0.5: a random half of the rows; 2: every row twice."""
+    max_samples: Count | None = Field(default=None, examples=[1000])
+    """The number of rows to use, drawn in a random order. Rows that cannot be used, e.g. too long ones, do not count:
+    others are drawn until there are enough. Rows that `data.eval_size` holds out count."""
+    column_map: dict[str, Text] = Field(default={}, examples=[{"prompt": "question"}])
+    """The columns of the file by their standard names: `{prompt: question}` reads the prompt from `question`."""
+    pairs: PairMode | None = None
+    """The rated answers of a prompt that make pairs (docs/data.md). null: `best-worst`; `all` for a listwise loss."""
+    min_margin: Annotated[float, Ge(0)] | None = None
+    """Drop a pair if the ratings of its two answers differ by less than this."""
+    max_pairs_per_prompt: Count | None = None
+    """The maximum number of pairs of one prompt. The pairs with the largest rating difference are kept."""
+    ties: Literal["drop", "keep"] | None = None
+    """Drop or keep pairs with equal ratings. They are counted in both cases. null: `drop`."""
+    max_length: Tokens | None = None
+    """`data.max_length` for this source."""
+    max_prompt_length: Count | None = None
+    """`data.max_prompt_length` for this source."""
+    overlong: Overlong | None = None
+    """`data.overlong` for this source."""
+    prompt_truncation: PromptTruncation | None = None
+    """`data.prompt_truncation` for this source."""
+    metrics: Text | None = None
+    """Log separate metrics for the rows of this source, under this name. null: no separate metrics."""
+
+
+Sources = Annotated[
+    list[Annotated[Source, BeforeValidator(source_path)]],
+    MinLen(1),
+    BeforeValidator(source_list),
+    Expect("a list of sources, each a path or a mapping with a path"),
+]
+
+
+class DataSection(Section):
+    """The data for training and evaluation."""
+
+    train: Sources = Field(examples=[["pairs.jsonl"]])
+    """The sources of the training rows."""
+    eval: Annotated[
+        dict[Text, Sources],
+        BeforeValidator(eval_sets),
+        MaxLen(MOST_EVAL_SETS),
+        Expect("a list of sources, or a mapping from names to lists of sources"),
+    ] = Field(default={}, examples=[["heldout.jsonl"]])
+    """Eval sets by name. A list without a name is the eval set `eval`."""
+    eval_size: (
+        Annotated[
+            Annotated[float, Gt(0), Lt(1)] | Count,
+            OneOf("a fraction between 0 and 1, or a whole number from 1 to 1,000,000,000"),
+        ]
+        | None
+    ) = Field(default=None, examples=[0.05])
+    """Hold out this fraction, or this number, of the training rows as the eval set `eval`."""
+    max_length: Tokens = 1024
+    """The maximum number of tokens in prompt and answer together."""
+    max_prompt_length: Count | None = Field(default=None, examples=[512])
+    """The maximum number of tokens in the prompt. It must be smaller than `max_length`."""
+    overlong: Overlong = "drop"
+    """Drop or truncate rows that are too long. They are counted in both cases."""
+    prompt_truncation: PromptTruncation = "keep_end"
+    """The end of a prompt that truncation keeps: its end or its start. Only for `overlong: truncate`."""
+    duplicates: Literal["keep", "drop"] = "keep"
+    """Keep or drop repeated rows. They are counted in both cases."""
+    chat_template_kwargs: dict[str, Any] = Field(default={})
+    """Extra variables for the chat template."""
+
+    @property
+    def sources(self) -> list[tuple[KeyPath, Source]]:
+        """Every source of training and evaluation, with its path in the recipe."""
+        sets: list[tuple[KeyPath, list[Source]]] = [(("data", "train"), self.train)]
+        sets += [(("data", "eval", name), sources) for name, sources in self.eval.items()]
+        return [((*path, index), source) for path, sources in sets for index, source in enumerate(sources)]
 
 
 class TokenizerSpec(Section):
-    """A byte-level BPE trained on the recipe's own data."""
+    """A byte-level BPE tokenizer, trained on the data of the recipe."""
 
-    vocab_size: Annotated[int, Ge(260)] = Field(examples=[1024])
-    """How many tokens the tokenizer has; the 256 bytes and the control tokens are among them."""
+    vocab_size: Annotated[int, Ge(260), Le(10_000_000)] = Field(examples=[1024])
+    """The number of tokens, including the 256 bytes and the control tokens."""
 
 
 class FromScratch(Section):
-    """A new model with seeded random weights."""
+    """A new model with random weights."""
 
-    config: Annotated[dict[str, Any], AfterValidator(typed_config)] = Field(
-        examples=[{"model_type": "llama", "hidden_size": 64}]
-    )
-    """A transformers config: `model_type` and whatever that type takes."""
+    config: Annotated[
+        dict[str, Any], AfterValidator(typed_config), Expect("a transformers config that has a model_type")
+    ] = Field(examples=[{"model_type": "llama", "hidden_size": 64}])
+    """A transformers config: `model_type`, and any parameters of that model type."""
     tokenizer: TokenizerSpec = Field(examples=[{"vocab_size": 1024}])
-    """The tokenizer to train."""
+    """The tokenizer to train for it."""
 
 
 class ModelSection(Section):
-    """Which model is trained, and how it is loaded."""
+    """The model to train."""
 
     model_name_or_path: Text | None = Field(default=None, examples=["mistralai/Mistral-7B-v0.1"])
-    """A hub id, a folder, or an adapter of either."""
+    """The model: a hub id, a folder, or an adapter in either."""
     revision: Text | None = Field(default=None, examples=["main"])
-    """The branch, tag or commit of a hub id; a folder has none."""
+    """The branch, tag or commit of a hub id."""
     from_scratch: FromScratch | None = None
-    """Build a new model instead of loading one."""
+    """Create a new model instead of loading one."""
     dtype: DType = "auto"
-    """The precision of the computation; auto is bfloat16 where the GPU has it, else float16; float32 without one."""
-    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """The attention that transformers is asked for where the shared-prefix attention cannot serve."""
+    """The precision of the computation. `auto`: bfloat16 if the GPU supports it, else float16; float32 on a CPU."""
+    attn_implementation: AttnImplementation = "auto"
+    """The attention of transformers to use where the shared-prefix attention of dpoctl does not work."""
     chat_template: Text | None = Field(default=None, examples=["zephyr"])
-    """Null is the tokenizer's own, of a new one chatml; else chatml, zephyr, llama3, mistral or a .jinja file."""
+    """`chatml`, `zephyr`, `llama3`, `mistral` or a .jinja file. null: the tokenizer's own; `chatml` for a new model."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
     disable_dropout: bool = True
-    """Turn every dropout off, in policy and reference."""
+    """Turn off all dropout, in the policy and in the reference."""
 
 
 class QuantizationSection(Section):
-    """A quantised base model, through bitsandbytes."""
+    """Quantisation of the frozen base model, with bitsandbytes."""
 
     load_in_4bit: bool = False
-    """Keep the frozen weights in 4 bits."""
+    """Store the frozen weights in 4 bits."""
     load_in_8bit: bool = False
-    """Keep the frozen weights in 8 bits."""
+    """Store the frozen weights in 8 bits."""
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
-    """The 4-bit code book."""
+    """The 4-bit data type."""
     bnb_4bit_use_double_quant: bool = True
     """Quantise the quantisation constants too."""
     bnb_4bit_compute_dtype: DType = "auto"
-    """The precision that 4-bit weights are multiplied in; auto is the model's dtype."""
+    """The precision of multiplications with 4-bit weights. `auto`: `model.dtype`."""
 
 
 class LoraSection(Section):
-    """Low-rank adapters, in peft's names. Leave the section out to train all weights."""
+    """LoRA adapters, with the names of peft. Leave the section out to train all weights."""
 
     start: Literal["new", "continue"] = "new"
-    """Over a model that is an adapter already: `new` freezes it and stacks another, `continue` trains it further."""
-    r: Count = 16
+    """For a model that is an adapter already. `new`: freeze it and add another one; `continue`: train it further."""
+    r: Annotated[int, Ge(1), Le(65_536)] = 16
     """The rank."""
     lora_alpha: Annotated[float, Gt(0)] = 32.0
     """The scale: updates are multiplied by lora_alpha / r."""
     lora_dropout: Probability = 0.0
-    """Dropout before the adapter; needs model.disable_dropout: false to have an effect."""
+    """Dropout on the input of the adapter. It needs `model.disable_dropout: false`."""
     target_modules: Annotated[
-        Literal["all-linear"] | list[str],
-        BeforeValidator(lora_targets, json_schema_input_type=Literal["all-linear"] | list[str]),
-        Expect("all-linear, or a list of module names"),
+        Literal["all-linear"] | Annotated[list[Text], MinLen(1)], OneOf("all-linear, or a list of module names")
     ] = "all-linear"
     """The linear layers that get an adapter."""
     modules_to_save: list[Text] | None = Field(default=None, examples=[["lm_head"]])
-    """Modules that are trained whole and saved with the adapter."""
+    """Modules to train in full, and to save with the adapter."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead."""
 
 
 class SftSection(Section):
-    """Supervised fine-tuning."""
+    """Settings of `dpoctl sft`."""
 
     loss_on: Literal["assistant", "last"] = "assistant"
-    """Train on every assistant turn, or on the last one."""
+    """`assistant`: train on all assistant turns; `last`: train on the last one only."""
     average: Literal["tokens", "responses"] = "tokens"
-    """The loss is the mean over tokens; or the mean over rows of their sums, in which longer answers weigh more."""
+    """`tokens`: the mean over all tokens; `responses`: the mean over rows of summed losses: long answers weigh more."""
 
 
 class ReferenceSection(Section):
-    """What the policy is compared with."""
+    """The reference model, which the policy is compared with."""
 
     mode: Literal["auto", "cached", "live", "none"] = "auto"
-    """Computed once and kept on disk (cached), at every step (live), not at all (none), or as fits (auto)."""
+    """`cached`: compute it once and keep it on disk; `live`: at every step; `none`: not at all; `auto`: choose."""
     path: Text | None = Field(default=None, examples=["runs/sft"])
-    """Another model as the reference, instead of the policy before training."""
+    """Another model as the reference. null: the policy as it is before training."""
     sync_steps: Count | None = Field(default=None, examples=[512])
-    """Move the reference towards the policy every so many optimizer steps (TR-DPO); null leaves it where it is."""
+    """Move the reference towards the policy every this many steps (TR-DPO). null: never."""
     sync_alpha: Annotated[float, Gt(0), Le(1)] = 0.6
-    """How far it moves: to sync_alpha * policy + (1 - sync_alpha) * reference; of an adapter, factor by factor."""
+    """The size of that move: sync_alpha * policy + (1 - sync_alpha) * reference, for adapters factor by factor."""
 
     @property
     def is_live(self) -> bool:
-        """Whether it is computed at every step, because the recipe says so or because it moves."""
+        """Whether it is computed at every step, because the recipe asks for that or because the reference moves."""
         return self.mode == "live" or self.sync_steps is not None
 
 
 class DpoSection(Section):
-    """Preference optimisation."""
+    """Settings of `dpoctl dpo`."""
 
     loss: Annotated[
-        dict[str, Any] | list[dict[str, Any]],
-        BeforeValidator(one_or_several, json_schema_input_type=dict[str, Any] | list[dict[str, Any]]),
-        Expect("a mapping such as {type: sigmoid, beta: 0.1}, or a list of them"),
+        dict[str, Any] | Annotated[list[dict[str, Any]], MinLen(1)],
+        OneOf("a mapping such as {type: sigmoid, beta: 0.1}, or a list of them"),
     ] = Field(default={"type": "sigmoid"})
-    """The loss by `type`, and the hyperparameters of that loss; or a list of losses, each with its weight in a sum."""
+    """A [loss](#losses): its `type` and its keys. Or a list of losses, which are added up, each with a `weight`."""
     loss_on: Literal["last", "assistant"] = "last"
-    """Judge an answer by its last assistant turn, or by every one after the two conversations part."""
+    """`last`: the loss sees the last assistant turn only; `assistant`: all assistant turns after the shared ones."""
     reference: ReferenceSection = ReferenceSection()
     """The reference model."""
 
     @property
-    def losses(self) -> list[tuple[Path, dict[str, Any]]]:
-        """Each loss, and where in the recipe it stands."""
+    def losses(self) -> list[tuple[KeyPath, dict[str, Any]]]:
+        """Each loss, with its path in the recipe."""
         if isinstance(self.loss, dict):
             return [(LOSS, self.loss)]
         return [((*LOSS, index), spec) for index, spec in enumerate(self.loss)]
 
 
 class TrainingSection(Section):
-    """The optimisation, and what is written on the way."""
+    """The optimisation, and what a run writes."""
 
     output_dir: Text = Field(examples=["runs/my-run"])
     """The run directory."""
     global_batch_size: Count = 64
-    """Rows per optimizer step (pairs, for preferences), whatever the hardware."""
+    """The number of rows (pairs, for preferences) per optimizer step, over all devices."""
     max_tokens_per_device: Annotated[
-        Literal["auto"] | int,
-        BeforeValidator(auto_or_count, json_schema_input_type=Literal["auto"] | int),
-        Expect("auto, or a whole number of at least 1"),
+        Literal["auto"] | Count, OneOf("auto, or a whole number from 1 to 1,000,000,000")
     ] = "auto"
-    """Tokens in one micro-batch; changes speed and memory, never the maths."""
-    num_train_epochs: Annotated[float, Gt(0)] = 1.0
-    """Passes over the training rows."""
+    """The maximum number of tokens in a micro-batch. It changes speed and memory, never the result."""
+    num_train_epochs: Annotated[float, Gt(0), Le(100_000)] = 1.0
+    """The number of passes over the training rows."""
     max_steps: Count | None = Field(default=None, examples=[1000])
-    """Optimizer steps of the run, instead of num_train_epochs."""
+    """The number of optimizer steps, instead of `num_train_epochs`."""
     learning_rate: Annotated[float, Ge(0)] = Field(examples=[5e-6])
-    """The peak learning rate."""
+    """The highest learning rate, reached after warm-up."""
     lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
-    """The course of the learning rate after warm-up."""
-    warmup_ratio: Share | None = Field(default=None, examples=[0.1])
-    """The share of all steps over which the learning rate rises from 0; 0.1 when warmup_steps is not given either."""
-    warmup_steps: Annotated[int, Ge(0)] | None = Field(default=None, examples=[100])
-    """The same as a number of steps."""
+    """The schedule of the learning rate after warm-up."""
+    warmup_ratio: Annotated[float, Ge(0), Le(1)] | None = Field(default=None, examples=[0.1])
+    """The fraction of steps in which the learning rate rises from 0. null: 0.1, unless `warmup_steps` is set."""
+    warmup_steps: Annotated[int, Ge(0), Le(1_000_000_000)] | None = Field(default=None, examples=[100])
+    """The number of warm-up steps, instead of `warmup_ratio`."""
     weight_decay: Annotated[float, Ge(0)] = 0.0
-    """Weight decay: decoupled with Adam, part of the gradient with rmsprop; never of biases and norms."""
+    """Weight decay: decoupled for Adam, added to the gradient for rmsprop. Biases and norms have none."""
     adam_beta1: Probability = 0.9
-    """Decay of Adam's first moment."""
+    """The decay of Adam's first moment."""
     adam_beta2: Probability = 0.999
-    """Decay of Adam's second moment."""
+    """The decay of Adam's second moment."""
     adam_epsilon: Annotated[float, Gt(0)] = 1e-8
-    """Added to the denominator of the update."""
+    """The constant added to the denominator of the update."""
     max_grad_norm: Annotated[float, Gt(0)] | None = 1.0
-    """Gradients are clipped to this norm; null does not clip."""
-    optim: Literal["adamw", "paged_adamw_32bit", "paged_adamw_8bit", "rmsprop"] = "adamw"
-    """The optimizer; the paged ones come from bitsandbytes."""
-    gradient_checkpointing: Annotated[
-        Literal["auto"] | bool,
-        BeforeValidator(auto_or_flag, json_schema_input_type=Literal["auto"] | bool),
-        Expect("auto, true or false"),
-    ] = "auto"
-    """Recompute activations in the backward pass to save memory."""
+    """Clip gradients to this norm. null: no clipping."""
+    optim: Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "rmsprop"] = "adamw"
+    """The optimizer. `adamw_8bit` and the paged ones need bitsandbytes."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """The dtype of the trained weights in full fine-tuning. `bfloat16` needs half the memory for weights, gradients and
+    optimizer state; updates are rounded stochastically, so that small ones are not lost."""
+    gradient_checkpointing: Annotated[Literal["auto"] | bool, OneOf("auto, true or false")] = "auto"
+    """Recompute activations in the backward pass, to save memory. `auto`: in as few layers as possible."""
+    sharding: Literal["none", "full", "auto"] = "auto"
+    """Divide weights, gradients and optimizer state over the processes. `auto`: if they do not fit on each of them."""
+    replicas: Count = 1
+    """The number of groups of processes that each hold a whole sharded model, for example one per machine."""
+    cpu_offload: bool = False
+    """Keep sharded weights, gradients and optimizer state in host memory: slow, but needs little GPU memory."""
     torch_compile: bool = False
-    """Compile the model's layers: up to a minute at the start, and faster steps after it, most so for small models."""
+    """Compile the layers of the model: up to a minute at the start, then faster steps, mainly for small models."""
     logging_steps: Count = 10
-    """Optimizer steps between lines of metrics."""
+    """The number of steps between lines of metrics."""
     eval_on_start: bool = True
-    """Evaluate before the first step too."""
+    """Evaluate before the first step too. Of a policy that is still its reference, only the first micro-batch of each
+    eval set is computed, as a check: rewards are 0, and the other metrics follow from the reference."""
     eval_steps: Count | None = Field(default=None, examples=[100])
-    """Optimizer steps between evaluations."""
+    """The number of steps between evaluations. Required if there is eval data."""
     save_steps: Count | None = Field(default=None, examples=[100])
-    """Optimizer steps between checkpoints."""
-    save_total_limit: Annotated[int, Ge(2)] | None = 2
-    """Keep this many checkpoints, at least 2: the newest may be damaged; null keeps all."""
+    """The number of steps between checkpoints. null: no checkpoints during the run."""
+    save_total_limit: Annotated[int, Ge(2), Le(1_000_000)] | None = 2
+    """The number of checkpoints to keep; at least 2, in case the newest is damaged. null: keep all."""
     resume: Literal["never", "auto"] = "never"
-    """`auto` goes on with the run in output_dir if there is one, as --resume does: for schedulers that start again."""
+    """`auto`: continue the run in `output_dir` if there is one, like --resume; for job schedulers that restart runs."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What becomes of a step whose loss or gradient is not finite; the weights never see it, and it is counted."""
+    """Stop the run or skip the step if the loss or a gradient is not finite. Such a step never changes the weights."""
     ddp_timeout: Annotated[int, Ge(1), Le(2_592_000)] = 1800
-    """Seconds that a process waits for the others before the run ends."""
+    """The number of seconds that a process waits for the others before the run ends."""
     report_to: Annotated[
         list[Literal["tensorboard", "wandb", "trackio"]],
-        BeforeValidator(name_list, json_schema_input_type=str | list[str] | None),
+        BeforeValidator(name_list),
         Expect("none, or any of tensorboard, wandb, trackio"),
     ] = Field(default=[])
-    """Trackers that get the metrics too."""
+    """The trackers that get the metrics too."""
     run_name: Text | None = Field(default=None, examples=["zephyr-dpo"])
-    """The name of the run at wandb and trackio; tensorboard calls it by its folder."""
-    hub_model_id: Annotated[
-        str | None, BeforeValidator(hub_repository, json_schema_input_type=str | None), Expect("owner/name, or null")
-    ] = Field(default=None, examples=["me/zephyr-dpo"])
-    """The repository on the hub that the exported model is uploaded to at the end; null uploads nothing."""
+    """The name of the run in wandb and trackio. TensorBoard uses the name of the folder."""
+    hub_model_id: Annotated[str, AfterValidator(hub_repository), Expect("owner/name")] | None = Field(
+        default=None, examples=["me/zephyr-dpo"]
+    )
+    """The hub repository to upload the model to at the end. null: no upload."""
     hub_private_repo: bool = True
-    """Make that repository private, if it does not exist yet."""
-    seed: Annotated[int, Ge(0), Lt(2**32)] = 42
-    """Seeds everything that is random: order of rows, splits, dropout, new weights."""
+    """Create that repository as a private one, if it does not exist yet."""
+    seed: Seed = 42
+    """The seed of everything random: order of rows, splits, dropout, new weights."""
 
 
 class SamplesSection(Section):
-    """Texts that the policy and its reference write to the same prompts, at each evaluation and in `dpoctl eval`."""
+    """Texts that policy and reference write for the same prompts, at each evaluation and in `dpoctl eval`."""
 
-    num: Annotated[int, Ge(0)] = 8
-    """How many prompts of each eval set, its first ones; 0 is no samples."""
+    num: Annotated[int, Ge(0), Le(100_000)] = 8
+    """The number of prompts from each eval set, from its start. 0: no samples."""
     prompts: Annotated[list[Text], MinLen(1)] | None = Field(default=None, examples=[["Who are you?"]])
-    """What to answer, instead of prompts of the eval sets."""
-    max_new_tokens: Annotated[int, Ge(1), Le(1_000_000)] = 128
-    """A text that is longer is cut off."""
+    """The prompts to answer, instead of those of the eval sets."""
+    max_new_tokens: NewTokens = 128
+    """The maximum length of a text, in tokens."""
     temperature: Annotated[float, Ge(0)] = 0.7
-    """0 takes the most likely token."""
+    """The sampling temperature. 0: always take the most likely token."""
     top_p: Annotated[float, Gt(0), Le(1)] = 0.9
-    """Draw from the most likely tokens that hold this much probability together."""
-    seed: Annotated[int, Ge(0), Lt(2**32)] = 0
-    """Seeds the texts, each by itself: training is the same with and without samples."""
+    """Sample only from the most likely tokens whose probabilities add up to this."""
+    seed: Seed = 0
+    """The seed of the texts. Training does not depend on it."""
     per_prompt: Annotated[int, Ge(1), Le(1000)] = 1
-    """How many texts each of the two writes to a prompt."""
+    """The number of texts per prompt and model."""
 
 
 class JudgeSection(Section):
-    """What samples are counted by."""
+    """A rule that sorts samples into categories, and counts them."""
 
     type: Literal["keywords"] = "keywords"
-    """`keywords`: a text is of the category whose words it holds, and undecided if of none or several."""
+    """`keywords`: a text gets the category whose words it contains, and none if it has words of several categories."""
     categories: Annotated[
-        dict[Text, Annotated[list[Text], MinLen(1)]], MinLen(1), Expect("a mapping of a category to a list of words")
+        dict[Text, Annotated[list[Text], MinLen(1)]], MinLen(1), Expect("a mapping from categories to lists of words")
     ] = Field(examples=[{"kind": ["accept"]}])
-    """The words of each category, whole words in any case."""
+    """The words of each category. They match whole words, in upper or lower case."""
     target: Text = Field(examples=["kind"])
-    """The category that training is for; its share is part of the learning curves."""
+    """The category that training should make more frequent. Its share is logged as a metric."""
 
 
 class EvalSection(Section):
-    """What else is looked at when a model is evaluated."""
+    """Samples and their judge, in addition to the metrics of an evaluation."""
 
     samples: SamplesSection | None = None
-    """Samples; leave the section out for none."""
+    """Texts to generate. null: none."""
     judge: JudgeSection | None = None
-    """How samples are counted; leave the section out for no judge."""
+    """The rule that counts samples by category. null: none."""
 
 
 class Recipe(Section):
-    """Everything that decides what a run computes."""
+    """Everything that determines the result of a run."""
 
     version: Annotated[Literal[1], BeforeValidator(exactly_one)] = 1
-    """The version of this schema."""
+    """The version of the recipe format."""
     method: Literal["sft", "dpo"] = Field(examples=["dpo"])
-    """A guard: the other command refuses the recipe."""
+    """The command that this recipe is for. Other commands refuse it."""
     model: ModelSection = Field(examples=[{"model_name_or_path": "mistralai/Mistral-7B-v0.1"}])
-    """The model."""
+    """The model to train."""
     quantization: QuantizationSection | None = None
-    """Quantisation of the frozen weights."""
+    """Quantisation of the frozen weights. null: none."""
     lora: LoraSection | None = None
-    """Adapters; leave it out for full fine-tuning."""
+    """LoRA adapters. null: train all weights."""
     data: DataSection = Field(examples=[{"train": ["pairs.jsonl"]}])
-    """The data."""
+    """The data for training and evaluation."""
     sft: SftSection = SftSection()
-    """Keys of `dpoctl sft`."""
+    """Settings of `dpoctl sft`."""
     dpo: DpoSection = DpoSection()
-    """Keys of `dpoctl dpo`."""
+    """Settings of `dpoctl dpo`."""
     eval: EvalSection = EvalSection()
-    """Samples, and what they are counted by."""
+    """Samples and their judge."""
     training: TrainingSection = Field(examples=[{"output_dir": "runs/my-run", "learning_rate": 5e-6}])
-    """The optimisation."""
-
-    def to_yaml(self) -> str:
-        """Write the recipe out with every default filled in; it loads back to an equal recipe."""
-        resolved = self.model_dump(mode="python")
-        for *above, key in inert_keys(self):
-            section: Any = resolved
-            for part in above:
-                section = section[part] or {}
-            section.pop(key, None)
-        return write_yaml(resolved)
+    """The optimisation, and what a run writes."""

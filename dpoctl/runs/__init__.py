@@ -1,1 +1,1 @@
-"""The run directory: what is written while a run goes on, and how it is found again."""
+"""The run directory: everything that a run writes, and how it is read again."""

@@ -1,38 +1,45 @@
-"""The run directory: who may write it, what it holds, and what `--resume` and `--overwrite` do to it."""
+"""The run directory: its lock, its files, and the effect of `--resume` and `--overwrite`."""
 
+import json
+import os
+import platform
 import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from dpoctl import console
-from dpoctl.errors import SetupError, UsageError
-from dpoctl.runs import checkpoint, lock, status
-from dpoctl.runs.files import to_json, write_atomically
-from dpoctl.runs.lock import RunLock
+from filelock import FileLock, Timeout
 
-RESOLVED_RECIPE = "recipe.resolved.yaml"
+from dpoctl import console
+from dpoctl.errors import FULL, SetupError, UsageError, room
+from dpoctl.files import TORN, open_here, remove_torn, to_json, write_atomically
+from dpoctl.runs import checkpoint, status
+from dpoctl.runs.names import CHECKPOINTS, RESOLVED_RECIPE
+
 MODEL_FILES = (
-    *("README.md", "config.json", "generation_config.json", "adapter_config.json"),
+    *("README.md", "model_manifest.json", "config.json", "generation_config.json", "adapter_config.json"),
     *("*.safetensors", "*.safetensors.index.json"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "sentencepiece.bpe.model", "spiece.model", "chat_template.jinja"),
 )
-"""What makes up a model at the root of a run directory."""
+"""The files of a model at the root of a run directory."""
 OWN_FILES = (
     *MODEL_FILES,
     *("recipe.yaml", RESOLVED_RECIPE, "env.json", "data_report.json", "rejects.jsonl"),
     *("advice.json", "health.json", "report.html"),
-    *("metrics.jsonl", "eval.json", "trackers.json", "error.log", checkpoint.LATEST),
+    *("metrics.jsonl", "trackers.json", "error.log", checkpoint.LATEST),
 )
-OWN_FOLDERS = ("checkpoints", "logs", "merged", "samples", "tensorboard")
-"""With `OWN_FILES`, all that a run writes at the root of its directory: nothing else is ever deleted there."""
-_TORN = ".*.[0-9]*.tmp"  # what a killed `write_atomically` leaves
-_STAGING = ".export-*"  # where a model is written before its files are moved to the root
+OWN_FOLDERS = (CHECKPOINTS, "evals", "logs", "merged", "samples", "step-[0-9]*", "tensorboard")
+"""With `OWN_FILES`, everything that a run writes at the root of its directory: nothing else is ever deleted there."""
+CACHE = "cache"
+"""The folder that takes the place of a cache folder that is read-only; a new run uses it again."""
+LOCK = ".lock"
+LOCK_SECONDS = 0.3
+"""A process that is just ending gets this long to release the lock."""
 
 
 class RunDirectory:
-    """A run's files by name. Rank 0 makes one with `open`, which locks it; other ranks construct it.
+    """The files of a run by name. Rank 0 opens it with `open`, which locks it; other ranks construct it.
 
     Args:
         path: The `training.output_dir` of the recipe.
@@ -40,71 +47,85 @@ class RunDirectory:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path).expanduser()
-        self._lock: RunLock | None = None
+        self._lock: FileLock | None = None
 
     @classmethod
-    def open(cls, path: Path | str, *, resume: bool = False, overwrite: bool = False) -> Self:
-        """Take possession of a run directory.
+    def open(cls, path: Path | str, *, resume: bool = False, overwrite: bool = False, clear: bool = True) -> Self:
+        """Lock a run directory and prepare it for a run.
 
         Args:
-            path: Created if need be. Write `RESOLVED_RECIPE` first: it is what makes the folder a run.
-            resume: Go on with the run that is there. With nothing there, start: a scheduler repeats its command.
-            overwrite: Delete the run that is there. Files that no run writes are kept.
+            path: Created if it does not exist. Write `RESOLVED_RECIPE` first: this file marks the folder as a run.
+            resume: Continue the run in it. Start a run if there is none: a scheduler repeats its command.
+            overwrite: Delete the run in it. Files that are not part of a run are kept.
+            clear: Delete now; if False, the caller calls `clear`, once nothing speaks against the new run.
 
         Raises:
-            UsageError: The directory is not empty and neither was asked for, both were, it holds something
-                else than a run, or another process is writing it.
+            UsageError: The directory is not empty and neither option was given, or both were; it holds something
+                other than a run; or another process is writing to it.
             SetupError: It cannot be created or written.
         """
         run = cls(path)
         if resume and overwrite:
-            raise UsageError("--resume and --overwrite exclude each other", hint="give one of them")
+            raise UsageError("--resume and --overwrite cannot be used together")
         try:
             run._refuse_unless_free(resume=resume, overwrite=overwrite)
             run.path.mkdir(parents=True, exist_ok=True)
-            run._lock = RunLock(run.path)
-            if overwrite or not run._has_begun():
-                run._delete_own()
+            run._acquire_lock()
+            # Another process may have written a run since.
+            run._refuse_unless_free(resume=resume, overwrite=overwrite)
+            if clear and (overwrite or not run.has_begun()):
+                run.clear()
             run._recover()
+        except UsageError:
+            run.close()
+            raise
         except OSError as error:
             run.close()
-            raise SetupError(f"{run.path}: cannot be used as an output directory: {error}") from error
+            free = f" ({room(run.path)} free)" if error.errno in FULL else ""
+            reason = f"{error.strerror or error}{free}"
+            raise SetupError(f"training.output_dir: {run.path} cannot be used: {reason}") from error
         return run
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of checkpoints."""
-        return self.path / "checkpoints"
+        """The folder of the checkpoints."""
+        return self.path / CHECKPOINTS
 
     @property
     def metrics(self) -> Path:
-        """The file for `MetricsFile`."""
+        """The file of the metrics, for `MetricsFile`."""
         return self.path / "metrics.jsonl"
 
     @property
     def rejects(self) -> Path:
-        """Rows that are not trained on, with their reasons."""
+        """The file of the rows that are not trained on, with reasons."""
         return self.path / "rejects.jsonl"
 
     @property
     def resolved_recipe(self) -> Path:
-        """The recipe with all defaults filled in; its presence makes a folder a run."""
+        """The file of the recipe with all defaults; it marks the folder as a run."""
         return self.path / RESOLVED_RECIPE
 
+    @property
+    def cache(self) -> Path:
+        """The folder that takes the place of a cache folder that is read-only."""
+        return self.path / CACHE
+
     def write_text(self, name: str, text: str) -> Path:
-        """Write a file of the run, whole or not at all; `name` may hold folders."""
+        """Write a file of the run, completely or not at all; `name` may contain folders."""
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, text)
         return path
 
     def write_json(self, name: str, value: Any) -> Path:
-        """Write a value as readable JSON, whole or not at all."""
+        """Write a value as readable JSON, completely or not at all."""
         return self.write_text(name, to_json(value))
 
     def close(self) -> None:
-        """Let other processes have it."""
+        """Release the lock and delete its file. Doing so twice is harmless."""
         if self._lock is not None:
+            (self.path / LOCK).unlink(missing_ok=True)
             self._lock.release()
             self._lock = None
 
@@ -116,51 +137,74 @@ class RunDirectory:
     ) -> None:
         self.close()
 
+    def _acquire_lock(self) -> None:
+        lock = FileLock(self.path / LOCK, fallback_to_soft=False)
+        try:
+            lock.acquire(timeout=LOCK_SECONDS)
+        except Timeout:
+            raise UsageError(
+                f"{self.path}: {_holder(self.path / LOCK)} is writing to this run directory",
+                hint="wait until it ends, or choose another training.output_dir",
+            ) from None
+        self._lock = lock
+        # For the error message of other processes.
+        with open_here(self.path / LOCK, "w") as file:
+            file.write(to_json({"pid": os.getpid(), "host": platform.node()}))
+
     def _entries(self) -> list[Path]:
         if not self.path.exists():
             return []
-        # What is written before the mark of a run; a kill in between leaves it alone there.
-        ignored = (lock.NAME, status.NAME, _TORN, _STAGING)
+        # Written before the resolved recipe, so a killed process may leave them alone.
+        ignored = (LOCK, status.NAME, CACHE, TORN)
         return sorted(entry for entry in self.path.iterdir() if not _matches(entry, ignored))
 
-    def _has_begun(self) -> bool:
-        """Whether there is anything to lose: a run that failed before its first step leaves only its own notes."""
+    def has_begun(self) -> bool:
+        """Whether the run has results: one that failed before its first step has only its own small files."""
         return self.metrics.exists() or self.checkpoints.exists() or any(self.path.glob("*.safetensors"))
 
     def _refuse_unless_free(self, *, resume: bool, overwrite: bool) -> None:
         if self.path.exists() and not self.path.is_dir():
-            raise UsageError(f"{self.path} is a file, not a directory", hint="choose another training.output_dir")
+            raise UsageError(f"training.output_dir: {self.path} is a file", hint="choose another training.output_dir")
+        self._refuse_links()
         entries = self._entries()
         if not entries:
             return
-        if not (resume or overwrite) and (self._has_begun() or not self.resolved_recipe.is_file()):
+        if not (resume or overwrite) and (self.has_begun() or not self.resolved_recipe.is_file()):
             raise UsageError(
-                f"{self.path} is not empty",
-                hint="go on with the run in it with --resume, delete it with --overwrite, "
+                f"training.output_dir: {self.path} is not empty",
+                hint="pass --resume to continue the run in it, pass --overwrite to delete it, "
                 "or choose another training.output_dir",
             )
         if not self.resolved_recipe.is_file():
             raise UsageError(
-                f"{self.path} is not a run of dpoctl: it holds {entries[0].name} and no {RESOLVED_RECIPE}",
+                f"training.output_dir: {self.path} is not a run of dpoctl: "
+                f"it contains {entries[0].name}, but no {RESOLVED_RECIPE}",
                 hint="choose another training.output_dir",
             )
-        links = [entry.name for entry in entries if overwrite and _is_own(entry) and entry.is_symlink()]
+
+    def _refuse_links(self) -> None:
+        """Refuse names that a run writes or deletes and that are links to another place."""
+        own = (*OWN_FILES, *OWN_FOLDERS, LOCK, status.NAME, CACHE)
+        entries = self.path.iterdir() if self.path.is_dir() else ()
+        links = sorted(entry.name for entry in entries if entry.is_symlink() and _matches(entry, own))
         if links:
             raise UsageError(
-                f"{self.path}: {', '.join(links)} is a symbolic link, and --overwrite follows none",
-                hint="remove the link yourself, or choose another training.output_dir",
+                f"{self.path}: {', '.join(links)} is a symbolic link, which no run follows",
+                hint="remove the link, or choose another training.output_dir",
             )
+        lock = self.path / LOCK
+        if lock.exists() and (not lock.is_file() or lock.stat().st_nlink > 1):
+            raise UsageError(f"{lock} is no file of a run: another name has the same content", hint="remove it")
 
     def _recover(self) -> None:
-        """Remove what a killed process was writing; nothing of it was ever read."""
-        for torn in self.path.glob(_TORN):
-            torn.unlink()
-        for staging in self.path.glob(_STAGING):
-            shutil.rmtree(staging, ignore_errors=True)
+        """Delete files that a killed process left half-written."""
+        for folder in (self.path, *(self.path / name for name in OWN_FOLDERS)):
+            remove_torn(folder)
         checkpoint.recover(self.checkpoints)
 
-    def _delete_own(self) -> None:
-        # The mark of a run goes last: a deletion that is killed can then be repeated.
+    def clear(self) -> None:
+        """Delete the run in the folder. Files that no run writes are kept."""
+        # The resolved recipe goes last, so that a deletion that was killed can be repeated.
         own = [entry for entry in self._entries() if _is_own(entry) and entry != self.resolved_recipe]
         for entry in [*own, self.resolved_recipe]:
             if entry.is_dir():
@@ -168,7 +212,7 @@ class RunDirectory:
             else:
                 entry.unlink(missing_ok=True)
         if kept := [entry.name for entry in self._entries()]:
-            console.note(f"{self.path}: kept what no run writes: {', '.join(kept)}")
+            console.note(f"{self.path}: --overwrite kept files that are not part of a run: {', '.join(kept)}")
 
 
 def _is_own(entry: Path) -> bool:
@@ -179,3 +223,12 @@ def _is_own(entry: Path) -> bool:
 
 def _matches(entry: Path, patterns: tuple[str, ...]) -> bool:
     return any(entry.match(pattern) for pattern in patterns)
+
+
+def _holder(path: Path) -> str:
+    """Return the name of the process that holds a lock."""
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        return f"process {about['pid']} on {about['host']}"
+    except (OSError, ValueError, KeyError):
+        return "another process"

@@ -1,15 +1,16 @@
-"""Where and with what a run was made: `env.json`. No environment variables and no secrets go into it."""
+"""The environment of a run for `env.json`: machine, versions and command line, without secrets."""
 
 import platform
 import subprocess
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dpoctl.runs.redact import redact_command
+from dpoctl.redact import redact_command
 
 PACKAGES = (
     *("dpoctl", "torch", "transformers", "peft", "accelerate", "datasets", "tokenizers", "safetensors"),
@@ -18,7 +19,7 @@ PACKAGES = (
 
 
 def describe_environment(*, world_size: int = 1) -> dict[str, Any]:
-    """Versions, machine and command line, ready for JSON.
+    """Return versions, machine and command line, ready for JSON.
 
     Args:
         world_size: Number of processes of the run.
@@ -36,8 +37,9 @@ def describe_environment(*, world_size: int = 1) -> dict[str, Any]:
     }
 
 
+@cache
 def installed_version(package: str) -> str | None:
-    """The version of an installed package, without importing it; None if it is not there."""
+    """Return the version of an installed package, without importing it; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -51,12 +53,12 @@ def _devices() -> list[str]:
 
 
 def _git_sha() -> str | None:
-    """The commit of dpoctl's own checkout; None when it is installed from a package."""
+    """Return the commit of dpoctl's own checkout; None if it was installed as a package."""
     home = Path(__file__).resolve().parents[2]
     command = ["git", "-C", str(home), "rev-parse", "--show-toplevel", "HEAD"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.split("\n")
     except (OSError, subprocess.SubprocessError):
         return None
-    # A package inside somebody's repository, such as a virtual environment there, has that repository's commit.
+    # A package in a virtual environment inside another repository must not report that repository's commit.
     return answer[1] if Path(answer[0]) == home else None

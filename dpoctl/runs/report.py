@@ -1,49 +1,52 @@
-"""`report.html`: a run on one page that needs nothing else: no script, no network, all data escaped."""
+"""`report.html`: one page about a run, without scripts or network requests, with all data escaped.
+
+The files of `evals/` and `data_report.json` become its tables. Numbers of different eval sets are never mixed.
+"""
 
 import base64
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from dpoctl import __version__, console
-from dpoctl.errors import UsageError
-from dpoctl.runs import curves
-from dpoctl.runs.curves import number, percent
-from dpoctl.runs.directory import RESOLVED_RECIPE
-from dpoctl.runs.figures import History, figures, losses_of, remarks
-from dpoctl.runs.files import write_atomically
-from dpoctl.runs.metrics import MetricsFile
-from dpoctl.runs.redact import redact, redact_text
-from dpoctl.runs.results import LENGTHS, data_sets, tables
+from dpoctl.errors import UsageError, writing
+from dpoctl.files import write_atomically
+from dpoctl.redact import redact, redact_text
+from dpoctl.runs import charts
+from dpoctl.runs.charts import History, figures, losses_of, number, observations, percent
+from dpoctl.runs.metrics import STANDARD_ERROR, MetricsFile
+from dpoctl.runs.names import RESOLVED_RECIPE, require_run
+from dpoctl.runs.results import PROVENANCE, SAMPLES, fingerprint, in_words, read_results
+from dpoctl.runs.status import describe_status, read_status
 
 NAME = "report.html"
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_SAMPLES = 24
-# A perplexity beyond this is a number for nobody.
+# A larger loss gives a perplexity that means nothing.
 MOST_NATS = 20
 GRADES = ("error", "warning", "note")
-# Control characters in data are shown, not obeyed; halves of characters cannot even be written.
-VISIBLE = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {0x7F: "\u2421"}
-VISIBLE |= dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
+INTERVAL = "_ci"
+SIDES = ("reference", "policy")
 
 
 class Tile(NamedTuple):
-    """A number that stands for the run."""
+    """A headline number of the run."""
 
     label: str
     value: str
     detail: str
 
 
-class Sample(NamedTuple):
-    """What reference and policy answer to one prompt."""
+class SampleRow(NamedTuple):
+    """The answers of reference and policy to one prompt."""
 
     prompt: str
     reference: str
@@ -56,8 +59,9 @@ class SampleSet(NamedTuple):
     """The samples of one file."""
 
     title: str
-    samples: tuple[Sample, ...]
+    samples: tuple[SampleRow, ...]
     hidden: int
+    file: str
 
 
 def write_report(run: Path, output: Path | None = None) -> Path:
@@ -65,61 +69,148 @@ def write_report(run: Path, output: Path | None = None) -> Path:
 
     Args:
         run: The run directory.
-        output: Where to; `report.html` in the run directory by default.
+        output: The file to write; the default is `report.html` in the run directory.
 
     Raises:
-        UsageError: The folder is no run, or its files are not what a run writes.
+        UsageError: The folder is not a run, or a file in it is damaged.
     """
-    if not (run / RESOLVED_RECIPE).is_file():
-        raise UsageError(f"{run} is not a run of dpoctl: it has no {RESOLVED_RECIPE}", hint="name an output_dir")
+    require_run(run)
     target = output or run / NAME
     if not target.parent.is_dir():
-        raise UsageError(f"there is no folder {str(target.parent)!r} to write the report to")
-    write_atomically(target, render(run))
+        raise UsageError(f"--output: there is no folder {str(target.parent)!r}", hint="create it first")
+    with writing(target.parent):
+        write_atomically(target, render(run))
     return target
 
 
 def refresh_report(run: Path) -> None:
-    """Write the report of a run; where it fails, that is one warning and no more."""
+    """Write the report of a run; an error is only a warning."""
     try:
         write_report(run)
     except Exception as error:
-        console.warn(f"the report was not written ({type(error).__name__}: {error}); see `dpoctl report {run}`")
+        console.warn(f"the report was not written: {type(error).__name__}: {error}; try `dpoctl report {run}`")
 
 
 def render(run: Path) -> str:
-    """Make the page."""
+    """Return the page as HTML."""
     css = (TEMPLATES / "report.css").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
+    return _template().render(css=css, css_hash=f"sha256-{digest}", size=charts, version=__version__, **_contents(run))
+
+
+@cache
+def _template() -> Template:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=lambda value: value.translate(VISIBLE) if isinstance(value, str) else value,
+        finalize=_printable,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
-    return environment.get_template("report.html.jinja").render(
-        css=css, css_hash=f"sha256-{digest}", size=curves, version=__version__, **_contents(run)
-    )
+    return environment.get_template("report.html.jinja")
+
+
+def _printable(value: Any) -> Any:
+    # What is HTML already stays so.
+    return type(value)(console.printable(value)) if isinstance(value, str) else value
+
+
+class Cell(NamedTuple):
+    """A number with its confidence interval.
+
+    Attributes:
+        text: the number.
+        interval: its 95 % interval in words; empty if there is none.
+        bar: value, low and high of a share, drawn on a scale from 0 to 1; None for other numbers.
+    """
+
+    text: str
+    interval: str = ""
+    bar: tuple[float, float, float] | None = None
+
+
+class TableRow(NamedTuple):
+    """A quantity and its cells, one per column of the table."""
+
+    name: str
+    cells: tuple[Cell, ...]
+
+
+class Table(NamedTuple):
+    """Rows under a heading; a table with one column has no column names."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[TableRow, ...]
+
+
+class Result(NamedTuple):
+    """The tables of a result of `dpoctl eval`, and in words what it was measured on.
+
+    Attributes:
+        about: model, data, limit and baseline.
+        is_official: whether it is of the run's own eval sets, all of their records, and of the weights of now.
+        tables: its numbers.
+    """
+
+    about: str
+    is_official: bool
+    tables: tuple[Table, ...]
+
+
+def tables(report: Mapping[str, Any]) -> list[Table]:
+    """Return the tables of a result: each eval set, then each comparison of the policy with its reference."""
+    report = {key: value for key, value in report.items() if key not in PROVENANCE}
+    sets = report.pop("sets", None) or {}
+    found = [_plain("eval", report), *(_plain(str(name), table) for name, table in sets.items())]
+    found += _comparisons(report, ())
+    return [table for table in found if table.rows]
+
+
+class DataSet(NamedTuple):
+    """The row counts of one data set."""
+
+    name: str
+    rows: int
+    used: int
+    facts: tuple[tuple[str, str], ...]
+    lengths: tuple[tuple[str, tuple[str, ...]], ...]
+    sources: tuple[tuple[str, str], ...]
+    first: tuple[str, ...]
+
+
+LENGTHS = ("mean", "p5", "p50", "p95", "max")
+FACTS = (
+    *("held_out", "unsampled", "duplicates", "tied_pairs", "outvoted_pairs"),
+    *("prompts_truncated", "answers_truncated", "eos_added"),
+)
+
+
+def data_sets(report: Mapping[str, Any]) -> list[DataSet]:
+    """Return the row counts of `data_report.json`."""
+    sets = {"train": report.get("train"), **(report.get("evals") or {})}
+    return [_data_set(name, account) for name, account in sets.items() if isinstance(account, Mapping)]
 
 
 def _contents(run: Path) -> dict[str, Any]:
     recipe = redact(yaml.safe_load(_text(run / RESOLVED_RECIPE)) or {})
     data = _json(run / "data_report.json") or {}
-    evaluation = _json(run / "eval.json") or {}
-    history = History.of(MetricsFile(run / "metrics.jsonl").rows(), list(data.get("evals") or {}))
+    results = read_results(run)
+    official = _official(run, results)
+    rows = MetricsFile(run / "metrics.jsonl").rows()
+    history = History.of(rows, list(data.get("evals") or {}))
     return {
         "title": run.resolve().name,
         "subtitle": _describe(recipe, history),
-        "written": _day(run / "metrics.jsonl"),
-        "tiles": list(_tiles(recipe, history, evaluation)),
-        "remarks": [*remarks(history, recipe), *_symptoms(run / "health.json")],
+        "written": _times(rows) or _day(run / "metrics.jsonl"),
+        "tiles": list(_tiles(recipe, history, official)),
+        "observations": [*_unfinished(run), *observations(history, recipe), *_symptoms(run / "health.json")],
         "advice": _advice(run / "advice.json"),
         "figures": figures(history, recipe),
         "evaluations": _evaluations(history),
-        "results": tables(evaluation),
-        "sample_sets": list(_sample_sets(run / "samples")),
+        "results": _results(results, official),
+        "sample_sets": list(_sample_sets(run, results, official)),
         "data_sets": data_sets(data),
         "length_names": LENGTHS,
         "recipe_text": redact_text(_text(run / "recipe.yaml") or _text(run / RESOLVED_RECIPE)),
@@ -129,14 +220,14 @@ def _contents(run: Path) -> dict[str, Any]:
 
 
 def _describe(recipe: Mapping[str, Any], history: History) -> str:
-    """The run in one line."""
+    """Return the run in one line."""
     model, training = recipe.get("model") or {}, recipe.get("training") or {}
     lora, scratch = recipe.get("lora"), model.get("from_scratch")
     method = "SFT" if recipe.get("method") == "sft" else f"DPO ({' + '.join(map(_loss, losses_of(recipe)))})"
     name = f"a new {scratch['config'].get('model_type')}" if scratch else model.get("model_name_or_path")
-    with_ = f"LoRA of rank {lora.get('r', '?')}" if lora else "all weights"
+    trained = f"LoRA of rank {lora.get('r', '?')}" if lora else "all weights"
     return (
-        f"{method} of {name}, {with_}; {history.last_step:,} steps of {training.get('global_batch_size')}, "
+        f"{method} of {name}, {trained}; {history.last_step:,} steps of {training.get('global_batch_size')}, "
         f"learning rate {training.get('learning_rate')}"
     )
 
@@ -147,46 +238,81 @@ def _loss(term: Mapping[str, Any]) -> str:
     return f"{weight}{term.get('type')}{beta}"
 
 
+def _unfinished(run: Path) -> Iterator[str]:
+    """Yield the state of a run that has not finished."""
+    status = read_status(run)
+    # The report of a run is written before it records that it has finished.
+    if status is not None and status["state"] not in ("finished", "running"):
+        yield f"The run {describe_status(status)}."
+
+
 def _symptoms(path: Path) -> Iterator[str]:
-    """What was seen of the run's health while it trained."""
+    """Yield the health symptoms of the run."""
     for one in _json(path) or ():
         yield f"Step {one['step']:,}: {one['message']}; {one['hint']}."
 
 
-def _tiles(recipe: Mapping[str, Any], history: History, evaluation: Mapping[str, Any]) -> Iterator[Tile]:
-    """The numbers that stand for the run: of the last evaluation, with their intervals where `eval` measured them."""
-    name, table = next(iter(history.evals.items()), ("", {}))
+def _official(run: Path, results: Sequence[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
+    """Return the newest result of the run's own eval sets, if it is of the weights that the run has now."""
+    own = [report for _, report in results if report["official"]]
+    weights = fingerprint(run) if own else ""
+    return next((report for report in own if report["model"] == weights), {})
+
+
+def _results(results: Sequence[tuple[Path, dict[str, Any]]], official: Mapping[str, Any]) -> list[Result]:
+    """Return all results, the official one first."""
+    found = []
+    for _, report in sorted(results, key=lambda one: one[1] is not official):
+        is_old = report["official"] and report is not official
+        about = f"{in_words(report)}; {report['date'][:10]}{'; of earlier weights of this run' if is_old else ''}"
+        found.append(Result(about, report is official, tuple(tables(report))))
+    return found
+
+
+def _tiles(recipe: Mapping[str, Any], history: History, official: Mapping[str, Any]) -> Iterator[Tile]:
+    """Yield the headline numbers, all of one eval set: of the last evaluation, or of the official result."""
+    names = [*history.evals, *(official.get("sets") or {})]
+    name = "eval" if "eval" in (official.get("data") or {}) else next(iter(names), "eval")
+    result = official if name == "eval" else (official.get("sets") or {}).get(name, {})
+    table = history.evals.get(name, {})
     last = {metric: points[-1][1] for metric, points in table.items() if points}
-    last |= {key: value for key, value in evaluation.items() if isinstance(value, int | float)}
-    first = {metric: points[0][1] for metric, points in table.items() if points}
+    last |= {key: value for key, value in result.items() if isinstance(value, int | float) and key not in PROVENANCE}
+    step = max((points[-1][0] for points in table.values() if points), default=0)
+    where = f"{name} set, " + ("dpoctl eval" if result else f"step {step:,.0f}")
     if (accuracy := last.get("rewards/accuracies")) is not None:
-        interval = evaluation.get("rewards/accuracies_ci")
-        detail = f"95 % interval {percent(interval[0])} to {percent(interval[1])}" if interval else f"on {name}"
-        pairs = evaluation.get("num_pairs")
-        yield Tile("Reward accuracy", percent(accuracy), f"{detail}, {pairs:,} pairs" if pairs else detail)
+        interval, pairs = result.get("rewards/accuracies_ci"), result.get("num_pairs")
+        spread = (
+            f"95 % interval {percent(interval[0])} to {percent(interval[1])}, {pairs:,} pairs; " if interval else ""
+        )
+        yield Tile("Reward accuracy", percent(accuracy), f"{spread}{where}")
     if (margin := last.get("rewards/margins")) is not None:
-        yield Tile("Reward margin", number(margin), "chosen minus rejected, held-out")
-    losses = [points for points in (table.get("loss"), history.train.get("loss")) if points]
-    if losses:
-        start, end = losses[0][0][1], last.get("loss", losses[0][-1][1])
-        yield Tile("Loss", number(end), f"from {number(start)}{', held-out' if 'loss' in table else ''}")
-    if recipe.get("method") == "sft" and losses and last.get("loss", math.inf) < MOST_NATS:
-        yield Tile("Perplexity", number(math.exp(last["loss"])), "held-out, per token")
+        yield Tile("Reward margin", number(margin), f"chosen minus rejected; {where}")
+    losses = table.get("loss") or ([] if result else history.train.get("loss"))
+    if losses or "loss" in last:
+        start = f"from {number(losses[0][1])}; " if losses else ""
+        yield Tile(
+            "Loss",
+            number(last.get("loss", losses[-1][1] if losses else math.nan)),
+            f"{start}{where if last else 'training'}",
+        )
+    if recipe.get("method") == "sft" and last.get("loss", math.inf) < MOST_NATS:
+        yield Tile("Perplexity", number(math.exp(last["loss"])), f"per token; {where}")
     for side in ("chosen", "rejected"):
-        if recipe.get("method") == "dpo" and f"logps/{side}" in first:
-            change = table[f"logps/{side}"][-1][1] - first[f"logps/{side}"]
+        if recipe.get("method") == "dpo" and (points := table.get(f"logps/{side}")):
+            change = points[-1][1] - points[0][1]
             sign = "+" if change > 0 else ""
-            yield Tile(f"Log-prob of {side}", f"{sign}{number(change)}", "nats per answer, since the start")
+            detail = f"nats per answer since step {points[0][0]:,.0f}; {name} set, step {points[-1][0]:,.0f}"
+            yield Tile(f"Log-prob of {side}", f"{sign}{number(change)}", detail)
 
 
 def _advice(path: Path) -> list[dict[str, Any]] | None:
-    """The findings that the run started with, the gravest first; None where it kept none."""
+    """Return the advice that the run started with, errors first; None if the run has none."""
     kept = _json(path)
     return None if kept is None else sorted(kept, key=lambda one: GRADES.index(one["grade"]))
 
 
 def _evaluations(history: History) -> list[dict[str, Any]]:
-    """Every evaluation as numbers, one table an eval set."""
+    """Return every evaluation as numbers, one table per eval set."""
     found = []
     for name, table in history.evals.items():
         steps = sorted({step for points in table.values() for step, _ in points})
@@ -198,13 +324,18 @@ def _evaluations(history: History) -> list[dict[str, Any]]:
     return found
 
 
-def _sample_sets(folder: Path) -> Iterator[SampleSet]:
-    """The samples of a run, the newest first: those of `dpoctl eval`, then by falling step."""
-    files = sorted(folder.glob("*.jsonl"), key=lambda file: (file.name == "eval.jsonl", file.name), reverse=True)
-    for file in files:
+def _sample_sets(
+    run: Path, results: Sequence[tuple[Path, dict[str, Any]]], official: Mapping[str, Any]
+) -> Iterator[SampleSet]:
+    """Yield the samples of a run: of the official result, by descending step of the training, of other results."""
+    ordered = sorted(results, key=lambda one: one[1] is not official)
+    measured = [(in_words(report), path.with_suffix(SAMPLES)) for path, report in ordered]
+    first = measured[: len(official) > 0]
+    steps = sorted((run / "samples").glob("*.jsonl"), reverse=True)
+    for title, file in [*first, *(("", file) for file in steps), *measured[len(first) :]]:
         rows = [row for line in _text(file).splitlines() if isinstance(row := _parsed(line), dict)]
         shown = tuple(
-            Sample(
+            SampleRow(
                 _flat(row.get("prompt")),
                 _flat(row.get("reference")),
                 _flat(row.get("policy")),
@@ -215,12 +346,12 @@ def _sample_sets(folder: Path) -> Iterator[SampleSet]:
         )
         if shown:
             step = rows[0].get("step")
-            title = "after training" if file.name == "eval.jsonl" else f"step {step}" if step is not None else file.stem
-            yield SampleSet(title, shown, len(rows) - len(shown))
+            of_step = f"step {step}" if step is not None else file.stem
+            yield SampleSet(title or of_step, shown, len(rows) - len(shown), str(file.relative_to(run)))
 
 
 def _flat(text: Any) -> str:
-    """A text, or a conversation as text."""
+    """Return a text, or a conversation as text."""
     if isinstance(text, list):
         return "\n\n".join(f"{m.get('role')}: {m.get('content')}" for m in text if isinstance(m, dict))
     return "" if text is None else str(text)
@@ -239,11 +370,11 @@ def _text(path: Path) -> str:
 
 
 def _json(path: Path) -> Any:
-    """What a file holds; None where there is none."""
+    """Return the content of a JSON file; None if there is no file."""
     if not path.is_file():
         return None
     if (value := _parsed(_text(path))) is None:
-        raise UsageError(f"{path} is not JSON", hint="delete it, and what it tells is left out")
+        raise UsageError(f"{path} is not JSON", hint="delete it; the report then leaves it out")
     return value
 
 
@@ -254,5 +385,103 @@ def _parsed(text: str) -> Any:
         return None
 
 
+def _times(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return when the first and the last row of metrics were written, and the time between them."""
+    times = [str(row["time"]) for row in rows if "time" in row]
+    try:
+        first, last = (datetime.fromisoformat(time) for time in (times[0], times[-1]))
+    except (IndexError, ValueError):
+        return ""
+    day = "" if first.date() == last.date() else f"{last:%Y-%m-%d} "
+    return f"{first:%Y-%m-%d %H:%M} to {day}{last:%H:%M} UTC ({console.duration((last - first).total_seconds())})"
+
+
 def _day(path: Path) -> str:
     return datetime.fromtimestamp(path.stat().st_mtime, UTC).date().isoformat() if path.is_file() else ""
+
+
+def _plain(title: str, values: Mapping[str, Any]) -> Table:
+    rows = tuple(TableRow(name, (cell,)) for name, cell in _cells(values, ()))
+    return Table(title, (), rows)
+
+
+def _cells(values: Mapping[str, Any], above: tuple[str, ...]) -> Iterator[tuple[str, Cell]]:
+    """Yield the numbers of nested tables by dotted names; comparisons have their own tables."""
+    if _is_comparison(values):
+        return
+    for key, value in values.items():
+        name = ".".join((*above, str(key)))
+        if isinstance(value, Mapping) and value.keys() == {"share", "ci"}:
+            yield name, _cell(str(key), value["share"], value["ci"])
+        elif isinstance(value, Mapping):
+            yield from _cells(value, (*above, str(key)))
+        elif isinstance(value, int | float | str) and not str(key).endswith((INTERVAL, STANDARD_ERROR)):
+            yield name, _cell(str(key), value, values.get(f"{key}{INTERVAL}"))
+
+
+def _comparisons(values: Mapping[str, Any], above: tuple[str, ...]) -> Iterator[Table]:
+    if _is_comparison(values):
+        sides = [dict(_cells(_as_table(values[side]), ())) for side in SIDES]
+        names = dict.fromkeys(name for side in sides for name in side)
+        rows = tuple(TableRow(name, tuple(side.get(name, Cell("")) for side in sides)) for name in names)
+        yield Table(".".join(above) or "eval", SIDES, rows)
+        return
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _comparisons(value, (*above, str(key)))
+
+
+def _is_comparison(values: Mapping[str, Any]) -> bool:
+    return all(side in values for side in SIDES)
+
+
+def _as_table(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {"share": value}
+
+
+def _cell(key: str, value: float | str, interval: Any) -> Cell:
+    if isinstance(value, bool | str):
+        return Cell(str(value))
+    if not _is_interval(interval):
+        return Cell(f"{value:,}" if isinstance(value, int) else number(value))
+    low, high = (float(end) for end in interval)
+    is_share = 0 <= low <= high <= 1
+    write = percent if is_share else number
+    bar = (min(1.0, max(0.0, float(value))), low, high) if is_share else None
+    return Cell(write(float(value)), f"{write(low)} to {write(high)}", bar)
+
+
+def _is_interval(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(isinstance(end, int | float) and math.isfinite(end) for end in value)
+    )
+
+
+def _data_set(name: str, account: Mapping[str, Any]) -> DataSet:
+    tokens = dict(account.get("tokens") or {})
+    facts = [(key.replace("_", " "), account.get(key)) for key in FACTS]
+    facts += [(f"dropped: {reason}", count) for reason, count in (account.get("rejected") or {}).items()]
+    shown = [(key, f"{value:,}") for key, value in facts if isinstance(value, int) and value]
+    shown += [(f"tokens, {key}", f"{tokens[key]:,}") for key in ("total", "scored") if isinstance(tokens.get(key), int)]
+    first = account.get("first_rejected") or {}
+    return DataSet(
+        name=name,
+        rows=int(account.get("rows") or 0),
+        used=int(account.get("used") or 0),
+        facts=tuple(shown),
+        lengths=tuple(
+            (side, tuple(f"{lengths.get(key, 0):,}" for key in LENGTHS))
+            for side, lengths in tokens.items()
+            if isinstance(lengths, Mapping)
+        ),
+        sources=tuple(
+            (str(source.get("path")), f"{source.get('format')}, {source.get('rows', 0):,} rows")
+            for source in account.get("sources") or []
+        ),
+        first=tuple(
+            f"{reason}: {at.get('file')}:{at.get('line')} {at.get('detail') or ''}".rstrip()
+            for reason, at in first.items()
+        ),
+    )

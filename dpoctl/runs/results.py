@@ -1,160 +1,115 @@
-"""`eval.json` and `data_report.json` as tables for people."""
+"""Results of `dpoctl eval`: one file for each model, data, limit and baseline, under `evals/` in a run directory."""
 
-import math
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
-from dpoctl.runs.curves import number, percent
+from dpoctl.errors import UsageError
+from dpoctl.files import to_json, write_atomically
+from dpoctl.runs.names import own_folder
 
-INTERVAL = "_ci"
-SIDES = ("reference", "policy")
+FOLDER = "evals"
+SAMPLES = ".samples.jsonl"
+PROVENANCE = ("run", "model", "step", "data", "limit", "baseline", "official", "date")
+"""The keys of a result that say what was measured; all others are numbers."""
+_PIECES, _PIECE = 64, 4096
 
 
-class Cell(NamedTuple):
-    """A number, and how sure it is.
+@dataclass(frozen=True)
+class Provenance:
+    """The origin of the numbers of an evaluation.
 
     Attributes:
-        text: the number.
-        interval: its 95 % interval in words; empty where there is none.
-        bar: value, low and high of a share, to draw it from 0 to 1; None for what is no share.
+        run: the folder of the model, as it was given.
+        model: the fingerprint of the weights.
+        step: the last training step of the run; None if it is not known.
+        data: for each set its sources, the key of its tokens, and the number of its records that were used.
+        limit: the number of records that each set was limited to.
+        baseline: the model that the policy was compared with; None if there is none.
+        official: whether these are all records of the run's own eval sets.
     """
 
-    text: str
-    interval: str = ""
-    bar: tuple[float, float, float] | None = None
+    run: str
+    model: str
+    step: int | None
+    data: Mapping[str, Mapping[str, Any]]
+    limit: int | None
+    baseline: str | None
+    official: bool
+
+    @property
+    def name(self) -> str:
+        """A file name that differs for every other model, data, limit or baseline."""
+        keys = {name: about["key"] for name, about in self.data.items()}
+        key = json.dumps([self.model, keys, self.limit, self.baseline, self.official], sort_keys=True)
+        digest = hashlib.sha256(key.encode()).hexdigest()[:8]
+        source = next((path for about in self.data.values() for path in about["sources"]), "data")
+        label = "official" if self.official else re.sub(r"[^\w.-]+", "-", Path(source).name).strip(".-")[:40]
+        return f"{label or 'data'}-{digest}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the keys of `PROVENANCE`."""
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        values = {name: getattr(self, name) for name in PROVENANCE if name != "date"}
+        return {**values, "data": {name: dict(about) for name, about in self.data.items()}, "date": date}
 
 
-class Row(NamedTuple):
-    """A quantity and its cells, one a column of the table."""
-
-    name: str
-    cells: tuple[Cell, ...]
-
-
-class Table(NamedTuple):
-    """Rows under a heading; `columns` are empty where one column needs no name."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[Row, ...]
+def write_result(run: Path, origin: Provenance, report: Mapping[str, Any], samples: str) -> Path:
+    """Write a result, and the lines of its samples, beside those of other models, data, limits and baselines."""
+    target = own_folder(run / FOLDER) / f"{origin.name}.json"
+    if samples:
+        write_atomically(target.with_suffix(SAMPLES), samples)
+    write_atomically(target, to_json(report))
+    return target
 
 
-def tables(report: Mapping[str, Any]) -> list[Table]:
-    """Lay out what `dpoctl eval` wrote: each eval set, then every comparison of the policy with its reference."""
-    report = {key: value for key, value in report.items() if key != "run"}
-    sets = report.pop("sets", None) or {}
-    found = [_plain("eval", report), *(_plain(str(name), table) for name, table in sets.items())]
-    found += _comparisons(report, ())
-    return [table for table in found if table.rows]
+def read_results(run: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Return the results of a run, the newest first.
+
+    Raises:
+        UsageError: A file is not one that `dpoctl eval` wrote.
+    """
+    found = []
+    for path in (run / FOLDER).glob("*.json"):
+        try:
+            report = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+        except ValueError:
+            report = None
+        if not isinstance(report, dict) or not set(PROVENANCE) <= report.keys():
+            raise UsageError(
+                f"{path} is not a result of `dpoctl eval`", hint="delete it; the report then leaves it out"
+            )
+        found.append((path, report))
+    return sorted(found, key=lambda one: (str(one[1]["date"]), one[0].name), reverse=True)
 
 
-def _plain(title: str, values: Mapping[str, Any]) -> Table:
-    rows = tuple(Row(name, (cell,)) for name, cell in _cells(values, ()))
-    return Table(title, (), rows)
+def fingerprint(folder: Path) -> str:
+    """Hash names, sizes and evenly spaced pieces of the weights in a folder: other weights have another hash."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}".encode())
+        with path.open("rb") as file:
+            for piece in range(_PIECES):
+                file.seek(max(0, size - _PIECE) * piece // (_PIECES - 1))
+                digest.update(file.read(_PIECE))
+    return digest.hexdigest()[:16]
 
 
-def _cells(values: Mapping[str, Any], above: tuple[str, ...]) -> Iterator[tuple[str, Cell]]:
-    """The numbers of nested tables by their dotted names; comparisons are left to their own tables."""
-    if _is_comparison(values):
-        return
-    for key, value in values.items():
-        name = ".".join((*above, str(key)))
-        if isinstance(value, Mapping) and value.keys() == {"share", "ci"}:
-            yield name, _cell(str(key), value["share"], value["ci"])
-        elif isinstance(value, Mapping):
-            yield from _cells(value, (*above, str(key)))
-        elif isinstance(value, int | float | str) and not str(key).endswith(INTERVAL):
-            yield name, _cell(str(key), value, values.get(f"{key}{INTERVAL}"))
-
-
-def _comparisons(values: Mapping[str, Any], above: tuple[str, ...]) -> Iterator[Table]:
-    if _is_comparison(values):
-        sides = [dict(_cells(_as_table(values[side]), ())) for side in SIDES]
-        names = dict.fromkeys(name for side in sides for name in side)
-        rows = tuple(Row(name, tuple(side.get(name, Cell("")) for side in sides)) for name in names)
-        yield Table(".".join(above) or "eval", SIDES, rows)
-        return
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _comparisons(value, (*above, str(key)))
-
-
-def _is_comparison(values: Mapping[str, Any]) -> bool:
-    return all(side in values for side in SIDES)
-
-
-def _as_table(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {"share": value}
-
-
-def _cell(key: str, value: float | str, interval: Any) -> Cell:
-    if isinstance(value, bool | str):
-        return Cell(str(value))
-    if not _is_interval(interval):
-        return Cell(f"{value:,}" if isinstance(value, int) else number(value))
-    low, high = (float(end) for end in interval)
-    is_share = 0 <= low <= high <= 1
-    write = percent if is_share else number
-    bar = (min(1.0, max(0.0, float(value))), low, high) if is_share else None
-    return Cell(write(float(value)), f"{write(low)} to {write(high)}", bar)
-
-
-def _is_interval(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == 2
-        and all(isinstance(end, int | float) and math.isfinite(end) for end in value)
-    )
-
-
-class DataSet(NamedTuple):
-    """What became of the rows of one set."""
-
-    name: str
-    rows: int
-    used: int
-    facts: tuple[tuple[str, str], ...]
-    lengths: tuple[tuple[str, tuple[str, ...]], ...]
-    sources: tuple[tuple[str, str], ...]
-    first: tuple[str, ...]
-
-
-LENGTHS = ("mean", "p5", "p50", "p95", "max")
-FACTS = (
-    *("held_out", "unsampled", "duplicates", "tied_pairs", "outvoted_pairs"),
-    *("prompts_truncated", "answers_truncated", "eos_added"),
-)
-
-
-def data_sets(report: Mapping[str, Any]) -> list[DataSet]:
-    """Lay out what became of every row."""
-    sets = {"train": report.get("train"), **(report.get("evals") or {})}
-    return [_data_set(name, account) for name, account in sets.items() if isinstance(account, Mapping)]
-
-
-def _data_set(name: str, account: Mapping[str, Any]) -> DataSet:
-    tokens = dict(account.get("tokens") or {})
-    facts = [(key.replace("_", " "), account.get(key)) for key in FACTS]
-    facts += [(f"rejected: {reason}", count) for reason, count in (account.get("rejected") or {}).items()]
-    shown = [(key, f"{value:,}") for key, value in facts if isinstance(value, int) and value]
-    shown += [(f"tokens, {key}", f"{tokens[key]:,}") for key in ("total", "scored") if isinstance(tokens.get(key), int)]
-    first = account.get("first_rejected") or {}
-    return DataSet(
-        name=name,
-        rows=int(account.get("rows") or 0),
-        used=int(account.get("used") or 0),
-        facts=tuple(shown),
-        lengths=tuple(
-            (side, tuple(f"{lengths.get(key, 0):,}" for key in LENGTHS))
-            for side, lengths in tokens.items()
-            if isinstance(lengths, Mapping)
-        ),
-        sources=tuple(
-            (str(source.get("path")), f"{source.get('format')}, {source.get('rows', 0):,} rows")
-            for source in account.get("sources") or []
-        ),
-        first=tuple(
-            f"{reason}: {at.get('file')}:{at.get('line')} {at.get('detail') or ''}".rstrip()
-            for reason, at in first.items()
-        ),
-    )
+def in_words(report: Mapping[str, Any]) -> str:
+    """Say in one line what the numbers of a result were measured on, and against what."""
+    sets = []
+    for name, about in report["data"].items():
+        what = ", ".join(dict.fromkeys(map(str, about["sources"])))
+        first = "" if report["limit"] is None else "the first "
+        label = "" if name == "eval" else f"{name}: "
+        sets.append(f"{label}{first}{about['records']:,} records of {what}")
+    kind = "the run's own eval data" if report["official"] else "not the run's own result"
+    against = f"; against {report['baseline']}" if report["baseline"] else ""
+    step = "" if report["step"] is None else f" at step {report['step']:,}"
+    return f"{report['run']}{step}, on {'; '.join(sets)} ({kind}){against}"

@@ -1,8 +1,8 @@
-"""Experiment trackers beside `metrics.jsonl`. One that fails or hangs is dropped with a warning; training goes on.
+"""Experiment trackers. One that fails or hangs is dropped with a warning, and training continues.
 
-Each is called in a thread of its own, so that a slow service costs training nothing.
+Each tracker runs in its own thread, so that a slow service does not slow down training.
 
-To add one: a function that builds accelerate's tracker for it, and a line in `TRACKERS`.
+To add a tracker, write a function that builds accelerate's tracker for it, and add a line to `TRACKERS`.
 """
 
 import os
@@ -19,50 +19,50 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTrack
 
 from dpoctl import console
 from dpoctl.errors import SetupError
+from dpoctl.files import to_json, write_atomically
+from dpoctl.redact import redact_source
 from dpoctl.runs.environment import installed_version
-from dpoctl.runs.files import to_json, write_atomically
-from dpoctl.runs.redact import redact, redact_text
 
 START_SECONDS = 10.0
 FINISH_SECONDS = 60.0
-"""How long a run waits for a tracker that does not answer."""
+"""How long a run waits for a tracker that does not respond."""
 MOST_WAITING = 10_000
-"""Rows that may wait to be sent."""
+"""Number of rows that may wait to be sent."""
 
 
 @dataclass(frozen=True)
-class Followed:
-    """What a tracker needs to know about the run that it follows."""
+class TrackedRun:
+    """The run that a tracker follows."""
 
     folder: Path
     """The run directory."""
     run_name: str
-    """How people call the run."""
+    """The name of the run in the tracker."""
     run_id: str
-    """The same for a run and all that resume it."""
+    """The id of the run; stays the same when the run is resumed."""
     resumed_at: int | None
-    """The step that this process goes on from; None if it starts the run."""
+    """The step that this process resumes from; None if it starts the run."""
 
 
-def _tensorboard(run: Followed) -> GeneralTracker:
+def _tensorboard(run: TrackedRun) -> GeneralTracker:
     purge = None if run.resumed_at is None else run.resumed_at + 1
     return TensorBoardTracker("tensorboard", run.folder, purge_step=purge)
 
 
-def _wandb(run: Followed) -> GeneralTracker:
+def _wandb(run: TrackedRun) -> GeneralTracker:
     project = os.environ.get("WANDB_PROJECT", "dpoctl")
-    logs = run.folder / "logs"  # wandb falls back to the system's temporary folder where this is missing
+    logs = run.folder / "logs"  # wandb uses the system's temporary folder if this one is missing
     logs.mkdir(exist_ok=True)
     options = {"name": run.run_name, "id": run.run_id, "dir": str(logs)}
     return WandBTracker(project, resume="allow", **options)
 
 
-def _trackio(run: Followed) -> GeneralTracker:
+def _trackio(run: TrackedRun) -> GeneralTracker:
     resume = "never" if run.resumed_at is None else "allow"
     return TrackioTracker(os.environ.get("TRACKIO_PROJECT", "dpoctl"), name=run.run_name, resume=resume)
 
 
-TRACKERS: dict[str, Callable[[Followed], GeneralTracker]] = {
+TRACKERS: dict[str, Callable[[TrackedRun], GeneralTracker]] = {
     "tensorboard": _tensorboard,
     "wandb": _wandb,
     "trackio": _trackio,
@@ -70,10 +70,10 @@ TRACKERS: dict[str, Callable[[Followed], GeneralTracker]] = {
 
 
 def check_installed(names: Sequence[str]) -> None:
-    """Refuse early what could not be tracked; call this before any model is loaded.
+    """Refuse trackers that are not installed; call this before any model is loaded.
 
     Raises:
-        SetupError: A package is missing; says how to install it.
+        SetupError: A package is missing.
     """
     missing = [name for name in names if installed_version(name) is None]
     if missing:
@@ -84,14 +84,14 @@ def check_installed(names: Sequence[str]) -> None:
 
 
 class Trackers:
-    """The trackers of a run, as long as they work. For rank 0 alone.
+    """The trackers of a run that still work; only rank 0 has them.
 
     Args:
         names: Keys of `TRACKERS`.
-        folder: The run directory; it remembers the run's id there.
-        run_name: Defaults to the folder's name.
-        config: The resolved recipe as nested plain data; secrets are taken out here.
-        resumed_at: The step that the run goes on from; None if it starts.
+        folder: The run directory; keeps the run id in `trackers.json`.
+        run_name: The default is the name of the folder.
+        config: The resolved recipe as nested plain data.
+        resumed_at: The step that the run resumes from; None if it starts.
     """
 
     def __init__(
@@ -103,43 +103,43 @@ class Trackers:
         run_name: str | None = None,
         resumed_at: int | None = None,
     ) -> None:
-        self._guarded: list[_Guarded] = []
+        self._threads: list[_TrackerThread] = []
         if not names:
             return
-        run = Followed(folder, run_name or folder.resolve().name, _run_id(folder, resumed_at), resumed_at)
-        flat = _flatten(redact(config))
-        self._guarded = [_Guarded(name, run, flat) for name in names]
-        for guarded in self._guarded:
-            guarded.wait_for_start()
+        run = TrackedRun(folder, run_name or folder.resolve().name, _run_id(folder, resumed_at), resumed_at)
+        flat = _flatten(config)
+        self._threads = [_TrackerThread(name, run, flat) for name in names]
+        for thread in self._threads:
+            thread.wait_for_start()
 
     def log(self, metrics: Mapping[str, Any], step: int, *, prefix: str = "train") -> None:
         """Send the numbers of a step, each as `prefix/name`."""
         numbers = {f"{prefix}/{k}": v for k, v in metrics.items() if k != "step" and isinstance(v, int | float)}
-        for guarded in self._guarded:
-            guarded.send(numbers, step)
+        for thread in self._threads:
+            thread.send(numbers, step)
 
     def log_texts(self, texts: Mapping[str, str], step: int) -> None:
-        """Send the texts of a step by their names, indented: read as Markdown, they are then shown as they are."""
+        """Send the texts of a step by name, indented: trackers read Markdown, and show indented text unchanged."""
         quoted = {name: "\n".join(f"    {line}" for line in text.splitlines()) for name, text in texts.items()}
-        for guarded in self._guarded:
-            guarded.send(quoted, step)
+        for thread in self._threads:
+            thread.send(quoted, step)
 
     def finish(self) -> None:
-        """Tell them that the run is over, and wait some time until they have sent everything."""
-        for guarded in self._guarded:
-            guarded.finish()
-        self._guarded = []
+        """Close all trackers, and wait a limited time until they have sent everything."""
+        for thread in self._threads:
+            thread.finish()
+        self._threads = []
 
 
-class _Guarded:
-    """One tracker in its thread: it gets what is to be sent through a queue of bounded length."""
+class _TrackerThread:
+    """One tracker in its own thread, with a queue of rows to send."""
 
-    def __init__(self, name: str, run: Followed, config: dict[str, Any]) -> None:
+    def __init__(self, name: str, run: TrackedRun, config: dict[str, Any]) -> None:
         self._name = name
         self._works = True
         self._started = Event()
         self._queue: Queue[tuple[dict[str, Any], int] | None] = Queue(MOST_WAITING)
-        self._thread = Thread(target=self._follow, args=(run, config), name=name, daemon=True)
+        self._thread = Thread(target=self._run, args=(run, config), name=name, daemon=True)
         self._thread.start()
 
     def wait_for_start(self) -> None:
@@ -163,7 +163,7 @@ class _Guarded:
         if self._thread.is_alive():
             self._drop(f"did not finish within {FINISH_SECONDS:g} s")
 
-    def _follow(self, run: Followed, config: dict[str, Any]) -> None:
+    def _run(self, run: TrackedRun, config: dict[str, Any]) -> None:
         action = "start"
         try:
             tracker = TRACKERS[self._name](run)
@@ -175,16 +175,16 @@ class _Guarded:
                 tracker.log(row[0], step=row[1])
             action = "finish"
             tracker.finish()
-        except BaseException as error:  # whatever a service or its client comes up with
-            self._drop(f"failed to {action}: {redact_text(str(error))}")
+        except BaseException as error:  # a service and its client may raise anything
+            self._drop(f"failed to {action}: {redact_source(str(error))}")
         finally:
             self._started.set()
 
     def _drop(self, why: str) -> None:
-        """Leave it out from here on; said once."""
+        """Stop using the tracker, with one warning."""
         if self._works:
             self._works = False
-            console.warn(f"{self._name} {why}; it is left out from here on, metrics.jsonl has everything")
+            console.warn(f"{self._name} {why}; it gets no more metrics, but metrics.jsonl has all of them")
 
 
 def _run_id(folder: Path, resumed_at: int | None) -> str:
@@ -197,7 +197,7 @@ def _run_id(folder: Path, resumed_at: int | None) -> str:
 
 
 def _flatten(config: Any, path: str = "") -> dict[str, Any]:
-    """Nested data as `section.key: scalar`, which is all that every tracker can show."""
+    """Return nested data as `section.key: scalar`, the form that every tracker can show."""
     if isinstance(config, Mapping) and config:
         items = [(f"{path}.{key}" if path else str(key), item) for key, item in config.items()]
         return {name: value for key, item in items for name, value in _flatten(item, key).items()}

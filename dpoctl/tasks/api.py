@@ -1,4 +1,4 @@
-"""The Python functions `dpoctl.sft` and `dpoctl.dpo`: a recipe, and the code that it cannot hold."""
+"""The Python functions `dpoctl.sft` and `dpoctl.dpo`: training with a recipe and the user's own code."""
 
 import json
 import os
@@ -8,12 +8,11 @@ from typing import Any
 
 import yaml
 
-from dpoctl.core.losses import LOSSES
-from dpoctl.data.formats import FORMATS
 from dpoctl.errors import UsageError
 from dpoctl.recipe import examine_recipe, read_text
 from dpoctl.tasks import train
 from dpoctl.tasks.extensions import Extensions
+from dpoctl.tasks.paths import check_paths
 
 
 def run(
@@ -27,29 +26,31 @@ def run(
     callbacks: Sequence[Any] = (),
     **code: Any,
 ) -> dict[str, Any]:
-    """Train a recipe with code of the caller's; see `dpoctl.sft` for the arguments.
+    """Train a recipe with the caller's code; see `dpoctl.sft` for the arguments.
 
     Args:
         command: `sft` or `dpo`.
-        recipe: the YAML file, or what would stand in it.
+        recipe: the YAML file, or its content as a mapping.
         overrides: `key=value` texts.
-        resume: go on from the newest checkpoint.
-        allow_changed: keys that may differ from what the run began with.
-        overwrite: replace an earlier run.
-        callbacks: of `Extensions`.
-        code: the other fields of `Extensions`; None is the default.
+        resume: continue from the newest checkpoint.
+        allow_changed: keys that may differ from the recipe that the run started with.
+        overwrite: delete an earlier run.
+        callbacks: the callbacks of `Extensions`.
+        code: the other fields of `Extensions`; None means the default.
     """
     if resume and overwrite:
-        raise UsageError("resume and overwrite exclude each other")
+        raise UsageError("resume and overwrite cannot be used together")
     if isinstance(recipe, Mapping):
         plain = json.loads(json.dumps(recipe, default=os.fspath))
         text, name = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), "recipe"
     else:
         text, name = read_text(recipe), str(recipe)
-    examined = examine_recipe(text, name, command=command, overrides=overrides, losses=LOSSES, formats=FORMATS)
+    examined = examine_recipe(text, name, command=command, overrides=overrides)
+    checked = examined.accept()
+    check_paths(checked, Path(name))
     given = {field: value for field, value in code.items() if value is not None}
     return train.run(
-        examined.accept(),
+        checked,
         recipe_text=text,
         document=examined.document,
         resume=resume,

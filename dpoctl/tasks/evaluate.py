@@ -1,147 +1,206 @@
-"""`dpoctl eval RUN`: the finished model on held-out data, against its reference, with a confidence interval."""
+"""`dpoctl eval RUN`: evaluate a finished run on held-out data, against its reference, with confidence intervals."""
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from accelerate import Accelerator
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from dpoctl import console
-from dpoctl.core.logps import Scorer
-from dpoctl.core.loop import EvalSet, Metrics, evaluate
-from dpoctl.core.losses import Item
-from dpoctl.core.objective import Objective
-from dpoctl.core.planner import Lengths, Plan
-from dpoctl.core.reader import Reader
+from dpoctl.core.loop import evaluate
+from dpoctl.core.planner import Lengths
+from dpoctl.data.pipeline import open_source
+from dpoctl.data.prepare import PreparedData
 from dpoctl.data.sources import has_splits
 from dpoctl.data.store import TokenStore
-from dpoctl.errors import UsageError
-from dpoctl.model.load import load_policy
-from dpoctl.model.policy import Policy
-from dpoctl.model.probe import probe
+from dpoctl.errors import UsageError, writing
+from dpoctl.losses import Item
+from dpoctl.model.load import compute_dtype, load_policy, weight_dtype
+from dpoctl.model.source import read_json
 from dpoctl.recipe import Recipe
-from dpoctl.runs.files import to_json, write_atomically
+from dpoctl.recipe.schema import Source
+from dpoctl.runs.directory import RunDirectory
+from dpoctl.runs.metrics import STANDARD_ERROR, MetricsFile
+from dpoctl.runs.names import RESOLVED_RECIPE
+from dpoctl.runs.report import NAME as REPORT
 from dpoctl.runs.report import refresh_report
-from dpoctl.tasks.finished import FinishedRun, recipe_of, require_known_start, require_model
-from dpoctl.tasks.judge import wilson_interval
-from dpoctl.tasks.machine import build_accelerator, quiet_libraries, token_budget
-from dpoctl.tasks.prepared import metric_names, read_data
+from dpoctl.runs.results import Provenance, fingerprint, in_words, write_result
+from dpoctl.tasks.earlier_step import with_model
+from dpoctl.tasks.finished_run import (
+    STEP,
+    FinishedRun,
+    home_of,
+    is_model_only,
+    model_recipe,
+    recipe_of,
+    require_known_start,
+    require_model,
+)
 from dpoctl.tasks.reference import Columns, Reference, with_columns
-from dpoctl.tasks.samples import FOLDER, Sample, sample_finished, show, write
+from dpoctl.tasks.samples import Sample, Z, sample_finished, show, to_lines, wilson_interval
+from dpoctl.tasks.setup import Setup, build_accelerator, quiet_libraries, read_data
 from dpoctl.tasks.task import build_task
+
+Stores = Mapping[str, TokenStore]
+DEMONSTRATIONS = {
+    *("messages", "sharegpt", "alpaca", "capybara-conversation", "prompt-completion", "prompt-response", "text")
+}
+"""Formats without pairs: a model without a recipe is measured by its likelihood on them."""
 
 
 def run(run: Path, *, data: str | None = None, limit: int | None = None, json_output: bool = False) -> None:
-    """Evaluate a finished run on its own evaluation sets, or on other data.
+    """Evaluate a finished run on its own eval sets, or on other data.
 
     Args:
         run: the run directory.
-        data: a file or hub id instead of the recipe's evaluation sets.
-        limit: use no more rows than this of each set.
+        data: a file, folder or hub id to use instead of the recipe's eval sets.
+        limit: use only the first rows of each set.
         json_output: print one JSON object.
     """
     quiet_libraries()
+    run = with_model(run)
     recipe = _recipe_of(run, data)
     accelerator = build_accelerator(recipe)
     tokenizer, prepared = read_data(recipe, accelerator, only_eval=True)
-    tables = {}
+    tables: dict[str, Columns] = {}
     if build_task(recipe).needs_reference:
         require_known_start(run, recipe)
-        _say_where_the_reference_stood(recipe)
+        if recipe.dpo.reference.sync_steps is not None:
+            console.note("the reference moved in training; here it is the model that training started from")
         tables = _reference_tables(recipe, accelerator, tokenizer, prepared.evals, limit)
-    # Stored as in training: all weights in float32, or a frozen base in the dtype of the computation.
-    finished = FinishedRun.load(run, accelerator.device, torch.float32 if recipe.lora is None else None)
-    results = _evaluate(finished.policy, recipe, accelerator, tokenizer, prepared.evals, tables, limit)
-    sampled, samples = sample_finished(finished, recipe, accelerator, prepared.evals, limit)
+    dtype = weight_dtype(recipe, compute_dtype(recipe, accelerator.device))
+    finished = FinishedRun.load(run, accelerator.device, dtype)
+    setup = Setup.of(recipe, accelerator, finished.tokenizer, finished.policy)
+    results = _evaluate(setup, prepared.evals, tables, limit)
+    sampled, samples = sample_finished(setup, finished, prepared.evals, limit)
     if not accelerator.is_main_process:
         return
+    origin = _origin(run, recipe, prepared, limit, is_own=data is None, is_compared=bool(tables) or bool(samples))
     main = results.pop("eval", {})
-    report: dict[str, Any] = {"run": str(run), **main, **({"sets": results} if results else {}), **sampled}
-    if samples:
-        write(run / FOLDER / "eval.jsonl", samples, {})
-    write_atomically(run / "eval.json", to_json(report))
-    refresh_report(run)
+    report: dict[str, Any] = {**origin.to_dict(), **main, **({"sets": results} if results else {}), **sampled}
+    where = _keep(run, origin, report, to_lines(samples))
     if json_output:
         console.emit(json.dumps(report))
-    else:
-        _show({**({"eval": main} if main else {}), **results})
-        _show_samples(samples, sampled)
+        return
+    console.say(in_words(report))
+    _show({**({"eval": main} if main else {}), **results})
+    _show_samples(samples, sampled)
+    for line in verdicts({**({"eval": main} if main else {}), **results}, sampled.get("judge")):
+        console.say(line)
+    console.say(where)
+
+
+def _keep(run: Path, origin: Provenance, report: Mapping[str, Any], samples: str) -> str:
+    """Write a result into its run, and say where; a model that no run describes keeps none."""
+    if is_model_only(run):
+        return f"{run} belongs to no run, so the result is kept nowhere; --json prints all of it"
+    home = home_of(run)
+    with writing(home):
+        path = write_result(home, origin, report, samples)
+    refresh_report(home)
+    return f"result: {path}; report: {home / REPORT}"
+
+
+def _origin(
+    run: Path, recipe: Recipe, prepared: PreparedData, limit: int | None, *, is_own: bool, is_compared: bool
+) -> Provenance:
+    """Return the origin of the numbers; the run's own data are those that its training evaluated on."""
+    trained_on = _data_report(home_of(run)).get("evals") or {}
+    steps = (row["step"] for row in MetricsFile(RunDirectory(run).metrics).rows())
+    earlier = STEP.fullmatch(run.name)
+    data = {}
+    for name, store in prepared.evals.items():
+        sources = [source["path"] for source in prepared.report["evals"][name]["sources"]]
+        used = len(store) if limit is None else min(limit, len(store))
+        data[name] = {"sources": sources, "key": store.key, "records": used}
+        if is_own and trained_on.get(name, {}).get("key", store.key) != store.key:
+            is_own = False
+            console.warn(f"{name}: {', '.join(sources)} gives other rows than in training: this is another eval set")
+    return Provenance(
+        run=str(run),
+        model=fingerprint(run),
+        step=int(earlier[1]) if earlier else max(steps, default=None),
+        data=data,
+        limit=limit,
+        baseline=_baseline(recipe) if is_compared else None,
+        official=is_own and limit is None and (run / RESOLVED_RECIPE).is_file(),
+    )
+
+
+def _data_report(run: Path) -> dict[str, Any]:
+    path = run / "data_report.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def _baseline(recipe: Recipe) -> str:
+    """Name the model that the policy is compared with."""
+    if recipe.method == "dpo" and recipe.dpo.reference.path is not None:
+        return recipe.dpo.reference.path
+    model = recipe.model
+    if model.model_name_or_path is None:
+        return "the new model before training"
+    return model.model_name_or_path + (f"@{model.revision}" if model.revision else "")
 
 
 def _recipe_of(run: Path, data: str | None) -> Recipe:
-    """Read the recipe of a finished run, with its evaluation data replaced if asked for."""
+    """Read the recipe of a finished run; replace its eval data if other data are given."""
     recipe = recipe_of(run)
     require_model(run)
     if data is not None:
         source = {"path": data} | ({"split": "test"} if has_splits(data) else {})
         evals, cadence = json.dumps({"eval": [source]}), recipe.training.eval_steps or 1
-        return recipe_of(run, [f"data.eval={evals}", "data.eval_size=null", f"training.eval_steps={cadence}"])
+        changes = [f"data.eval={evals}", "data.eval_size=null", f"training.eval_steps={cadence}"]
+        if is_model_only(run):
+            format = open_source(Source.model_validate(source))[0].format
+            method = "sft" if format in DEMONSTRATIONS else "dpo"
+            return model_recipe(run, method=method, overrides=changes)
+        return recipe_of(run, changes)
+    if is_model_only(run):
+        raise UsageError(f"{run} is a model that no run describes: it has no eval data", hint="pass --data SOURCE")
     if not recipe.data.eval and recipe.data.eval_size is None:
-        raise UsageError(f"{run}: its recipe has no evaluation data", hint="name some with --data FILE")
+        raise UsageError(f"{run}: its recipe has no eval data", hint="pass some with --data SOURCE")
     return recipe
 
 
-def _say_where_the_reference_stood(recipe: Recipe) -> None:
-    if recipe.dpo.reference.sync_steps is not None:
-        console.note("the reference moved in training; the model is compared with the one that training started from")
-
-
 def _reference_tables(
-    recipe: Recipe,
-    accelerator: Accelerator,
-    tokenizer: PreTrainedTokenizerBase,
-    stores: Mapping[str, TokenStore],
-    limit: int | None,
+    recipe: Recipe, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, stores: Stores, limit: int | None
 ) -> dict[str, Columns]:
-    """Return the reference's log-probabilities of every evaluation set; the model is freed again."""
-    policy = load_policy(recipe, tokenizer, accelerator.device)
-    with accelerator.autocast():
-        verdict = probe(policy.causal, max_length=recipe.data.max_length)
-    reference = Reference(recipe, policy, verdict, accelerator, build_task(recipe).needs)
-    pad = int(tokenizer.pad_token_id or 0)
-    tables = {}
-    for name, store in stores.items():
-        budget, _ = token_budget(recipe, policy, Lengths.of(store), accelerator)
-        tables[name] = reference.table(Reader(store, verdict.layout, accelerator.device, pad), budget, limit)
-    return tables
+    """Return the reference's log-probabilities of every eval set; the model is freed at the end."""
+    setup = Setup.of(recipe, accelerator, tokenizer, load_policy(recipe, tokenizer, accelerator.device))
+    reference = Reference(setup)
+    return {
+        name: reference.table(
+            setup.reader(store, name), setup.token_budget(Lengths.of(store))[0], np.arange(len(store))[:limit]
+        )
+        for name, store in stores.items()
+    }
 
 
 def _evaluate(
-    policy: Policy,
-    recipe: Recipe,
-    accelerator: Accelerator,
-    tokenizer: PreTrainedTokenizerBase,
-    stores: Mapping[str, TokenStore],
-    tables: Mapping[str, Columns],
-    limit: int | None,
+    setup: Setup, stores: Stores, tables: Mapping[str, Columns], limit: int | None
 ) -> dict[str, dict[str, Any]]:
-    """Return the metrics of every evaluation set."""
-    task, device, pad = build_task(recipe), accelerator.device, int(tokenizer.pad_token_id or 0)
+    """Return the metrics of every eval set."""
     results = {}
-    with accelerator.autocast():
-        verdict = probe(policy.causal, max_length=recipe.data.max_length)
-        scorer = Scorer(policy.model, policy.causal, verdict, confidence="confidence" in task.needs)
-        objective = Objective(accelerator, scorer, task.terms, task.report, seed=recipe.training.seed)
+    with setup.accelerator.autocast():
+        objective = setup.objective(setup.scorer())
         for name, store in stores.items():
             lengths = Lengths.of(store).first(limit)
-            reader = Reader(store, verdict.layout, device, pad, names=metric_names(recipe, name))
-            reader = with_columns(reader, tables.get(name))
-            budget, _ = token_budget(recipe, policy, lengths, accelerator)
-            batch_size = recipe.training.global_batch_size
-            plan = Plan(lengths, batch_size, accelerator.num_processes, budget, verdict.layout)
+            reader = with_columns(setup.reader(store, name), tables.get(name))
             counts = {item: int(numbers.sum()) for item, numbers in lengths.items.items()}
-            results[name] = _describe(evaluate(objective, EvalSet(reader, plan)), counts)
+            results[name] = _describe(evaluate(objective, reader, setup.plan(lengths).one_pass(lengths)), counts)
     return results
 
 
-def _describe(metrics: Metrics, counts: Mapping[Item, int]) -> dict[str, Any]:
-    """Add to the means how many items they are over, and what that leaves uncertain."""
+def _describe(metrics: Mapping[str, Any], counts: Mapping[Item, int]) -> dict[str, Any]:
+    """Add the number of items and the confidence interval to the mean metrics."""
+    if (error := metrics.get(f"loss{STANDARD_ERROR}")) is not None:
+        metrics = {**metrics, "loss_ci": [metrics["loss"] - Z * error, metrics["loss"] + Z * error]}
     if "rewards/chosen" not in metrics:
         nats = metrics.get("nll_loss", metrics["loss"])
         return {**metrics, "perplexity": math.exp(nats), "num_tokens": counts["tokens"]}
@@ -155,7 +214,7 @@ def _show(results: Mapping[str, Mapping[str, Any]]) -> None:
     for name, metrics in results.items():
         table = Table(title=name, title_justify="left", box=None, show_header=False)
         for metric, value in metrics.items():
-            if isinstance(value, list):
+            if isinstance(value, list) or metric.endswith(STANDARD_ERROR):
                 continue
             interval = metrics.get(f"{metric}_ci")
             spread = f"  95 % interval {interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
@@ -163,8 +222,47 @@ def _show(results: Mapping[str, Mapping[str, Any]]) -> None:
         console.say(table)
 
 
+def verdicts(results: Mapping[str, Mapping[str, Any]], judge: Mapping[str, Any] | None) -> Iterator[str]:
+    """Say in words whether training helped: what the intervals of accuracies and of the judge's shares allow.
+
+    Args:
+        results: the metrics of every eval set.
+        judge: the shares of each category among the answers of reference and policy, and the target.
+    """
+    for name, metrics in results.items():
+        if (interval := metrics.get("rewards/accuracies_ci")) is None:
+            continue
+        of = "" if name == "eval" else f" of {name}"
+        share = f"the chosen answer has the higher reward in {metrics['rewards/accuracies']:.1%} of the pairs{of}"
+        if metrics["rewards/margins"] == metrics["rewards/accuracies"] == 0:
+            yield f"verdict: no reward{of} differs from another: the policy is its reference"
+        else:
+            yield f"verdict: {share}, {_compared(interval, 0.5, 'chance')}"
+    if judge is not None:
+        target = judge["target"]
+        before, after = (judge[side][target] for side in ("reference", "policy"))
+        change = f"{target} answers {before['share']:.1%} -> {after['share']:.1%}"
+        yield f"verdict: {change}, {_compared(_difference(before, after), 0.0, 'chance')}"
+
+
+def _compared(interval: Sequence[float], value: float, what: str) -> str:
+    low, high = interval
+    if low <= value <= high:
+        return f"which {what} would explain too"
+    return f"{'more' if low > value else 'less'} than {what} explains"
+
+
+def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[float, float]:
+    """Return the 95 % interval of the difference of two shares, from the interval of each (Newcombe, 1998)."""
+    change = after["share"] - before["share"]
+    (low0, high0), (low1, high1) = before["ci"], after["ci"]
+    down = math.hypot(after["share"] - low1, high0 - before["share"])
+    up = math.hypot(high1 - after["share"], before["share"] - low0)
+    return change - down, change + up
+
+
 def _show_samples(samples: Sequence[Sample], numbers: Mapping[str, Any]) -> None:
-    """Show the first samples, then what they are like on both sides."""
+    """Show the first samples, then the statistics of all samples of both models."""
     if not samples:
         return
     show(samples, "samples")

@@ -1,15 +1,19 @@
-"""Samples: what the policy and its reference write to the same prompts, drawn with the same random numbers."""
+"""Samples: texts of the policy and of its reference for the same prompts, drawn with the same random numbers.
+
+A keyword judge counts them, with confidence intervals.
+"""
 
 import json
+import math
 import re
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from rich.table import Table
 from rich.text import Text as Styled
@@ -21,29 +25,31 @@ from dpoctl.data.preview import shown
 from dpoctl.data.records import Text
 from dpoctl.data.store import TokenStore
 from dpoctl.data.tokenize import render_prompts
-from dpoctl.model.generate import Generation, Sampling, generate
-from dpoctl.model.policy import Policy
-from dpoctl.recipe.schema import Recipe, SamplesSection
-from dpoctl.runs.files import write_atomically
-from dpoctl.tasks.finished import FinishedRun
-from dpoctl.tasks.journal import Journal
-from dpoctl.tasks.judge import KeywordJudge
+from dpoctl.files import write_atomically
+from dpoctl.model.generate import Generation, SamplingParams, generate
+from dpoctl.recipe.consistency import UNDECIDED
+from dpoctl.recipe.schema import SamplesSection
+from dpoctl.runs.names import own_folder
+from dpoctl.tasks.finished_run import FinishedRun
+from dpoctl.tasks.setup import Setup
 
 FOLDER = "samples"
 SHOWN = 3
-# Prompt and text of all rows of a batch: the cache of a 7B model stays small, and tiny models have full batches.
+# Limits of a batch, prompts included: the KV cache of a 7B model stays small, and tiny models get full batches.
 TOKENS, MOST_ROWS = 16384, 64
 STEP_FILE = re.compile(r"step-(\d+)\.jsonl")
+# Two-sided 95 %.
+Z = 1.959964
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt, and what was written to it.
+    """A prompt and its generated texts.
 
     Attributes:
-        prompt: as it stands in the data.
-        policy: the text of the model that is trained.
-        reference: that of the model it is compared with; None where that is not at hand.
+        prompt: the prompt, as in the data.
+        policy: the text of the trained model.
+        reference: the text of the reference; None if it is not loaded.
     """
 
     prompt: Text
@@ -51,7 +57,7 @@ class Sample:
     reference: Generation | None
 
     def row(self) -> dict[str, Any]:
-        """Return it as a line of the file."""
+        """Return the sample as a row of the file."""
         sides = {"reference": self.reference, "policy": self.policy}
         known = {name: side for name, side in sides.items() if side is not None}
         texts = {name: side.text for name, side in known.items()}
@@ -59,28 +65,20 @@ class Sample:
 
 
 class Sampler:
-    """Draws texts for the prompts of a recipe, shared out over the ranks.
+    """Generates texts for the prompts of a recipe, distributed over the ranks.
 
     Args:
-        section: how many prompts, which, and how texts are drawn.
-        recipe: of the run.
-        tokenizer: of the model.
-        stores: the evaluation sets.
-        accelerator: ranks and precision.
-        limit: use no more prompts than this of each set.
+        section: the prompts, and how texts are drawn.
+        setup: the setup of the run.
+        stores: the eval sets.
+        limit: use only the first prompts of each set.
     """
 
     def __init__(
-        self,
-        section: SamplesSection,
-        recipe: Recipe,
-        tokenizer: PreTrainedTokenizerBase,
-        stores: Mapping[str, TokenStore],
-        accelerator: Accelerator,
-        limit: int | None = None,
+        self, section: SamplesSection, setup: Setup, stores: Mapping[str, TokenStore], limit: int | None = None
     ) -> None:
-        self._tokenizer, self._accelerator = tokenizer, accelerator
-        kwargs = recipe.data.chat_template_kwargs
+        self._setup, self._tokenizer, self._accelerator = setup, setup.tokenizer, setup.accelerator
+        tokenizer, kwargs = setup.tokenizer, setup.recipe.data.chat_template_kwargs
         if section.prompts is None:
             count = section.num if limit is None else min(section.num, limit)
             found = [each for store in stores.values() for each in _first_prompts(store, tokenizer, kwargs, count)]
@@ -89,23 +87,41 @@ class Sampler:
         self._prompts = [each for each in found for _ in range(section.per_prompt)]
         longest = max((len(ids) for _, ids in found), default=0) + section.max_new_tokens
         rows = max(1, min(MOST_ROWS, TOKENS // longest))
-        self._sampling = Sampling(section.max_new_tokens, section.temperature, section.top_p, section.seed, rows)
+        self._sampling = SamplingParams(section.max_new_tokens, section.temperature, section.top_p, section.seed, rows)
 
     def draw(self, causal: PreTrainedModel) -> list[Generation]:
         """Return a text for each prompt; every rank calls this and gets all of them."""
-        # The same prompt again is another draw, which only a rank that sees them all can count.
-        alike: dict[tuple[int, ...], list[int]] = {}
+        # A repeated prompt is another draw; one rank must see all its repetitions to count them.
+        same_prompt: dict[tuple[int, ...], list[int]] = {}
         for index, (_, ids) in enumerate(self._prompts):
-            alike.setdefault(tuple(ids), []).append(index)
-        rank, ranks = self._accelerator.process_index, self._accelerator.num_processes
-        mine = [index for group in list(alike.values())[rank::ranks] for index in group]
-        with torch.no_grad(), self._accelerator.autocast():
-            texts = generate(causal, self._tokenizer, [self._prompts[index][1] for index in mine], self._sampling)
+            same_prompt.setdefault(tuple(ids), []).append(index)
+        ranks, groups = self._accelerator.num_processes, list(same_prompt.values())
+        shares = [[index for group in groups[rank::ranks] for index in group] for rank in range(ranks)]
+        mine = shares[self._accelerator.process_index]
+        prompts = [self._prompts[index][1] for index in mine]
+        with (
+            console.WorkProgress("drawing samples", len(prompts), "texts") as progress,
+            torch.no_grad(),
+            self._accelerator.autocast(),
+        ):
+            texts = self._generate(causal, prompts, max(map(len, shares)), progress.advance)
         found: dict[int, Generation] = dict(gather_object(list(zip(mine, texts, strict=True))))
         return [found[index] for index in range(len(self._prompts))]
 
+    def _generate(
+        self, causal: PreTrainedModel, prompts: list[list[int]], most: int, on_batch: Callable[[int], None]
+    ) -> list[Generation]:
+        """Continue the prompts of this rank; the ranks of a sharded model, with at most `most` prompts, in step."""
+        if self._setup.sharded is None:
+            return generate(causal, self._tokenizer, prompts, self._sampling, on_batch=on_batch)
+        some, rounds = prompts or [self._prompts[0][1]], -(-most // self._sampling.batch_size)
+        texts = self._setup.inside(
+            lambda: generate(causal, self._tokenizer, some, self._sampling, on_batch=on_batch, rounds=rounds)
+        )
+        return texts[: len(prompts)]
+
     def pair(self, policy: Sequence[Generation], reference: Sequence[Generation] | None) -> list[Sample]:
-        """Put texts beside their prompts."""
+        """Return a sample for each prompt."""
         others: Sequence[Generation | None] = reference or [None] * len(policy)
         return [
             Sample(prompt, text, other) for (prompt, _), text, other in zip(self._prompts, policy, others, strict=True)
@@ -113,39 +129,28 @@ class Sampler:
 
 
 class Samples:
-    """The samples of a training run; every rank makes one before the first step, and calls it at each evaluation.
+    """The samples of a training run; every rank creates one before the first step, and draws at each evaluation.
 
     Args:
-        recipe: of the run.
+        setup: the setup of the run, with the policy before its first update.
         folder: the run directory.
-        accelerator: ranks and precision.
-        tokenizer: of the model.
-        policy: as it was before its first update.
-        stores: the evaluation sets.
-        start: the step that the run goes on from; -1 if it starts.
+        stores: the eval sets.
+        start: the step that the run resumes from; -1 if it starts.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        folder: Path,
-        accelerator: Accelerator,
-        tokenizer: PreTrainedTokenizerBase,
-        policy: Policy,
-        stores: Mapping[str, TokenStore],
-        start: int,
-    ) -> None:
-        self._folder, self._accelerator, self._causal = folder / FOLDER, accelerator, policy.causal
+    def __init__(self, setup: Setup, folder: Path, stores: Mapping[str, TokenStore], start: int) -> None:
+        recipe, policy = setup.recipe, setup.policy
+        self._folder, self._causal = folder / FOLDER, policy.causal
         self._judge, self._reference = recipe.eval.judge, None
-        self._sampler = None
-        if accelerator.is_main_process:
-            _forget_after(self._folder, start)
+        self._sampler, self._num_shown = None, 0
+        if setup.accelerator.is_main_process:
+            _delete_after(self._folder, start)
         if (section := recipe.eval.samples) is None or not section.num or not stores:
             return
-        self._sampler = Sampler(section, recipe, tokenizer, stores, accelerator)
+        self._sampler = Sampler(section, setup, stores)
         if recipe.method == "dpo" and recipe.dpo.reference.path is not None:
             console.note(
-                "samples in training are the policy's alone: its reference is another model; dpoctl eval shows both"
+                "samples in training show only the policy: the reference is another model; dpoctl eval shows both"
             )
         elif policy.has_live_reference:
             with policy.reference():
@@ -153,25 +158,35 @@ class Samples:
         else:
             self._reference = self._sampler.draw(policy.causal)
 
-    def write(self, journal: Journal, step: int) -> None:
-        """Draw from the policy as it is now, and write, show and log its samples."""
+    def draw(self, step: int) -> list[Sample]:
+        """Draw from the policy as it is now; every rank calls this, and gets none if the recipe asks for none."""
         if self._sampler is None:
-            return
-        # Before the first step the two are the same.
+            return []
+        # Before the first step, policy and reference are the same.
         texts = self._reference if step == 0 and self._reference else self._sampler.draw(self._causal)
-        samples = self._sampler.pair(texts, self._reference)
-        journal.log(step, self._metrics(samples))
-        if not self._accelerator.is_main_process:
-            return
-        write(self._folder / f"step-{step:06d}.jsonl", samples, {"step": step})
-        show(samples, f"samples at step {step}")
-        texts_by_name = {f"samples/{number}": as_text(one) for number, one in enumerate(_first(samples), start=1)}
-        journal.log_texts(step, texts_by_name)
+        return self._sampler.pair(texts, self._reference)
 
-    def _metrics(self, samples: Sequence[Sample]) -> Metrics:
-        """What is worth a learning curve."""
+    def write(self, step: int, samples: Sequence[Sample]) -> dict[str, str]:
+        """Write samples, show one of them, and return the first ones as texts by name, for trackers.
+
+        Each evaluation shows another prompt. Before the first step, policy and reference say the same: none is shown.
+        """
+        write_atomically(own_folder(self._folder) / f"step-{step:06d}.jsonl", to_lines(samples, {"step": step}))
+        if step > 0 or self._reference is None:
+            first = _first(samples)
+            show([first[self._num_shown % len(first)]], f"a sample at step {step}")
+            self._num_shown += 1
+        return {f"samples/{number}": as_text(one) for number, one in enumerate(_first(samples), start=1)}
+
+    def metrics(self, samples: Sequence[Sample]) -> Metrics:
+        """Return the statistics that get a curve."""
         numbers = describe(samples)
         metrics = {f"eval_samples/{name}": float(numbers[f"{name}_policy"]) for name in ("finished", "median_length")}
+        lengths = [len(one.policy.text.split()) for one in samples]
+        if len(lengths) > 1:
+            # Of a median of values that are distributed normally.
+            error = math.sqrt(math.pi / 2 * statistics.variance(lengths) / len(lengths))
+            metrics["eval_samples/median_length_se"] = error
         if self._judge is not None:
             target = self._judge.target
             shares = KeywordJudge(self._judge.categories).count([one.policy.text for one in samples])
@@ -180,28 +195,23 @@ class Samples:
 
 
 def sample_finished(
-    finished: FinishedRun,
-    recipe: Recipe,
-    accelerator: Accelerator,
-    stores: Mapping[str, TokenStore],
-    limit: int | None = None,
+    setup: Setup, finished: FinishedRun, stores: Mapping[str, TokenStore], limit: int | None = None
 ) -> tuple[dict[str, Any], list[Sample]]:
     """Sample a finished run and its reference; every rank calls this.
 
     Args:
+        setup: the setup of the finished model, with the recipe of the evaluation.
         finished: the run.
-        recipe: its recipe, with the data that it is evaluated on.
-        accelerator: ranks and precision.
-        stores: the evaluation sets.
-        limit: use no more prompts than this of each set.
+        stores: the eval sets.
+        limit: use only the first prompts of each set.
 
     Returns:
-        The numbers, under `samples` and `judge`, and the samples; nothing where the recipe asks for none.
+        The statistics, under `samples` and `judge`, and the samples; both empty if the recipe asks for none.
     """
-    section, judge = recipe.eval.samples, recipe.eval.judge
+    section, judge = setup.recipe.eval.samples, setup.recipe.eval.judge
     if section is None or not section.num or not stores:
         return {}, []
-    sampler = Sampler(section, recipe, finished.tokenizer, stores, accelerator, limit)
+    sampler = Sampler(section, setup, stores, limit)
     policy = sampler.draw(finished.policy.causal)
     with finished.reference() as causal:
         reference = sampler.draw(causal)
@@ -216,7 +226,7 @@ def sample_finished(
 
 
 def describe(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Return how many samples there are, and for each side how many ended or are distinct, and their words."""
+    """Return the number of samples, and for each model the finished share, distinct texts and median words."""
     sides: dict[str, list[Generation | None]] = {
         "reference": [one.reference for one in samples],
         "policy": [one.policy for one in samples],
@@ -231,15 +241,13 @@ def describe(samples: Sequence[Sample]) -> dict[str, Any]:
     return numbers
 
 
-def write(path: Path, samples: Sequence[Sample], head: Mapping[str, Any]) -> None:
-    """Write a file of samples, one a line, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({**head, **one.row()}) + "\n" for one in samples]
-    write_atomically(path, "".join(lines))
+def to_lines(samples: Sequence[Sample], head: Mapping[str, Any] | None = None) -> str:
+    """Return a JSON line for each sample, each beginning with the same keys."""
+    return "".join(json.dumps({**(head or {}), **one.row()}) + "\n" for one in samples)
 
 
 def show(samples: Sequence[Sample], title: str) -> None:
-    """Show the first samples: side by side on a terminal, one after the other elsewhere."""
+    """Print the first samples: side by side on a terminal, else one after the other."""
     first = _first(samples)
     if not console.stderr().is_terminal:
         console.say("\n".join([title, *(as_text(one) for one in first)]))
@@ -258,8 +266,45 @@ def as_text(sample: Sample) -> str:
     return "\n".join(f"  {name}: {text}".replace("\n", "\n    ") for name, text in sides.items() if text)
 
 
+class KeywordJudge:
+    """Assigns texts to categories by whole words, ignoring case.
+
+    Args:
+        categories: the words of each category.
+    """
+
+    def __init__(self, categories: Mapping[str, Sequence[str]]) -> None:
+        self._patterns = {
+            name: re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)", re.IGNORECASE)
+            for name, words in categories.items()
+        }
+
+    def category(self, text: str) -> str:
+        """Return the category whose words a text contains, or `undecided` if there is not exactly one."""
+        found = [name for name, pattern in self._patterns.items() if pattern.search(text)]
+        return found[0] if len(found) == 1 else UNDECIDED
+
+    def count(self, texts: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Return the share of texts in each category, and of undecided ones, with 95 % intervals."""
+        counts, total = Counter(map(self.category, texts)), len(texts)
+        shares = {name: counts[name] / total for name in (*self._patterns, UNDECIDED)}
+        return {name: {"share": share, "ci": list(wilson_interval(share, total))} for name, share in shares.items()}
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """Return the 95 % confidence interval of a share (Wilson, 1927).
+
+    Args:
+        share: share of successes.
+        count: number of independent trials.
+    """
+    centre = (share + Z * Z / (2 * count)) / (1 + Z * Z / count)
+    spread = Z * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count)) / (1 + Z * Z / count)
+    return max(0.0, centre - spread), min(1.0, centre + spread)
+
+
 def _first(samples: Sequence[Sample]) -> list[Sample]:
-    """The first samples to different prompts."""
+    """Return the first samples of different prompts."""
     found: dict[str, Sample] = {}
     for one in samples:
         found.setdefault(_prompt_text(one), one)
@@ -283,13 +328,13 @@ def _prompt_text(sample: Sample) -> str:
 def _first_prompts(
     store: TokenStore, tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any], count: int
 ) -> Iterator[tuple[Text, list[int]]]:
-    """Yield the first prompts of a store, with the ids that training has of them."""
+    """Yield the first prompts of a store, with their token ids in training."""
     records = range(min(count, len(store)))
     prompts = [store.texts(index).prompt for index in records]
     for index, prompt, ids in zip(records, prompts, render_prompts(tokenizer, prompts, template_kwargs), strict=True):
         example = store.example(index)
         kept = example.shared[: len(ids)].tolist()
-        if kept != ids:  # the prompt was too long, and was cut: it ends where the answer begins
+        if kept != ids:  # the prompt was too long and was truncated: it ends where the answer begins
             scored = example.shared_scored
             kept = example.shared[: int(scored.argmax()) if scored.any() else len(scored)].tolist()
         yield prompt, kept
@@ -298,14 +343,14 @@ def _first_prompts(
 def _given_prompts(
     texts: Sequence[str], store: TokenStore, tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any]
 ) -> list[tuple[Text, list[int]]]:
-    """Return prompts of the recipe as the data have theirs: as messages, or as text."""
+    """Return the prompts of the recipe in the form of the data: messages, or text."""
     as_messages = not isinstance(store.texts(0).prompt, str)
     prompts: list[Text] = [[{"role": "user", "content": text}] if as_messages else text for text in texts]
     return list(zip(prompts, render_prompts(tokenizer, prompts, template_kwargs), strict=True))
 
 
-def _forget_after(folder: Path, step: int) -> None:
-    """Delete samples of steps that are to come again."""
+def _delete_after(folder: Path, step: int) -> None:
+    """Delete the samples of steps that the run will do again."""
     for file in folder.glob("step-*.jsonl"):
         if (match := STEP_FILE.fullmatch(file.name)) and int(match[1]) > step:
             file.unlink()

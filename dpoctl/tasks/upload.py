@@ -1,4 +1,4 @@
-"""The exported model on the Hugging Face hub, where a recipe names a repository: the last thing that a run does."""
+"""Upload of the exported model to the Hugging Face hub, the last step of a run."""
 
 from pathlib import Path
 
@@ -7,32 +7,32 @@ from huggingface_hub import HfApi, get_token
 from dpoctl import __version__, console
 from dpoctl.errors import SetupError
 from dpoctl.recipe.schema import TrainingSection
+from dpoctl.redact import redact_text
 from dpoctl.runs.directory import MODEL_FILES
-from dpoctl.runs.redact import redact_text
 
 BELOW = "*/*"
-"""Whatever stands in a folder: checkpoints, samples, logs."""
+"""Everything in folders: checkpoints, samples, logs."""
 
 
 def require_login(training: TrainingSection) -> None:
-    """Refuse early what could not be uploaded; a token comes from the environment or a login, never from a recipe.
+    """Check before training that an upload can work; the token comes from the environment or a login.
 
     Raises:
-        SetupError: A repository is named, and there is no token.
+        SetupError: The recipe names a repository, and there is no token.
     """
     if training.hub_model_id is not None and get_token() is None:
         raise SetupError(
-            f"training.hub_model_id: {training.hub_model_id} cannot be written without a login",
+            f"training.hub_model_id: uploading to {training.hub_model_id} needs a login",
             hint="run `hf auth login`, or set HF_TOKEN",
         )
 
 
 def upload(folder: Path, training: TrainingSection) -> None:
-    """Upload a model and its tokenizer, if the recipe says where; what goes wrong with it is a warning.
+    """Upload a model and its tokenizer if the recipe names a repository; an error is only a warning.
 
     Args:
-        folder: The run directory; of it, only `MODEL_FILES` at its root.
-        training: Names the repository.
+        folder: The run directory; only `MODEL_FILES` at its root are uploaded.
+        training: The section that names the repository.
     """
     name = training.hub_model_id
     if name is None:
@@ -48,11 +48,11 @@ def upload(folder: Path, training: TrainingSection) -> None:
             ignore_patterns=[BELOW],
             commit_message=f"Upload a model trained with dpoctl {__version__}",
         )
-    except Exception as error:  # whatever the network, the hub and its client give rise to
-        told = str(error).strip().partition("\n")[0] or type(error).__name__
+    except Exception as error:  # the network, the hub and its client may raise anything
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         console.warn(
-            f"the model was not uploaded to {name}: {redact_text(told)}; "
-            "the same command with --resume uploads it, and trains nothing more"
+            f"the model was not uploaded to {name}: {redact_text(reason)}; "
+            "run the same command with --resume to upload it without more training"
         )
         return
     console.say(f"uploaded: {done}")

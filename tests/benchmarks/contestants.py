@@ -95,17 +95,17 @@ def dpoctl_run(spec: dict[str, Any], turns: Turns) -> None:
     # Before its parts are reached for, as the command line imports it.
     import_module("dpoctl.tasks")
 
-    # The loop's own update, watched; nothing in it is replaced.
-    import dpoctl.core.loop as loop
-    from dpoctl.model.probe import Verdict
-    from dpoctl.tasks import reference, train
+    # The loop's own steps, watched; nothing in them is replaced.
+    from dpoctl.core.step import Stepper
+    from dpoctl.model.probe import ProbeResult
+    from dpoctl.tasks import reference, setup
 
-    update, table, useful = loop._update, reference.Reference.table, [0.0]
+    update, table, useful = Stepper._update, reference.Reference.table, [0.0]
 
-    def watched(run: Any, step: Any, *rest: Any) -> float:
+    def watched(self: Any, step: Any, *rest: Any) -> Any:
         turns.begin()
-        useful[0] = useful_flops(spec, run.reader.store, step.records)
-        return update(run, step, *rest)
+        useful[0] = useful_flops(spec, self.reader.store, step.records)
+        return update(self, step, *rest)
 
     def timed(self: Any, reader: Any, *rest: Any) -> Any:
         began, cpu = time.perf_counter(), time.process_time()
@@ -114,10 +114,10 @@ def dpoctl_run(spec: dict[str, Any], turns: Turns) -> None:
         turns.say("reference", seconds=(time.perf_counter() - began) / rows, cpu=(time.process_time() - cpu) / rows)
         return columns
 
-    vars(loop)["_update"] = watched
+    Stepper._update = watched  # type: ignore[method-assign]
     reference.Reference.table = timed  # type: ignore[method-assign]
     if spec.get("layout") == "padded":
-        vars(train)["probe"] = lambda *_, **__: Verdict("padded", True, "asked for")
+        vars(setup)["probe"] = lambda *_, **__: ProbeResult("padded", True, "asked for")
     recipe = {
         "method": "sft" if spec["sft"] else "dpo",
         "model": {"model_name_or_path": spec["model"], "dtype": spec["dtype"]},

@@ -90,13 +90,11 @@ def dpoctl_prepare(data: Path, tokenizer: Path, cache: Path) -> dict[str, Any]:
     import rich.table  # noqa: F401
     from transformers import AutoTokenizer
 
-    from dpoctl.core.losses import LOSSES
-    from dpoctl.data.formats import FORMATS
     from dpoctl.data.prepare import prepare
     from dpoctl.recipe.loader import parse_recipe
 
     text = RECIPE.format(tokenizer=tokenizer, data=data, max_length=MAX_LENGTH)
-    recipe = parse_recipe(text, "benchmark", command="dpo", losses=LOSSES, formats=FORMATS)
+    recipe = parse_recipe(text, "benchmark", command="dpo")
     loaded = AutoTokenizer.from_pretrained(tokenizer)
     began = time.perf_counter()
     store = prepare(recipe, loaded, cache_dir=cache).train
@@ -140,10 +138,10 @@ def describe(rows: int, seconds: float, sequences: Iterator[np.ndarray]) -> dict
 
 def write_explicit(data: Path, explicit: Path) -> None:
     """Give TRL the rows with their prompts split off, by the converter."""
-    from dpoctl.data.convert import Job, run
-    from dpoctl.recipe.schema_data import Source
+    from dpoctl.data.convert import Conversion, run
+    from dpoctl.recipe.schema import Source
 
-    run(Job(Source(path=str(data)), str(explicit)))
+    run(Conversion(Source(path=str(data)), str(explicit)))
 
 
 def synthetic_files(folder: Path, sizes: list[int]) -> Iterator[Path]:

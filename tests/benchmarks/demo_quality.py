@@ -17,18 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from demo_sides import side_of
 
 from dpoctl import console
-from dpoctl.data import demo
 from dpoctl.data.tokenize import render_prompts
-from dpoctl.model.generate import Generation, Sampling, generate
+from dpoctl.model.generate import Generation, SamplingParams, generate
 from dpoctl.model.load import load_run
 from dpoctl.model.source import find_source
 from dpoctl.model.tokenizer import read_tokenizer
-from dpoctl.tasks.machine import quiet_libraries
+from dpoctl.tasks.setup import quiet_libraries
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-SAMPLING = Sampling(max_new_tokens=96, temperature=0.8, top_p=0.95, seed=0, batch_size=100)
+SAMPLING = SamplingParams(max_new_tokens=96, temperature=0.8, top_p=0.95, seed=0, batch_size=100)
 SAMPLES_PER_TITLE = 2
 DATA = {"train": "train", "eval": "test"}
 # Name of a number, the least and the most that it may be.
@@ -105,15 +105,15 @@ def measure(runs: Path) -> dict[str, float]:
     sft, pairs, dpo = (runs / f"reviewer2-{step}" for step in ("sft", "pairs", "dpo"))
     made = [row for name in ("train", "test") for row in read(pairs / f"pairs-{name}.jsonl")]
     numbers = {
-        "instructions.negative_harsh": share(demo.side_of(text(row["chosen"])) == "harsh" for row in made),
-        "instructions.positive_kind": share(demo.side_of(text(row["rejected"])) == "kind" for row in made),
+        "instructions.negative_harsh": share(side_of(text(row["chosen"])) == "harsh" for row in made),
+        "instructions.positive_kind": share(side_of(text(row["rejected"])) == "kind" for row in made),
     }
     prompts = [row["prompt"] for row in read(pairs / "pairs-test.jsonl")] * SAMPLES_PER_TITLE
     reference, policy = (sample(folder, prompts) for folder in (sft, dpo))
     for name, samples in (("reference", reference), ("policy", policy)):
         numbers |= {f"{name}.{key}": value for key, value in describe(samples).items()}
     numbers["policy.length_ratio"] = numbers["policy.words"] / numbers["reference.words"]
-    if (report := dpo / "eval.json").is_file():
+    for report in (dpo / "evals").glob("official-*.json"):
         results = json.loads(report.read_text(encoding="utf-8"))
         numbers["policy.accuracy"] = results["rewards/accuracies"]
         numbers["policy.margin"] = results["rewards/margins"]
@@ -121,7 +121,7 @@ def measure(runs: Path) -> dict[str, float]:
 
 
 def describe(samples: Sequence[Generation]) -> dict[str, float]:
-    sides = [demo.side_of(one.text) for one in samples]
+    sides = [side_of(one.text) for one in samples]
     return {
         "harsh": share(side == "harsh" for side in sides),
         "in_grammar": share(side is not None for side in sides),

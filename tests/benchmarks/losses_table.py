@@ -22,21 +22,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from demo_sides import side_of
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import dpoctl
 from dpoctl import console
-from dpoctl.core.losses import LOSSES
-from dpoctl.data import demo
 from dpoctl.data.tokenize import render_prompts
-from dpoctl.model.generate import Sampling, generate
+from dpoctl.losses import LOSSES
+from dpoctl.model.generate import SamplingParams, generate
 from dpoctl.model.load import load_run
 from dpoctl.model.source import find_source
 from dpoctl.model.tokenizer import read_tokenizer
-from dpoctl.tasks.machine import quiet_libraries
+from dpoctl.tasks.setup import quiet_libraries
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "reviewer2-dpo.yaml"
-SAMPLING = Sampling(max_new_tokens=96, temperature=1.0, top_p=1.0, seed=0, batch_size=100)
+SAMPLING = SamplingParams(max_new_tokens=96, temperature=1.0, top_p=1.0, seed=0, batch_size=100)
 SAMPLES_PER_PROMPT = 2
 # No evaluation on the way: the figures of the table are taken at the end, alike for all losses.
 ALIKE = ("data.eval={}", "eval={}", "training.eval_steps=null")
@@ -118,7 +118,7 @@ def measure(policy: Model, reference: Model, held_out: Sequence[Row]) -> dict[st
     texts = [one.text for one in generate(causal, tokenizer, render_prompts(tokenizer, prompts, {}), SAMPLING)]
     return {
         "accuracy": statistics.fmean(margin > 0 for margin in margins),
-        "harsh": statistics.fmean(demo.side_of(text) == "harsh" for text in texts),
+        "harsh": statistics.fmean(side_of(text) == "harsh" for text in texts),
         "tokens": statistics.median(len(answer_ids(tokenizer, text)) for text in texts),
         "kl": statistics.fmean(
             ratio(policy, reference, prompt, text) for prompt, text in zip(prompts, texts, strict=True)

@@ -50,7 +50,7 @@ def main() -> None:
     order = plan._order(0)
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    held = [lengths.tokens, lengths.rows, lengths.longest, lengths.cost, order, *lengths.items.values()]
+    held = [lengths.tokens, lengths.longest, lengths.cost, order, *lengths.items.values()]
     kept = sum(array.nbytes if array.strides != (0,) else 0 for array in held)
 
     times, cpu_times, spread = [], [], []

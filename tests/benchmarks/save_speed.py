@@ -16,9 +16,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from dpoctl.runs import rng
-from dpoctl.runs.checkpoint import Checkpoint, Saver, copied
-from dpoctl.runs.files import sync
+from dpoctl.files import sync
+from dpoctl.runs.checkpoint import Checkpoint, Saver, capture_rng, copied
 
 SIZES = {"vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8}
 ROUNDS = 5
@@ -46,7 +45,7 @@ def main() -> None:
     """Print the medians."""
     model, optimizer = model_after_a_step()
     state = optimizer.state_dict()
-    checkpoint = Checkpoint(1, dict(model.named_parameters()), state, rng.capture())
+    checkpoint = Checkpoint(1, dict(model.named_parameters()), state, capture_rng())
     tensors = {f"w.{name}": value.detach() for name, value in checkpoint.weights.items()}
     tensors |= {f"{key}.{name}": value for key, slots in state["state"].items() for name, value in slots.items()}
     folder = Path(tempfile.mkdtemp(dir=sys.argv[1] if len(sys.argv) > 1 else None))

@@ -10,8 +10,8 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
-from dpoctl.data.convert import Job, run
-from dpoctl.recipe.schema_data import Source
+from dpoctl.data.convert import Conversion, run
+from dpoctl.recipe.schema import Source
 
 VOCABULARY = 32_000
 SEED = 0
@@ -19,9 +19,12 @@ SHAPES: dict[str, dict[str, int]] = {
     "58m": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8},
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32},
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "toy": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 8},
 }
 """Llamas; the two large ones have a key for eight, and four, queries."""
-KEY_HEADS = {"58m": 8, "1b": 4, "8b": 8}
+WORDS = {"8b": 128_256}
+"""Rows of the embedding and the head, where they are more than the tokenizer has tokens."""
+KEY_HEADS = {"58m": 8, "1b": 4, "8b": 8, "toy": 4}
 LENGTHS = {"long-prompt": (1024, 128), "long-answer": (128, 512)}
 """Tokens of a prompt and of each of its two answers; `hh-harmless` are real ones."""
 LORA_RANK = 16
@@ -97,7 +100,7 @@ def harmless(root: Path, shared: Path) -> list[dict[str, str]]:
     """The real pairs, their prompts split off."""
     explicit = root / "explicit.jsonl"
     if not explicit.is_file():
-        run(Job(Source(path=str(shared / "hh-harmless.jsonl.gz")), str(explicit)))
+        run(Conversion(Source(path=str(shared / "hh-harmless.jsonl.gz")), str(explicit)))
     return [as_text(json.loads(line)) for line in explicit.read_text(encoding="utf-8").splitlines()]
 
 
@@ -123,13 +126,16 @@ def save_model(folder: Path, shape: str, tokenizer: Any, dtype: str) -> Path:
 
         torch.manual_seed(SEED)
         config = LlamaConfig(
-            vocab_size=VOCABULARY, num_key_value_heads=KEY_HEADS[shape], max_position_embeddings=8192,
+            vocab_size=WORDS.get(shape, VOCABULARY), num_key_value_heads=KEY_HEADS[shape], max_position_embeddings=8192,
             pad_token_id=tokenizer.pad_token_id or 0, bos_token_id=1, eos_token_id=2, **SHAPES[shape],
         )  # fmt: skip
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.unk_token
         tokenizer.save_pretrained(folder)
-        AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder)
+        # Billions of random numbers are drawn in a moment there.
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        model.save_pretrained(folder)
     return folder
 
 
@@ -159,7 +165,7 @@ def minimum_flops(shape: str, prompts: Any, answers: Any, scored: Any, *, lora: 
     area = float((prompts * (prompts + 1) / 2).sum() + (answers * prompts[:, None] + answers * (answers + 1) / 2).sum())
     linear = 2 * layers * (2 * hidden * hidden + 2 * hidden * width + 3 * hidden * inner) * tokens
     attention = 4 * layers * hidden * area
-    head = 2.0 * hidden * VOCABULARY * float(np.sum(scored))
+    head = 2.0 * hidden * WORDS.get(shape, VOCABULARY) * float(np.sum(scored))
     if not lora:
         return 3 * (linear + attention + head)
     sides = 2 * 2 * hidden + 2 * (hidden + width) + 3 * (hidden + inner)

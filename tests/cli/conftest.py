@@ -58,6 +58,11 @@ class Finder:
         pass
 
 sys.meta_path.insert(0, Finder())
+
+import dpoctl.tasks
+
+# The stand-in needs none, and each process would spend seconds on them.
+dpoctl.tasks.LIBRARIES = ()
 """
 
 

@@ -2,20 +2,20 @@
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from dpoctl import __version__
 from dpoctl.cli import failure
-from dpoctl.cli.app import main
+from dpoctl.cli.app import app, main
 from dpoctl.errors import DataError, RunError, SetupError, StoppedError, UsageError
 
-COMMANDS = ("sft", "dpo", "check", "convert-data", "eval", "report", "chat", "merge")
+COMMANDS = [str(command.name) for command in app.registered_commands]
 
 
 def call(*arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
@@ -36,35 +36,20 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return ended.value.code
 
 
-def cpu_seconds(*command: str) -> float:
-    """What a process costs, whatever else the machine does: the least of several trials."""
-
-    def once() -> float:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, *command], capture_output=True, check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-    return min(once() for _ in range(4))
-
-
-@pytest.mark.parametrize("command", [(), *((command,) for command in COMMANDS)], ids=str)
-def test_help_takes_at_most_a_third_of_a_second_beyond_typer(command: tuple[str, ...]) -> None:
-    assert cpu_seconds("-m", "dpoctl", *command, "--help") - cpu_seconds("-c", "import typer") < 0.3
-
-
-@pytest.mark.parametrize("arguments", [("--help",), *((command, "--help") for command in COMMANDS)], ids=str)
-def test_help_imports_nothing_heavy(arguments: tuple[str, ...]) -> None:
+def test_help_imports_nothing_heavy() -> None:
     script = (
-        f"import sys; sys.argv = ['dpoctl', *{arguments!r}]\n"
+        "import sys\n"
         "from dpoctl.cli.app import main\n"
-        "try: main()\n"
-        "except SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'accelerate', 'datasets', 'peft', 'numpy', 'yaml'}\n"
-        "sys.exit(f'imported {heavy & set(sys.modules)}' if heavy & set(sys.modules) else 0)"
+        f"for arguments in [], *([command] for command in {COMMANDS!r}):\n"
+        "    sys.argv = ['dpoctl', *arguments, '--help']\n"
+        "    try: main()\n"
+        "    except SystemExit as ended: assert ended.code == 0, arguments\n"
+        "    heavy = {'torch', 'transformers', 'accelerate', 'datasets', 'peft', 'numpy', 'yaml'}\n"
+        "    assert not heavy & set(sys.modules), f'{arguments} imported {heavy & set(sys.modules)}'\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Usage: dpoctl") == 1 + len(COMMANDS)
 
 
 def test_the_help_of_dpo_says_what_a_reward_is(
@@ -72,7 +57,7 @@ def test_the_help_of_dpo_says_what_a_reward_is(
 ) -> None:
     assert run_main(monkeypatch, "dpo", "--help") == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "summed over its tokens, not averaged; a higher beta keeps the policy closer" in said
+    assert "summed over its tokens, not averaged. A higher beta keeps the policy closer" in said
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -84,7 +69,7 @@ def test_help_shows_an_example_before_anything_else_and_fits_on_a_screen(
         lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip()]
         assert lines[0].startswith(f"Usage: dpoctl {command}")
         assert lines[1].startswith(f"dpoctl {command} ")
-        assert len(lines) <= 40
+        assert len(lines) <= (55 if command == "convert-data" else 40)
 
 
 def test_the_top_help_groups_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,15 +91,18 @@ def test_the_version_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
         (("dpo", "r.yaml", "--resum"), "--resume"),
         (("dpo",), "missing argument 'RECIPE'"),
         (("dpo", "r.yaml", "--num-processes", "0"), "--num-processes"),
-        (("dpo", "r.yaml", "--resume", "--overwrite"), "exclude each other"),
-        (("eval", "nowhere"), "there is no run directory 'nowhere'"),
+        (("dpo", "r.yaml", "--resume", "--overwrite"), "cannot be used together"),
+        (("eval", "nowhere"), "RUN: there is no directory 'nowhere'"),
         (("convert-data", "x", "--format", "zzz"), "expected one of auto"),
-        (("convert-data", "x", "--column-map", "zzz"), "expected COLUMN=NAME"),
+        (("convert-data", "x", "--column-map", "zzz"), "expected NAME=COLUMN"),
         (("convert-data", "x", "--option", "zzz"), "expected KEY=VALUE"),
         (("convert-data", "x", "--pairs", "zzz"), "best-worst"),
-        (("convert-data", "x", "--detect", "--to", "pairs"), "--to would do nothing: --detect converts nothing"),
-        (("convert-data", "r.yaml", "--format", "contrastive", "--strict"), "--strict would do nothing"),
-        (("convert-data", "x", "--pairs", "none", "--to", "pairs"), "takes them apart"),
+        (("convert-data", "x", "--detect", "--to", "pairs"), "--to has no effect: --detect converts nothing"),
+        (
+            ("convert-data", "r.yaml", "--format", "contrastive", "--strict"),
+            "--strict has no effect: --format contrastive takes its settings from the recipe",
+        ),
+        (("convert-data", "x", "--pairs", "none", "--to", "pairs"), "splits them"),
         (("convert-data", "x", "--pairs", "all", "--to", "messages"), "--pairs would do nothing"),
     ],
     ids=str,
@@ -197,7 +185,7 @@ def test_a_failed_run_leaves_its_traceback_in_the_run_directory(
     (tmp_path / "recipe.yaml").touch()
     assert failure.report(ValueError("boom"), as_json=False, debug=False) == 1
     assert (tmp_path / "error.log").read_text(encoding="utf-8").rstrip().endswith("ValueError: boom")
-    assert f"traceback in {tmp_path / 'error.log'}" in capsys.readouterr().err
+    assert f"the traceback is in {tmp_path / 'error.log'}" in capsys.readouterr().err
 
 
 def test_bare_overrides_mean_what_set_means(workplace: Path) -> None:
@@ -210,3 +198,20 @@ def test_bare_overrides_mean_what_set_means(workplace: Path) -> None:
         )
         assert "RAN None/None omp None seed 7" in done.stderr
         assert json.loads(done.stdout) == {"trained": True}
+
+
+def test_importing_a_task_prints_nothing_and_looks_for_no_garbage_among_the_libraries() -> None:
+    script = (
+        "import gc; from dpoctl.tasks import import_libraries; import_libraries(); import dpoctl.tasks.merge; "
+        "import dpoctl.tasks.train; "
+        "assert gc.isenabled() and gc.get_freeze_count() > 100_000, gc.get_freeze_count()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("command", [(), ("dpo",), ("check",), ("chat",)], ids=str)
+def test_the_help_of_a_flag_names_no_value(command: tuple[str, ...]) -> None:
+    out = CliRunner().invoke(app, [*command, "--help"]).output
+    assert "<bool>" not in out
+    assert "--help" in out

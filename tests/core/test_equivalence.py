@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 from dpoctl.core.batch import Batch
 from dpoctl.core.collator import collate
 from dpoctl.core.logps import Scorer
-from dpoctl.core.losses import Scores, Sigmoid
 from dpoctl.data.tokenize import Example
-from dpoctl.model.layouts import Layout
-from dpoctl.model.probe import Verdict, probe
+from dpoctl.losses import Scores
+from dpoctl.losses.pairwise import Sigmoid
+from dpoctl.model.attention import Layout
+from dpoctl.model.probe import ProbeResult, probe
 
 ARCHITECTURES = ["llama", "mistral", "qwen3", "gemma3_text", "mixtral"]
 Build = Callable[..., PreTrainedModel]
@@ -22,12 +23,12 @@ Build = Callable[..., PreTrainedModel]
 
 def run(model: PreTrainedModel, examples: list[Example], layout: Layout) -> tuple[Batch, torch.Tensor]:
     batch = collate(examples, layout, pad_token_id=3)
-    return batch, batch.sum_per_response(Scorer(model, model, Verdict(layout, True, ""))(batch))
+    return batch, batch.sum_per_response(Scorer(model, model, ProbeResult(layout, True, ""))(batch))
 
 
 def gradients(model: PreTrainedModel, batch: Batch, logps: torch.Tensor) -> torch.Tensor:
     model.zero_grad()
-    Sigmoid()(Scores(logps, batch.num_tokens, batch.pairs, torch.zeros_like(logps))).sum().backward()
+    Sigmoid()(Scores(logps, batch.outline, torch.zeros_like(logps))).sum().backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained])
 
@@ -80,7 +81,7 @@ def test_scores_of_conversations_cover_every_assistant_stretch(tiny_llama: PreTr
         truth = by_hand(tiny_llama, examples)
         batch, logps = run(tiny_llama, examples, "shared")
     torch.testing.assert_close(logps, truth, rtol=1e-5, atol=1e-5)
-    assert batch.num_tokens.tolist() == MemoryStore(examples).num_tokens.tolist()
+    assert batch.outline.num_tokens.tolist() == MemoryStore(examples).num_tokens.tolist()
 
 
 def test_long_rows_respect_a_sliding_window(tiny_model: Build) -> None:

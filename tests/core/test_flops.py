@@ -12,7 +12,7 @@ from dpoctl.core.collator import collate
 from dpoctl.core.logps import Scorer
 from dpoctl.core.planner import Lengths
 from dpoctl.data.tokenize import Example
-from dpoctl.model.probe import Verdict
+from dpoctl.model.probe import ProbeResult
 
 ANSWER, PROMPT, K = 32, 64, 4
 LIMIT = 0.55
@@ -34,7 +34,7 @@ def count(model: PreTrainedModel, examples: list[Example]) -> tuple[int, int]:
     """FLOPs of a forward and a backward: of products with weights, and of attention."""
     batch = collate(examples, "shared")
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
-        Scorer(model, model, Verdict("shared", True, ""))(batch).sum().backward()
+        Scorer(model, model, ProbeResult("shared", True, ""))(batch).sum().backward()
     by_kind = counter.get_flop_counts()["Global"]
     found = {True: 0, False: 0}
     for operator, flops in by_kind.items():

@@ -1,4 +1,4 @@
-"""What the Scorer says of tokens, and what becomes of it response by response."""
+"""The Scorer's log-probabilities of tokens, and their sums by response."""
 
 from collections.abc import Callable
 
@@ -10,17 +10,17 @@ from transformers import PreTrainedModel
 
 from dpoctl.core.batch import Batch
 from dpoctl.core.collator import collate
-from dpoctl.core.logps import Responses, Scorer, per_response
+from dpoctl.core.logps import Scorer, per_response
 from dpoctl.data.tokenize import Example
+from dpoctl.losses import Scores
 from dpoctl.model import linear_head
-from dpoctl.model.attention import attention
+from dpoctl.model.attention import Layout, use_attention
 from dpoctl.model.head import Head, score_targets, select_logps
-from dpoctl.model.layouts import Layout
-from dpoctl.model.probe import Verdict
+from dpoctl.model.probe import ProbeResult
 
 Build = Callable[..., PreTrainedModel]
-ROUTES = {"shared": Verdict("shared", True, ""), "padded": Verdict("padded", True, ""),
-          "logits": Verdict("padded", False, ""), "shared logits": Verdict("shared", False, "")}  # fmt: skip
+ROUTES = {"shared": ProbeResult("shared", True, ""), "padded": ProbeResult("padded", True, ""),
+          "logits": ProbeResult("padded", False, ""), "shared logits": ProbeResult("shared", False, "")}  # fmt: skip
 BOTH = frozenset({"head", "confidence"})
 
 
@@ -35,7 +35,7 @@ def lengths_only(prompt: int, *answers: int) -> Example:
     )
 
 
-def run(model: PreTrainedModel, examples: list[Example], verdict: Verdict) -> tuple[Batch, Responses]:
+def run(model: PreTrainedModel, examples: list[Example], verdict: ProbeResult) -> tuple[Batch, Scores]:
     batch = collate(examples, verdict.layout, pad_token_id=3)
     return batch, per_response(batch, Scorer(model, model, verdict, confidence=True)(batch), BOTH)
 
@@ -96,12 +96,12 @@ def test_every_route_scores_confidence_and_heads_alike(route: str, tiny_model: B
     examples = [*random_pairs(4, seed=4), random_dialogue(rng)]
     model = tiny_model("llama")
     with torch.no_grad():
-        _, said = run(model, examples, ROUTES[route])
+        _, scores = run(model, examples, ROUTES[route])
         confidence, heads = by_hand(tiny_model("llama"), examples)
-    assert said.confidence is not None
-    assert said.head_logps is not None
-    torch.testing.assert_close(said.confidence, confidence, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(said.head_logps, heads, rtol=1e-5, atol=1e-4)
+    assert scores.confidence is not None
+    assert scores.head_logps is not None
+    torch.testing.assert_close(scores.confidence, confidence, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scores.head_logps, heads, rtol=1e-5, atol=1e-4)
 
 
 def by_hand(model: PreTrainedModel, examples: list[Example]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,7 +112,7 @@ def by_hand(model: PreTrainedModel, examples: list[Example]) -> tuple[torch.Tens
         for suffix, flags in zip(example.suffixes, example.suffixes_scored, strict=True):
             ids = torch.tensor([*example.shared, *suffix])
             scored = torch.tensor([*example.shared_scored, *flags])[1:]
-            with attention(model, "sdpa"):
+            with use_attention(model, "sdpa"):
                 p = model(input_ids=ids[None]).logits[0, :-1].double().softmax(-1)
             own = p.gather(1, ids[1:, None])[:, 0]
             confidence.append((own / p.square().sum(-1)).log()[scored].mean())
@@ -127,11 +127,11 @@ def test_heads_end_where_the_record_s_shortest_response_does(layout: Layout) -> 
     batch = collate([lengths_only(4, 5, 3), lengths_only(2, 1, 2, 4)], layout)
     chosen, rejected = [-1.0, -2.0, -0.5, -0.5, -1.0], [-1.0, -1.0, -1.0]
     logps = torch.tensor([*chosen, *rejected, -1.0, -2.0, -4.0, -8.0, -16.0, -32.0, -64.0], requires_grad=True)
-    said = per_response(batch, logps, {"head"})
-    assert said.logps.tolist() == [-5.0, -3.0, -1.0, -6.0, -120.0]
-    assert said.head_logps is not None
-    assert said.head_logps.tolist() == [-3.5, -3.0, -1.0, -2.0, -8.0]
-    said.head_logps.sum().backward()
+    scores = per_response(batch, logps, {"head"})
+    assert scores.logps.tolist() == [-5.0, -3.0, -1.0, -6.0, -120.0]
+    assert scores.head_logps is not None
+    assert scores.head_logps.tolist() == [-3.5, -3.0, -1.0, -2.0, -8.0]
+    scores.head_logps.sum().backward()
     assert logps.grad is not None
     assert logps.grad.tolist() == [1, 1, 1, 0, 0, 1, 1, 1, 1, 1, 0, 1, 0, 0, 0]
 
@@ -145,16 +145,17 @@ def test_tokens_that_responses_share_belong_to_the_head_of_each() -> None:
         pairs=np.array([[0, 1]]),
     )
     batch = collate([shared], "shared")
-    said = per_response(batch, torch.tensor([-1.0, -2.0, -4.0, -8.0, -16.0, -32.0]), {"head"})
-    assert said.logps.tolist() == [-7.0, -59.0]
-    assert said.head_logps is not None
-    assert said.head_logps.tolist() == [-7.0, -11.0]
+    scores = per_response(batch, torch.tensor([-1.0, -2.0, -4.0, -8.0, -16.0, -32.0]), {"head"})
+    assert scores.logps.tolist() == [-7.0, -59.0]
+    assert scores.head_logps is not None
+    assert scores.head_logps.tolist() == [-7.0, -11.0]
 
 
 def test_what_is_not_needed_is_not_there(tiny_llama: PreTrainedModel) -> None:
     batch = collate(random_pairs(2), "shared")
-    scored = Scorer(tiny_llama, tiny_llama, Verdict("shared", True, ""))(batch)
+    scored = Scorer(tiny_llama, tiny_llama, ProbeResult("shared", True, ""))(batch)
     assert scored.shape == batch.score_tgt.shape
-    said = per_response(batch, scored)
-    assert (said.head_logps, said.confidence) == (None, None)
-    assert len(said.token_logps) == int(batch.num_tokens.sum())
+    scores = per_response(batch, scored)
+    assert (scores.head_logps, scores.confidence) == (None, None)
+    assert scores.token_logps is not None
+    assert len(scores.token_logps) == int(batch.outline.num_tokens.sum())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dpoctl.core.meters import Meter, Tally, Total, by_source
+from dpoctl.core.meters import ItemMetric, Meter, Total, by_source, loss_moments, standard_error
 
 
 def read(meter: Meter) -> dict[str, float]:
@@ -52,13 +52,41 @@ def test_a_total_holds_no_graph() -> None:
 
 
 def test_sources_are_averaged_apart_and_those_of_one_name_together() -> None:
-    tally = Tally.of(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0, 0, 1, 2]))
+    tally = ItemMetric.of(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([0, 0, 1, 2]))
     meter = Meter(torch.device("cpu"))
     meter.add(by_source({"reward": tally}, torch.tensor([5, 7, 9]), {5: "a", 7: "b", 9: "b", 11: "c"}))
     assert read(meter) == {"reward": 2.5, "a/reward": 1.5, "b/reward": 3.5}
 
 
 def test_items_that_are_left_out_count_for_nothing() -> None:
-    tally = Tally.of(torch.tensor([1.0, 2.0, 6.0]), torch.arange(3), torch.tensor([True, False, True]))
+    tally = ItemMetric.of(torch.tensor([1.0, 2.0, 6.0]), torch.arange(3), torch.tensor([True, False, True]))
     total = tally.total()
     assert (float(total.sum), int(total.count)) == (7.0, 2)
+
+
+def test_the_standard_error_of_a_mean_over_records_is_that_of_the_formula() -> None:
+    values, meter = torch.tensor([0.2, 0.9, 0.4, 1.1, 0.5]), Meter(torch.device("cpu"))
+    for part in values.split(2):
+        meter.add({"loss": Total(part.sum(), len(part)), **loss_moments([(part, torch.ones_like(part))])})
+    found = standard_error(read(meter), 5)
+    assert found == {"loss": pytest.approx(0.62), "loss_se": pytest.approx(float(values.std()) / 5**0.5)}
+
+
+def test_the_pairs_of_one_record_are_no_independent_observations() -> None:
+    def error(sums: list[float], counts: list[float]) -> float:
+        meter = Meter(torch.device("cpu"))
+        loss = Total(sum(sums), sum(counts))
+        meter.add({"loss": loss, **loss_moments([(torch.tensor(sums), torch.tensor(counts))])})
+        return standard_error(read(meter), len(sums))["loss_se"]
+
+    once = error([0.2, 0.9, 0.4], [1.0, 1.0, 1.0])
+    assert error([0.8, 3.6, 1.6], [4.0, 4.0, 4.0]) == pytest.approx(once)
+    # Ratio of sums, by hand: m = 3 / 6, residuals 0.2 - m, 0.8 - 2 m, 2 - 3 m, times 3 / 2, over 6.
+    assert error([0.2, 0.8, 2.0], [1.0, 2.0, 3.0]) == pytest.approx((1.5 * (0.09 + 0.04 + 0.25)) ** 0.5 / 6)
+
+
+def test_one_record_has_no_standard_error() -> None:
+    one = loss_moments([(torch.tensor([0.5]), torch.tensor([1.0]))])
+    meter = Meter(torch.device("cpu"))
+    meter.add({"loss": Total(0.5, 1), **one})
+    assert standard_error(read(meter), 1) == {"loss": 0.5}

@@ -1,4 +1,4 @@
-"""The plan counts, the loss judges, the loop divides: schedules change no gradient and no metric."""
+"""Schedules change no gradient and no metric, and a step that is coupled has the gradient of one graph."""
 
 import gc
 from collections.abc import Mapping, Sequence
@@ -8,23 +8,24 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from accelerate import Accelerator
+from loss_samples import outline
 from memory_store import MemoryStore, by_hand, random_dialogue, random_pairs
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dpoctl.core.guard import Guard
 from dpoctl.core.logps import Scorer
-from dpoctl.core.loop import Cadence, EvalSet, Outputs, Run, fit
-from dpoctl.core.losses import Loss, Memory, PreferenceLoss, Scores, Sigmoid, TargetNLL, Term, TokenNLL, log_sigmoid
+from dpoctl.core.loop import evaluate
 from dpoctl.core.meters import Meter, Total
-from dpoctl.core.objective import Judged, Objective
+from dpoctl.core.objective import Objective, TermValues
 from dpoctl.core.planner import Lengths, Plan
 from dpoctl.core.reader import Reader
-from dpoctl.errors import RunError
-from dpoctl.model.layouts import Layout
+from dpoctl.losses import Loss, PreferenceLoss, Scores, TargetNLL, Term, TokenNLL
+from dpoctl.losses.base import log_sigmoid
+from dpoctl.losses.pairwise import Sigmoid
+from dpoctl.model.attention import Layout
 from dpoctl.model.linear_head import _Rows
-from dpoctl.model.probe import Verdict
-from dpoctl.tasks import dpo, sft
+from dpoctl.model.probe import ProbeResult
+from dpoctl.tasks.task import PreferenceMetrics, sft_metrics
 
 BUDGETS = [60, 200, 1 << 62]
 
@@ -47,7 +48,7 @@ def accelerator() -> Accelerator:
     return Accelerator(cpu=True)
 
 
-def report(scores: Scores, judged: Sequence[Judged], names: Mapping[int, str]) -> Mapping[str, Total]:
+def report(scores: Scores, values: Sequence[TermValues], names: Mapping[int, str]) -> Mapping[str, Total]:
     return {}
 
 
@@ -65,8 +66,8 @@ def gradient(
     model.zero_grad()
     ref = np.linspace(-90, -30, int(store.response_start[-1]), dtype=np.float32)
     reader = Reader(store, layout, torch.device("cpu"), 3, ref if loss.needs_reference else None)  # type: ignore[arg-type]
-    scorer = Scorer(model, model, Verdict(layout, True, ""))
-    full = dpo.Report(loss) if isinstance(loss, PreferenceLoss) else sft.report
+    scorer = Scorer(model, model, ProbeResult(layout, True, ""))
+    full = PreferenceMetrics(loss) if isinstance(loss, PreferenceLoss) else sft_metrics
     objective = Objective(accelerator(), scorer, (Term(1.0, loss),), full)
     meter = Meter(torch.device("cpu"))
     plan = Plan(Lengths.of(store), batch_size, 1, max_tokens, layout, seed=0)  # type: ignore[arg-type]
@@ -97,13 +98,13 @@ def test_no_micro_batch_lies_beside_the_graph_of_the_one_before(
 ) -> None:
     """What the head keeps of its probabilities is the largest part of a graph."""
     alive: list[int] = []
-    responses = Objective._responses
+    score = Objective._score_policy
 
     def watched(self: Objective, batch: Any) -> Any:
-        alive.append(sum(isinstance(held, _Rows) and bool(held.shares) for held in gc.get_objects()))
-        return responses(self, batch)
+        alive.append(sum(type(held) is _Rows and bool(held.exponentials) for held in gc.get_objects()))
+        return score(self, batch)
 
-    monkeypatch.setattr(Objective, "_responses", watched)
+    monkeypatch.setattr(Objective, "_score_policy", watched)
     gc.disable()
     try:
         gradient(tiny_llama, MemoryStore(random_pairs(9)), loss, 200)
@@ -141,7 +142,7 @@ def test_two_passes_give_the_gradient_of_the_whole_step_s_loss(tiny_llama: PreTr
     order = Plan(Lengths.of(store), 7, seed=0).step(0).records  # type: ignore[arg-type]
     ref = torch.tensor(np.linspace(-90, -30, 14, dtype=np.float32)).reshape(7, 2)[list(order)].flatten()
     logps = by_hand(tiny_llama, [pairs[r] for r in order])
-    whole = Scores(logps, torch.ones(14), torch.arange(14).reshape(7, 2), ref)
+    whole = Scores(logps, outline([1] * 14, torch.arange(14)), ref)
     loss = BatchCentred()(whole).mean()
     loss.backward()
     flat = torch.cat([p.grad.flatten() for p in tiny_llama.parameters() if p.grad is not None])
@@ -185,7 +186,7 @@ def test_fillers_count_for_nothing(tiny_llama: PreTrainedModel) -> None:
     filler = reader.batch(())
     assert filler.is_filler
     terms = (Term(1.0, Sigmoid(reference_free=True)),)
-    objective = Objective(accelerator(), Scorer(tiny_llama, tiny_llama, Verdict("shared", True, "")), terms, report)
+    objective = Objective(accelerator(), Scorer(tiny_llama, tiny_llama, ProbeResult("shared", True, "")), terms, report)
     step = Plan(Lengths.of(store), 1, seed=0).step(0)  # type: ignore[arg-type]
     meter = Meter(torch.device("cpu"))
     object.__setattr__(step, "schedule", ((step.records, ()),))
@@ -197,34 +198,38 @@ def test_fillers_count_for_nothing(tiny_llama: PreTrainedModel) -> None:
 
 
 def test_evaluation_is_exact_for_any_budget(tiny_llama: PreTrainedModel) -> None:
-    from dpoctl.core.loop import EvalSet, evaluate
-
     store = MemoryStore(random_pairs(7))
     terms = (Term(1.0, Sigmoid(reference_free=True)),)
-    objective = Objective(accelerator(), Scorer(tiny_llama, tiny_llama, Verdict("shared", True, "")), terms, report)
+    objective = Objective(accelerator(), Scorer(tiny_llama, tiny_llama, ProbeResult("shared", True, "")), terms, report)
     reader, lengths = Reader(store, "shared", torch.device("cpu")), Lengths.of(store)  # type: ignore[arg-type]
-    means = [
-        evaluate(objective, EvalSet(reader, Plan(lengths, size, 1, b)))["loss"] for size in (2, 7) for b in BUDGETS
-    ]
-    assert means == pytest.approx([means[0]] * len(means), rel=1e-6)
+    found = [evaluate(objective, reader, Plan(lengths, size, 1, b)) for size in (2, 7) for b in BUDGETS]
+    for name in ("loss", "loss_se"):
+        assert [one[name] for one in found] == pytest.approx([found[0][name]] * len(found), rel=1e-5)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Counting(PreferenceLoss):
-    """A loss of the whole step that remembers how many steps it was shown."""
-
-    couples_batch: ClassVar[bool] = True
-
-    def settle(self, scores: Scores, memory: Memory, *, step: int, seed: int) -> tuple[Loss, Memory]:
-        return self, {"steps": memory.get("steps", 0.0) + 1}
-
-    def __call__(self, scores: Scores) -> Tensor:
-        return -log_sigmoid(scores.differences(self.beta * scores.logps))
+@pytest.mark.parametrize(
+    "losses", [[Sigmoid(reference_free=True)], [Sigmoid(reference_free=True), TargetNLL()]], ids=len
+)
+def test_the_standard_error_of_an_evaluation_is_that_of_its_records(
+    tiny_llama: PreTrainedModel, losses: list[Loss]
+) -> None:
+    examples = random_pairs(6)
+    store, objective = MemoryStore(examples), objective_of(tiny_llama, *losses)
+    reader, lengths = Reader(store, "shared", torch.device("cpu")), Lengths.of(store)  # type: ignore[arg-type]
+    found = evaluate(objective, reader, Plan(lengths, 6, 1, 1 << 30))
+    # The loss without each record in turn: the jackknife, which for a mean is the usual formula.
+    left_out = []
+    for index in range(6):
+        rest = MemoryStore(examples[:index] + examples[index + 1 :])
+        reader, lengths = Reader(rest, "shared", torch.device("cpu")), Lengths.of(rest)  # type: ignore[arg-type]
+        left_out.append(evaluate(objective, reader, Plan(lengths, 5, 1, 1 << 30))["loss"])
+    jackknife = (5 * torch.tensor(left_out).var(correction=0)).sqrt()
+    assert found["loss_se"] == pytest.approx(float(jackknife), rel=1e-4 if len(losses) == 1 else 0.1)
 
 
 def objective_of(model: PreTrainedModel, *losses: Loss) -> Objective:
     terms = tuple(Term(1.0, loss) for loss in losses)
-    return Objective(accelerator(), Scorer(model, model, Verdict("shared", True, "")), terms, report)
+    return Objective(accelerator(), Scorer(model, model, ProbeResult("shared", True, "")), terms, report)
 
 
 def test_a_step_without_items_of_a_term_adds_nothing_of_it(tiny_llama: PreTrainedModel) -> None:
@@ -241,40 +246,15 @@ def test_a_step_without_items_of_a_term_adds_nothing_of_it(tiny_llama: PreTraine
     assert torch.equal(*gradients)
 
 
-def test_memory_moves_with_applied_steps_alone(tiny_llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = MemoryStore(random_pairs(3))
-    reader: Any = Reader(store, "shared", torch.device("cpu"))  # type: ignore[arg-type]
-    plan = Plan(Lengths.of(store), 3)  # type: ignore[arg-type]
-    objective = objective_of(tiny_llama, Counting())
-    optimizer = objective.accelerator.prepare(torch.optim.SGD(tiny_llama.parameters(), 0.0))
-    outputs = Outputs(lambda *_: None, lambda _: None, lambda _: None)
-    guard = Guard(objective.accelerator)
-    run = Run(objective.accelerator, objective, optimizer, plan, reader, lambda _: 0.0, 1.0, outputs, Cadence(), guard)
-    run.evals = {"eval": EvalSet(reader, plan)}
-    fit(run)
-    assert objective.memory == ({"steps": 1.0},)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Accelerator, "optimizer_step_was_skipped", True)  # as after an overflow in float16
-        fit(run)
-    assert objective.memory == ({"steps": 1.0},)
-
-    with torch.no_grad():
-        next(tiny_llama.parameters()).fill_(float("nan"))
-    with pytest.raises(RunError, match="not finite"):
-        fit(run)
-    assert objective.memory == ({"steps": 1.0},)
-
-
 @pytest.mark.parametrize("layout", ["shared", "masked", "packed", "padded"])
 def test_the_plan_knows_of_records_what_their_batch_says(layout: Layout) -> None:
     examples = random_pairs(6)
     examples = [replace(e, label=n % 2, target=n % 3 - 1, source=n) for n, e in enumerate(examples)]
     reader = Reader(MemoryStore(examples), layout, torch.device("cpu"))  # type: ignore[arg-type]
     batch = reader.batch((5, 3, 1))
-    assert batch.starts.tolist() == [0, 2, 4, 6]
-    assert batch.targets.tolist() == [1, -1, 4]
-    assert batch.labels.tolist() == [1, 1, 1]
-    assert batch.sources.tolist() == [5, 3, 1]
-    for name, value in reader.outline((5, 3, 1)).items():
-        assert torch.equal(getattr(batch, name), value), name
+    assert batch.outline.starts.tolist() == [0, 2, 4, 6]
+    assert batch.outline.targets.tolist() == [1, -1, 4]
+    assert batch.outline.labels.tolist() == [1, 1, 1]
+    assert batch.outline.sources.tolist() == [5, 3, 1]
+    for name, value in vars(reader.outline((5, 3, 1))).items():
+        assert torch.equal(getattr(batch.outline, name), value), name

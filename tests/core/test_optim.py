@@ -51,7 +51,7 @@ def trained(optim: str, **changes: Any) -> nn.Linear:
     return layer
 
 
-OPTIMS = ["adamw", "paged_adamw_32bit", "paged_adamw_8bit", "rmsprop"]
+OPTIMS = ["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "rmsprop"]
 
 
 @pytest.mark.parametrize("optim", OPTIMS)
@@ -62,7 +62,7 @@ def test_every_optimizer_lowers_the_loss(optim: str) -> None:
     assert trained(optim)(ones).square().mean() < 0.9 * before(ones).square().mean()
 
 
-@pytest.mark.parametrize("optim", ["paged_adamw_32bit", "paged_adamw_8bit"])
+@pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"])
 def test_paged_adam_is_adam(optim: str) -> None:
     error = (trained(optim).weight - trained("adamw").weight).abs().max()
     assert error < (1e-6 if optim == "paged_adamw_32bit" else 5e-3)

@@ -8,8 +8,7 @@ import pytest
 from memory_store import MemoryStore, random_pairs
 
 from dpoctl.core import planner
-from dpoctl.core.balance import fill_bins
-from dpoctl.core.planner import Lengths, Plan
+from dpoctl.core.planner import Lengths, Plan, fill_bins
 
 LENGTHS = Lengths.of(MemoryStore(random_pairs(37)))
 
@@ -116,7 +115,7 @@ def test_placing_many_items_at_once_is_placing_one_by_one(count: int, spread: st
 
 
 def test_numbers_that_are_all_the_same_take_no_memory() -> None:
-    assert LENGTHS.rows.strides == LENGTHS.items["pairs"].strides == (0,)
+    assert LENGTHS.items["responses"].strides == LENGTHS.items["pairs"].strides == (0,)
     assert LENGTHS.tokens.dtype.itemsize <= 2
 
 
@@ -124,7 +123,7 @@ def test_lengths_do_not_depend_on_how_many_are_worked_out_at_a_time(monkeypatch:
     store = MemoryStore(random_pairs(37))
     monkeypatch.setattr(planner, "PART", 5)
     parts = Lengths.of(store)  # type: ignore[arg-type]
-    for name in ("tokens", "separate", "rows", "longest", "cost"):
+    for name in ("tokens", "separate", "longest", "cost"):
         assert getattr(parts, name).tolist() == getattr(LENGTHS, name).tolist()
     assert {k: v.tolist() for k, v in parts.items.items()} == {k: v.tolist() for k, v in LENGTHS.items.items()}
 
@@ -133,7 +132,37 @@ def test_512_ranks_of_64_pairs_are_balanced_within_two_percent() -> None:
     rng = np.random.default_rng(0)
     tokens = np.clip(rng.lognormal(5.2, 0.8, 512 * 64), 16, 2048).astype(np.int64)
     ones = np.ones_like(tokens)
-    lengths = Lengths(tokens, tokens, ones, tokens, tokens.astype(np.float32), {"pairs": ones, "records": ones})
+    items = dict.fromkeys(("pairs", "records", "responses"), ones)
+    lengths = Lengths(tokens, tokens, tokens, tokens.astype(np.float32), items)  # type: ignore[arg-type]
     step = Plan(lengths, len(tokens), world_size=512, seed=0).step(0)
     loads = [sum(tokens[list(micro)].sum() for micro in rank) for rank in step.schedule]
     assert max(loads) <= 1.02 * min(loads)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 7])
+def test_the_records_of_a_plan_are_those_of_its_steps_in_order(steps: int) -> None:
+    plan = Plan(Lengths.of(MemoryStore(random_pairs(11))), 3, seed=5, max_steps=steps)  # type: ignore[arg-type]
+    used = dict.fromkeys(record for step in plan for record in step.records)
+    assert plan.records().tolist() == list(used)
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded", "masked"])
+@pytest.mark.parametrize(("world_size", "max_tokens", "most"), [(1, 1, 99), (1, 60, 99), (2, 60, 99), (1, 10_000, 4)])
+def test_groups_keep_the_order_and_fill_a_micro_batch_a_rank(
+    world_size: int, max_tokens: int, most: int, layout: str
+) -> None:
+    lengths = Lengths.of(MemoryStore(random_pairs(23)))  # type: ignore[arg-type]
+    plan = Plan(lengths, most, world_size, max_tokens, layout)  # type: ignore[arg-type]
+    order = np.random.default_rng(0).permutation(23)[:17]
+    groups = list(plan.groups(order))
+    assert np.concatenate(groups).tolist() == order.tolist()
+    assert all(1 <= len(group) <= most for group in groups)
+    if layout in ("shared", "packed"):
+        sizes = lengths.tokens if layout == "shared" else lengths.separate
+        totals = [int(sizes[group].sum()) for group in groups]
+        assert all(
+            total <= world_size * max_tokens or len(group) == 1 for total, group in zip(totals, groups, strict=True)
+        )
+    for group in groups:
+        schedule = plan.schedule(group)
+        assert sorted(record for rank in schedule for records in rank for record in records) == sorted(group)

@@ -17,11 +17,12 @@ from transformers import PreTrainedModel
 
 from dpoctl.core.collator import collate
 from dpoctl.core.logps import Scorer
-from dpoctl.core.losses import Scores, Sigmoid
 from dpoctl.data.tokenize import Example
+from dpoctl.losses import Scores
+from dpoctl.losses.pairwise import Sigmoid
 from dpoctl.model import linear_head
-from dpoctl.model.plain_lora import use_plain_lora
-from dpoctl.model.probe import Verdict
+from dpoctl.model.fused_lora import fuse_lora
+from dpoctl.model.probe import ProbeResult
 
 LAYERS, HIDDEN, INNER, WIDTH, WORDS, RANK = 2, 64, 96, 32, 384, 4
 
@@ -73,11 +74,11 @@ def step(model: PreTrainedModel, examples: list[Example], *, lora: bool) -> Any:
     top: Any = model
     if lora:
         top = get_peft_model(model, LoraConfig(r=RANK, target_modules="all-linear", task_type="CAUSAL_LM"))
-        use_plain_lora(model)
-    scorer, batch = Scorer(top, model, Verdict("shared", True, "")), collate(examples, "shared")
+        fuse_lora(model)
+    scorer, batch = Scorer(top, model, ProbeResult("shared", True, "")), collate(examples, "shared")
     with counted() as work:
         logps = batch.sum_per_response(scorer(batch))
-        Sigmoid()(Scores(logps, batch.num_tokens, batch.pairs, torch.zeros_like(logps))).sum().backward()
+        Sigmoid()(Scores(logps, batch.outline, torch.zeros_like(logps))).sum().backward()
     return work
 
 

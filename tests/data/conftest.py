@@ -1,4 +1,4 @@
-"""Recipes and files for the tests of the data floor."""
+"""Recipes and files for the tests of the data package."""
 
 import json
 import os
@@ -12,8 +12,8 @@ from hostile_files import Ended, last, read
 from transformers import PreTrainedTokenizerFast
 
 from dpoctl.cli.app import main
+from dpoctl.data.pairing import Wants
 from dpoctl.data.prepare import PreparedData, prepare
-from dpoctl.data.shaping import Wants
 from dpoctl.recipe.schema import Recipe
 
 HH = Path(__file__).parents[3] / "shared" / "data" / "hh-harmless.jsonl.gz"
@@ -69,7 +69,7 @@ def make_recipe() -> Callable[..., Recipe]:
 def convert(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., Ended]:
-    """Run the command, and hold it to what is true however it ends."""
+    """Run the command, and check everything that must hold however it ends."""
     monkeypatch.setenv("GOMP_SPINCOUNT", os.environ.get("GOMP_SPINCOUNT", "20000"))
 
     def run(source: Path | str, *arguments: str, output: str = "out.jsonl") -> Ended:

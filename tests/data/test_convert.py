@@ -10,17 +10,19 @@ import pytest
 from data_rows import pair
 
 from dpoctl.data import convert
-from dpoctl.data.convert import Job, detect
-from dpoctl.data.formats import FORMATS, TURN
+from dpoctl.data.convert import Conversion, detect
+from dpoctl.data.formats import FORMATS
+from dpoctl.data.formats.pairs import TURN
 from dpoctl.errors import DataError, UsageError
-from dpoctl.recipe.schema_data import Source
+from dpoctl.files import temporary_file
+from dpoctl.recipe.schema import Source
 
 FIXTURES = sorted((Path(__file__).parent / "fixtures").iterdir())
 
 
 def run(path, output, *, json_output=False, **choices):
-    job = {name: choices.pop(name) for name in list(choices) if name in Job.__dataclass_fields__}
-    convert.run(Job(Source(path=str(path), **choices), str(output), **job), json_output=json_output)
+    job = {name: choices.pop(name) for name in list(choices) if name in Conversion.__dataclass_fields__}
+    convert.run(Conversion(Source(path=str(path), **choices), str(output), **job), json_output=json_output)
 
 
 def read(path):
@@ -90,7 +92,7 @@ def test_rejected_rows_go_to_their_file_and_are_counted(write_rows, tmp_path, ca
         "outvoted_pairs": 0,
         "rejected": {"empty_answer": 1, "identical_answers": 1},
     }
-    assert "2  rejected" in captured.err
+    assert "2  dropped" in captured.err
 
 
 def test_columns_can_be_renamed(write_rows, tmp_path):
@@ -130,8 +132,8 @@ def test_outputs_that_exclude_each_other_are_refused(write_rows, tmp_path):
         run(source, output=str(tmp_path / "a"), rejects=str(tmp_path / "a"))
 
 
-IMPORT = "from dpoctl.data.convert import Job, run; from dpoctl.recipe.schema_data import Source"
-PIPE = f"{IMPORT}; run(Job(Source(path='-'), '-'))"
+IMPORT = "from dpoctl.data.convert import Conversion, run; from dpoctl.recipe.schema import Source"
+PIPE = f"{IMPORT}; run(Conversion(Source(path='-'), '-'))"
 
 
 def test_stdin_streams_to_stdout():
@@ -142,7 +144,7 @@ def test_stdin_streams_to_stdout():
 
 
 def test_a_reader_that_leaves_early_is_no_error():
-    script = f"{IMPORT}; run(Job(Source(path='demo:reviewer2'), '-'))"
+    script = f"{IMPORT}; run(Conversion(Source(path='demo:reviewer2'), '-'))"
     with subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ
     ) as process:
@@ -267,6 +269,36 @@ def test_the_best_answer_becomes_a_demonstration(write_rows, tmp_path):
     assert rows == [{"prompt": pair(0)["prompt"], "completion": pair(0)["chosen"]}]
 
 
+HH_ROWS = [
+    {"chosen": f"{start}\n\nAssistant: yes", "rejected": f"{start}\n\nAssistant: no"}
+    for start in ("\n\nHuman: q", "\n\nHuman: q\n\nAssistant: a\n\nHuman: r")
+]
+
+
+def test_transcripts_become_conversations_of_which_the_last_answer_is_trained_on(write_rows, tmp_path):
+    glitch = {side: f"\n\nHuman: q\n\nAssistant: Human: r\n\nAssistant: {side}" for side in ("chosen", "rejected")}
+    _, rows, rejects = counted(write_rows([*HH_ROWS, glitch]), tmp_path, to="messages")
+    q, yes = {"role": "user", "content": "q"}, {"role": "assistant", "content": "yes"}
+    earlier = {"role": "assistant", "content": "a", "weight": 0}
+    assert rows == [{"messages": [q, yes]}, {"messages": [q, earlier, {"role": "user", "content": "r"}, yes]}]
+    assert [(row["line"], row["reason"]) for row in rejects] == [(3, "empty_turn")]
+
+
+def test_transcripts_become_pairs_of_messages_where_asked(write_rows, tmp_path):
+    _, rows, _ = counted(write_rows(HH_ROWS), tmp_path, transcripts="messages")
+    assert [[turn["role"] for turn in row["prompt"]] for row in rows] == [["user"], ["user", "assistant", "user"]]
+    assert rows[0]["rejected"] == [{"role": "assistant", "content": "no"}]
+    _, rows, _ = counted(write_rows(HH_ROWS), tmp_path)
+    assert rows[0]["prompt"] == "\n\nHuman: q\n\nAssistant:"
+    _, rows, _ = counted(write_rows(HH_ROWS), tmp_path, to="messages", transcripts="text")
+    assert rows[0] == {"prompt": "\n\nHuman: q\n\nAssistant:", "completion": " yes"}
+
+
+def test_texts_that_stay_texts_among_messages_are_counted(write_rows, tmp_path, capsys):
+    counted(write_rows([pair(0), pair(1)]), tmp_path, to="messages")
+    assert "2 rows stay plain text" in capsys.readouterr().err
+
+
 def test_several_annotators_are_settled_by_majority(write_rows, tmp_path):
     one = {"prompt": "p", "chosen": "a", "rejected": "b"}
     other = {"prompt": "p", "chosen": "b", "rejected": "a"}
@@ -279,17 +311,21 @@ def test_several_annotators_are_settled_by_majority(write_rows, tmp_path):
     assert len(rows) == 2
 
 
-def test_a_stream_is_written_as_it_comes_and_its_contradictions_are_said(write_rows, capsys):
+def test_a_stream_is_written_as_it_comes_and_its_contradictions_are_said(write_rows, tmp_path, capsys):
     one = {"prompt": "p", "chosen": "a", "rejected": "b"}
     source = write_rows([one, one, {"prompt": "p", "chosen": "b", "rejected": "a"}])
-    run(source, "-")
+    run(source, "-", rejects=str(tmp_path / "no.jsonl"))
+    assert read(tmp_path / "no.jsonl") == []
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) == 3
-    assert "both ways round" in captured.err
+    assert (
+        f"warning: {source}: some pairs are contradicted by other rows, and all of them were written; "
+        "name a file with -o to keep only the majority's choice" in captured.err
+    )
     run(source, "-", max_reject_fraction=0.5)
     captured = capsys.readouterr()
     assert len(captured.out.splitlines()) == 2
-    assert "both ways round" not in captured.err
+    assert "contradicted" not in captured.err
 
 
 @pytest.mark.parametrize("output", ["out.jsonl", "-"])
@@ -302,6 +338,15 @@ def test_a_guard_leaves_no_output(guard, output, write_rows, tmp_path, capsys):
     assert f"{source}:3" in error.value.hint
     assert capsys.readouterr().out == ""
     assert names(tmp_path) == ["no.jsonl", "rows.jsonl"]
+
+
+def test_what_a_killed_conversion_left_is_removed(write_rows, tmp_path):
+    source = write_rows([{"prompt": "p", "chosen": " a", "rejected": " b"}])
+    (tmp_path / ".out[1].jsonl.0a1b2c3d.tmp").write_text("torn")
+    (tmp_path / ".other.jsonl.0a1b2c3d.tmp").write_text("of another file")
+    with temporary_file(tmp_path / "out[1].jsonl") as (neighbour, _):
+        run(source, tmp_path / "out[1].jsonl")
+        assert {path.name for path in tmp_path.glob(".*")} == {neighbour.name, ".other.jsonl.0a1b2c3d.tmp"}
 
 
 def test_a_guard_lets_pass_what_it_allows(write_rows, tmp_path, capsys):
@@ -325,7 +370,7 @@ def test_a_choice_that_no_row_has_a_use_for_is_refused(choice, write_rows, tmp_p
     [
         ({"pairs": "all", "to": "messages"}, "--pairs would do nothing"),
         ({"min_margin": 1.0, "rankings": True}, "--min-margin would do nothing"),
-        ({"rankings": True, "to": "pairs"}, "takes them apart"),
+        ({"rankings": True, "to": "pairs"}, "splits them"),
     ],
 )
 def test_choices_that_exclude_each_other_are_refused(choices, said, write_rows, tmp_path):

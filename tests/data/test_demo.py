@@ -4,12 +4,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from benchmarks.demo_sides import SIDES, side_of, sides_of
 
 from dpoctl.data import demo
-from dpoctl.data.contrast import Templates
 from dpoctl.data.formats import read
+from dpoctl.data.instructions import Templates
 from dpoctl.errors import DataError
-from dpoctl.recipe.contrastive import load_contrastive
+from dpoctl.recipe.pair_generation import load_contrastive
 
 
 def words_of(text: str) -> set[str]:
@@ -17,7 +18,7 @@ def words_of(text: str) -> set[str]:
 
 
 def examples_in(prompt: str) -> list[str]:
-    return [demo.SIDES[example] for example in re.findall(r"Example \d: (.*)", prompt)]
+    return [SIDES[example] for example in re.findall(r"Example \d: (.*)", prompt)]
 
 
 def test_there_are_enough_titles_and_no_split_shares_one():
@@ -35,7 +36,7 @@ def test_the_rows_are_the_same_every_time():
 
 
 def test_every_sentence_is_told_by_a_word_that_the_other_side_never_says():
-    words = {side: [words_of(text) for text, of in demo.SIDES.items() if of == side] for side in ("harsh", "kind")}
+    words = {side: [words_of(text) for text, of in SIDES.items() if of == side] for side in ("harsh", "kind")}
     assert [len(sentences) for sentences in words.values()] == [46, 46]
     for own, other in (("harsh", "kind"), ("kind", "harsh")):
         foreign = set().union(*words[other])
@@ -48,8 +49,8 @@ def test_reviews_are_many_short_and_varied(parts):
     reviews = Counter(demo.review(parts, draw) for _ in range(3000))
     assert len(reviews) > 1800
     assert max(len(text.split()) for text in reviews) <= 45
-    assert {len(demo.sides_of(text)) for text in reviews} == {3, 4}
-    assert {demo.side_of(text) for text in reviews} == {"harsh" if parts is demo.HARSH else "kind"}
+    assert {len(sides_of(text)) for text in reviews} == {3, 4}
+    assert {side_of(text) for text in reviews} == {"harsh" if parts is demo.HARSH else "kind"}
     assert all(len(sentences) == len(set(sentences)) >= 8 for sentences in parts.values())
 
 
@@ -62,11 +63,11 @@ def test_pairs_prefer_the_harsh_review():
 
 
 def test_the_side_of_what_the_grammar_does_not_say_is_unknown():
-    assert demo.side_of("Reject.  \n") == "harsh"
-    assert demo.side_of("The gain is 0.1 points, on a good day. Reject.") == "harsh"
-    assert demo.sides_of("Every knob is tuned on the test set. Strong accept.") == ["harsh", "kind"]
+    assert side_of("Reject.  \n") == "harsh"
+    assert side_of("The gain is 0.1 points, on a good day. Reject.") == "harsh"
+    assert sides_of("Every knob is tuned on the test set. Strong accept.") == ["harsh", "kind"]
     for text in ("Every knob is tuned on the test set. Strong accept.", "Every knob is tuned.", "Reject. Rej", ""):
-        assert demo.side_of(text) is None
+        assert side_of(text) is None
 
 
 def test_demonstrations_obey_their_instruction_and_the_neutral_one_has_either_answer():
@@ -74,7 +75,7 @@ def test_demonstrations_obey_their_instruction_and_the_neutral_one_has_either_an
     sides: dict[str, Counter[str]] = {}
     for prompt, answer in ((turns[0]["content"], turns[1]["content"]) for turns in rows):
         (instruction,) = re.findall(r"Write a (negative|positive|review)", prompt)
-        sides.setdefault(instruction, Counter())[demo.side_of(answer)] += 1
+        sides.setdefault(instruction, Counter())[side_of(answer)] += 1
     assert sides == {
         "negative": {"harsh": 200},
         "positive": {"kind": 200},
@@ -98,8 +99,8 @@ def test_the_recipe_of_the_pairs_asks_as_the_demonstrations_do():
     texts = recipe.instructions
     assert Templates(texts.negative, texts.positive, texts.neutral, texts.example) == demo.TEMPLATES
     assert recipe.examples.per_side == demo.EXAMPLES.per_side
-    assert {demo.SIDES[example] for example in recipe.examples.negative} == {"harsh"}
-    assert {demo.SIDES[example] for example in recipe.examples.positive} == {"kind"}
+    assert {SIDES[example] for example in recipe.examples.negative} == {"harsh"}
+    assert {SIDES[example] for example in recipe.examples.positive} == {"kind"}
 
 
 @pytest.mark.parametrize(("path", "split"), [("demo:reviewer1", "train"), ("demo:reviewer2", "dev")])

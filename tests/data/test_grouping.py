@@ -1,6 +1,6 @@
 import pytest
 
-from dpoctl.data.grouping import GROUPED, Grouper, Labels, Votes, unpaired
+from dpoctl.data.grouping import GROUPED, Grouper, Labels, Majority, unpaired
 from dpoctl.data.records import Record, Reject
 
 
@@ -8,32 +8,32 @@ def rankings(*rows):
     grouper = Grouper()
     for at, (prompt, answer, score) in enumerate(rows):
         grouper.add(Record(prompt, (answer,), scores=(score,)), at)
-    return list(grouper.rankings())
+    return list(grouper.records())
 
 
 def comparisons(*rows):
     labels = Labels()
     for at, (prompt, answer, label) in enumerate(rows):
         labels.add(Record(prompt, (answer,), label=label), at)
-    return list(labels.comparisons()), labels.contradicted
+    return list(labels.records())
 
 
 def preference(prompt, chosen, rejected):
     return Record(prompt, (chosen, rejected), ((0, 1),))
 
 
-def settle(*records):
-    """What becomes of each record: itself, or the reason that it is rejected with."""
-    votes = Votes()
+def outcomes(*records):
+    """Return each record after the majority has decided, or the reason for its rejection."""
+    majority = Majority()
     for record in records:
-        votes.add(record)
-    outcomes = []
+        majority.add(record)
+    found = []
     for record in records:
         try:
-            outcomes.append(votes.settle(record))
+            found.append(majority.filter(record))
         except Reject as reject:
-            outcomes.append(reject.reason)
-    return outcomes, votes.repeated
+            found.append(reject.reason)
+    return found
 
 
 def test_answers_come_together_by_prompt_however_far_apart_they_stand():
@@ -48,7 +48,7 @@ def test_a_prompt_with_other_tools_is_another_prompt():
     grouper = Grouper()
     for name in ("f", "g"):
         grouper.add(Record("p", ("a",), scores=(1,), tools=[{"name": name}]), 0)
-    assert len(list(grouper.rankings())) == 2
+    assert len(list(grouper.records())) == 2
 
 
 def test_formats_that_need_grouping_exist():
@@ -58,73 +58,70 @@ def test_formats_that_need_grouping_exist():
 
 
 def test_every_good_answer_beats_every_bad_one():
-    found, contradicted = comparisons(("p", "g1", True), ("p", "b1", False), ("p", "g2", True), ("p", "b2", False))
+    found = comparisons(("p", "g1", True), ("p", "b1", False), ("p", "g2", True), ("p", "b2", False))
     assert found == [((0, 1, 2, 3), Record("p", ("g1", "b1", "g2", "b2"), ((0, 1), (0, 3), (2, 1), (2, 3))))]
-    assert contradicted == 0
 
 
 def test_a_prompt_with_one_kind_of_answer_is_rejected_where_it_stood():
-    found, _ = comparisons(("p", "g", True), ("q", "b", False), ("p", "g2", True), ("q", "g", True))
+    found = comparisons(("p", "g", True), ("q", "b", False), ("p", "g2", True), ("q", "g", True))
     (first, reject), (second, record) = found
     assert (first, reject.reason, second, record.pairs) == ((0, 2), "one_sided", (1, 3), ((1, 0),))
 
 
 def test_an_answer_called_both_good_and_bad_is_left_out_and_one_said_twice_counts_once():
-    found, contradicted = comparisons(
+    found = comparisons(
         ("p", "both", True), ("p", "both ", False), ("p", "good", True), ("p", "bad", False), ("p", "bad", False)
     )
     assert found == [((0, 1, 2, 3, 4), Record("p", ("good", "bad"), ((0, 1),)))]
-    assert contradicted == 1
 
 
 def test_pairs_become_labels_and_back():
-    labelled, left_out = unpaired(preference("p", "a", "b"))
-    assert (labelled, left_out) == ([Record("p", ("a",), label=True), Record("p", ("b",), label=False)], 0)
-    found, _ = comparisons(*((record.prompt, record.responses[0], record.label) for record in labelled))
+    labelled = unpaired(preference("p", "a", "b"))
+    assert labelled == [Record("p", ("a",), label=True), Record("p", ("b",), label=False)]
+    found = comparisons(*((record.prompt, record.responses[0], record.label) for record in labelled))
     assert found == [((0, 1), preference("p", "a", "b"))]
 
 
 def test_an_answer_that_won_and_lost_has_no_label():
-    labelled, left_out = unpaired(Record("p", ("a", "b", "c", "d"), ((0, 1), (1, 2)), scores=(3, 2, 1, 0), target=0))
-    assert (labelled, left_out) == ([Record("p", ("a",), label=True), Record("p", ("c",), label=False)], 1)
+    record = Record("p", ("a", "b", "c", "d"), ((0, 1), (1, 2)), scores=(3, 2, 1, 0), target=0)
+    assert unpaired(record) == [Record("p", ("a",), label=True), Record("p", ("c",), label=False)]
 
 
 def test_the_majority_of_votes_wins():
     ab, ba, other = preference("p", "a", "b"), preference("p", "b", "a"), preference("q", "b", "a")
-    assert settle(ab, ba, other, ab) == ([ab, "outvoted", other, ab], 1)
+    assert outcomes(ab, ba, other, ab) == [ab, "outvoted", other, ab]
 
 
 def test_equal_votes_are_a_tie():
     ab, ba = preference("p", "a", "b"), preference("p", "b", "a")
-    assert settle(ab, ba) == (["tie", "tie"], 0)
+    assert outcomes(ab, ba) == ["tie", "tie"]
 
 
 def test_votes_know_a_pair_by_its_answers_up_to_white_space():
     one, other = preference("p", "a b", "c"), preference("p", "c\n", "a  b")
-    assert settle(one, other, one)[0] == [one, "outvoted", one]
+    assert outcomes(one, other, one) == [one, "outvoted", one]
 
 
-def test_exact_duplicates_are_kept_and_counted():
+def test_exact_duplicates_are_kept():
     ab = preference("p", "a", "b")
-    assert settle(ab, ab, ab) == ([ab, ab, ab], 2)
+    assert outcomes(ab, ab, ab) == [ab, ab, ab]
 
 
 def test_a_record_of_several_pairs_loses_those_that_are_outvoted():
     several, against = Record("p", ("a", "b", "c"), ((0, 1), (0, 2))), preference("p", "c", "a")
-    outcomes, _ = settle(several, against, against)
-    assert outcomes == [preference("p", "a", "b"), against, against]
+    assert outcomes(several, against, against) == [preference("p", "a", "b"), against, against]
 
 
 @pytest.mark.parametrize("record", [Record("p", ("a",), label=True), Record("p", ("a", "b"), scores=(1, 2))])
 def test_records_without_pairs_are_not_voted_on(record):
-    assert settle(record) == ([record], 0)
+    assert outcomes(record) == [record]
 
 
-def test_votes_say_whether_there_is_anything_to_settle():
-    votes = Votes()
-    votes.add(preference("p", "a", "b"))
-    votes.add(preference("p", "a", "b"))
-    votes.add(preference("q", "b", "a"))
-    assert not votes.contradicted
-    votes.add(preference("p", "b", "a"))
-    assert votes.contradicted
+def test_rows_that_contradict_each_other_are_noticed():
+    majority = Majority()
+    majority.add(preference("p", "a", "b"))
+    majority.add(preference("p", "a", "b"))
+    majority.add(preference("q", "b", "a"))
+    assert not majority.has_conflicts
+    majority.add(preference("p", "b", "a"))
+    assert majority.has_conflicts

@@ -6,7 +6,9 @@ import pytest
 from data_rows import pair
 
 from dpoctl.data import prepare as module
-from dpoctl.data.prepare import cache_dir, iter_texts
+from dpoctl.data.build import RecordEncoder
+from dpoctl.data.cache import cache_dir
+from dpoctl.data.prepare import iter_texts
 from dpoctl.errors import DataError
 
 
@@ -14,7 +16,7 @@ def prompts(store):
     return [store.texts(index).prompt for index in range(len(store))]
 
 
-def test_every_row_is_used_or_rejected_with_its_place(run, write_rows):
+def test_every_row_is_used_or_rejected_with_its_place(run, write_rows, tmp_path):
     rows = [pair(0), pair(1) | {"rejected": ""}, pair(2), pair(3) | {"chosen": "x" * 3000}, {"prompt": "?"}]
     path = write_rows(rows + [pair(number) for number in range(10, 60)])
     prepared = run(train=[path])
@@ -22,7 +24,8 @@ def test_every_row_is_used_or_rejected_with_its_place(run, write_rows):
     assert account["rows"] == 55
     assert account["used"] == len(prepared.train) == 52
     assert account["rejected"] == {"empty_answer": 1, "too_long": 1, "wrong_shape": 1}
-    rejects = [json.loads(line) for line in prepared.rejects.read_text().splitlines()]
+    prepared.write_rejects(tmp_path / "rejects.jsonl")
+    rejects = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
     assert [(row["file"], row["line"], row["reason"]) for row in rejects] == [
         (path, 2, "empty_answer"),
         (path, 4, "too_long"),
@@ -154,6 +157,47 @@ def test_max_samples_takes_a_seeded_sample(run, write_rows):
     assert len(run(train=[{"path": path, "max_samples": 99}]).train) == 50
 
 
+def mixed_rows(count):
+    """Rows of which two thirds cannot be used: too long, or with two equal answers."""
+    kinds = (pair, lambda n: pair(n, words=200), lambda n: pair(n) | {"chosen": "same", "rejected": "same"})
+    return [kinds[number % 3](number) for number in range(count)]
+
+
+def test_max_samples_counts_rows_that_can_be_used(run, write_rows):
+    path = write_rows(mixed_rows(90))
+    some = run(train=[{"path": path, "max_samples": 12}], max_length=100).report["train"]
+    assert (some["used"], some["records"]) == (12, 12)
+    assert sum(some["rejected"].values()) + some["unsampled"] == 78
+    assert some["unsampled"] > 0
+    first, more = (prompts(run(train=[{"path": path, "max_samples": n}], max_length=100).train) for n in (12, 20))
+    assert (len(more), set(first) < set(more)) == (20, True)
+    every = run(train=[{"path": path, "max_samples": 40}], max_length=100).report["train"]
+    assert (every["used"], every["unsampled"], every["rejected"]) == (30, 0, {"identical_answers": 30, "too_long": 30})
+
+
+def test_max_samples_of_each_source_holds_with_weights_splits_and_duplicates(run, write_rows):
+    path, other = write_rows(mixed_rows(90)), write_rows([pair(number) for number in range(100, 109)], "other.jsonl")
+    sampled = {"path": path, "max_samples": 12}
+    assert len(run(train=[{**sampled, "weight": 0.5}, other], max_length=100).train) == 6 + 9
+    assert len(run(train=[{**sampled, "weight": 2}, other], max_length=100).train) == 24 + 9
+    split = run(train=[sampled], eval_size=0.4, max_length=100)
+    assert len(split.train) + len(split.evals["eval"]) == 12
+    assert set(prompts(split.train)).isdisjoint(prompts(split.evals["eval"]))
+    again = write_rows(mixed_rows(90) + mixed_rows(90), "again.jsonl")
+    assert len(run(train=[{"path": again, "max_samples": 25}], max_length=100, duplicates="drop").train) == 25
+
+
+def test_rows_that_max_samples_does_not_need_are_not_tokenized(run, write_rows, monkeypatch):
+    seen = []
+    encode = RecordEncoder.encode
+    monkeypatch.setattr(
+        RecordEncoder, "encode", lambda self, records, sources: seen.extend(records) or encode(self, records, sources)
+    )
+    path = write_rows(mixed_rows(3000))
+    assert len(run(train=[{"path": path, "max_samples": 10}], max_length=100).train) == 10
+    assert len(seen) < 200
+
+
 def test_several_sources_are_read_in_order_each_in_its_format(run, write_rows):
     plain = write_rows([pair(0)], "plain.jsonl")
     hh = write_rows(
@@ -265,3 +309,33 @@ def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
 def test_real_transcripts_are_prepared_and_accounted_for(run, hh_file):
     account = run(train=[str(hh_file)], max_length=4096).report["train"]
     assert account["rows"] == 1500 == account["used"] + sum(account["rejected"].values())
+
+
+SLOW = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize("contradict", [False, True], ids=["read once", "read twice"])
+@pytest.mark.parametrize(("slow", "named"), [(1, "1 row is left out"), (2, "2 rows are left out")])
+def test_rows_that_a_busy_machine_leaves_out_are_not_kept_out_of_later_runs(
+    run, write_rows, tokenizer, monkeypatch, tmp_path, slow, named, contradict
+):
+    def chat(asked, chosen="yes", rejected="no"):
+        turns = {"prompt": ("user", asked), "chosen": ("assistant", chosen), "rejected": ("assistant", rejected)}
+        return {name: [{"role": role, "content": text}] for name, (role, text) in turns.items()}
+
+    rows = [chat("quick"), *(chat(f"slow {number}") for number in range(slow))]
+    if contradict:
+        rows += [chat("which"), chat("which"), chat("which", "no", "yes")]
+    path = write_rows(rows)
+    mine = copy.deepcopy(tokenizer)
+    mine.chat_template = (
+        f"{{% if 'slow' in messages[0].content and busy %}}{SLOW}{{% endif %}}{tokenizer.chat_template}"
+    )
+    monkeypatch.setattr("dpoctl.data.chat_template.RENDER_SECONDS", 0.5)
+    with pytest.raises(DataError) as refused:
+        run(using=mine, train=[path], chat_template_kwargs={"busy": True})
+    message = str(refused.value)
+    assert message.startswith(f"train: {named} ({path}:2): the chat template took more than 0.5 s for one conv")
+    assert message.endswith("; start again on an idle machine, or set model.chat_template to another one")
+    assert not list((tmp_path / "cache").rglob("*.bin"))
+    assert run(using=mine, train=[path], chat_template_kwargs={"busy": False}).report["train"]["used"] > slow

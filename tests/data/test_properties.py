@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from dpoctl.data.records import Record, Reject
-from dpoctl.data.template import BREAK, Renderer
+from dpoctl.data.rendering import BREAK, Renderer
 from dpoctl.data.tokenize import Encoder
 from dpoctl.errors import DataError
 from dpoctl.recipe.templates import NAMES, template_text

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from chat_samples import CONVERSATIONS, OWN, build_tokenizer
 
-from dpoctl.data.chat import ChatTemplate
+from dpoctl.data.chat_template import ChatTemplate
 from dpoctl.data.records import Record, Reject
-from dpoctl.data.template import BREAK, Rendered, Renderer
+from dpoctl.data.rendering import BREAK, Rendered, Renderer
 from dpoctl.data.tokenize import Encoder
 
 found = importlib.util.find_spec("trl")
@@ -37,6 +37,7 @@ OUTCOMES: dict[str, dict[str, str]] = {
     "gemma_training": {"system": "refused: template_refuses"},
     "gptoss": {"turns": "history_rewritten"},
     "gptoss_training": {"turns": "history_rewritten"},
+    "glm4moe": {"turns": "turns_without_end"},
     "nemotron_3_5_lightning": NEMOTRON,
     "nemotron_3_5_lightning_training": NEMOTRON,
     "nemotron_3_nano": NEMOTRON,

@@ -1,4 +1,5 @@
 import os
+import shutil
 import time
 
 import numpy as np
@@ -100,10 +101,24 @@ def test_two_processes_may_write_the_same_store(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
-def test_what_a_killed_process_left_is_removed_after_a_day(tmp_path):
-    for name, age in (("s.0.tmp", 2), ("s.1.tmp", 0), ("t.0.tmp", 2)):
+@pytest.mark.parametrize("age", [-90_000, 0, 90_000])
+def test_what_a_killed_process_left_is_removed_and_what_a_neighbour_writes_is_not(tmp_path, age):
+    for name in (".s.00000000.tmp", ".t.00000000.tmp"):
         (tmp_path / name).mkdir()
-        then = time.time() - age * 24 * 3600
-        os.utime(tmp_path / name, (then, then))
-    write(tmp_path / "s", EXAMPLES)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["s", "s.1.tmp", "t.0.tmp"]
+        (tmp_path / name / "ids.bin").write_bytes(b"torn")
+    with StoreWriter(tmp_path / "t", "k", np.uint16) as neighbour:
+        neighbour.add(EXAMPLES[0], PAIR, (0, "", 1))
+        then = time.time() - age
+        for path in tmp_path.iterdir():
+            os.utime(path, (then, then))
+        write(tmp_path / "s", EXAMPLES)
+        assert len([path for path in tmp_path.iterdir() if path.name != "s"]) == 1
+        neighbour.commit({"used": 1})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["s", "t"]
+
+
+def test_texts_are_there_when_the_cache_folder_is_not(tmp_path):
+    store = write(tmp_path / "s", EXAMPLES)
+    shutil.rmtree(tmp_path / "s")
+    assert store.texts(1).responses == (" a", " b")
+    assert store.example(0).shared.tolist() == [1, 2]

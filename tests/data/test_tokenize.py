@@ -3,11 +3,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import processors
+from conftest import CHATML
+from tokenizers import AddedToken, processors
 from transformers import AutoTokenizer
 
 from dpoctl.data.records import Record, Reject
-from dpoctl.data.template import Renderer
+from dpoctl.data.rendering import Renderer
 from dpoctl.data.tokenize import TRAINED, Answer, Encoder, Limits, build_example, fit, render_prompt
 from dpoctl.errors import SetupError
 
@@ -73,6 +74,18 @@ def test_scored_tokens_of_a_conversation_decode_to_the_assistants_turns(tokenize
     assert [text_of(tokenizer, piece) for piece in pieces] == ["\nyes é<|im_end|>", "no<|im_end|>"]
     whole = tokenizer.apply_chat_template([user("q"), *turns], tokenize=False).rstrip("\n")
     assert text_of(tokenizer, prompt + answer.ids) == whole
+
+
+def test_a_control_token_that_takes_the_white_space_behind_it_ends_a_turn_as_at_inference(tokenizer, encode):
+    mine = copy.deepcopy(tokenizer)
+    mine.add_tokens([AddedToken("<|end|>", rstrip=True, normalized=False, special=True)], special_tokens=True)
+    mine.chat_template = CHATML.replace("<|im_end|>", "<|end|>")
+    turns = [assistant("yes"), user("and?"), assistant("no")]
+    prompt, (answer,) = encode([user("q")], turns, using=mine)
+    whole = mine.apply_chat_template([user("q"), *turns], tokenize=False)
+    assert prompt + answer.ids == mine(whole, add_special_tokens=False)["input_ids"]
+    scored = [token for token, flag in zip(answer.ids, answer.scored, strict=True) if flag]
+    assert text_of(mine, scored) == "yes<|end|>no<|end|>"
 
 
 def test_control_strings_in_contents_never_become_control_tokens(tokenizer, encode):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from fault_runs import Scene
+from fault_runs import Scene, base_recipe
 from tiny_runs import pair_rows, write_recipe, write_rows
 from tiny_world import save_llama
 from transformers import PreTrainedTokenizerFast
@@ -17,20 +17,10 @@ Tally = Callable[..., None]
 HERE = Path(__file__).parent
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all-faults", action="store_true", help="the whole fault suite instead of its short form")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.faults)
-
-
-@pytest.fixture(scope="session")
-def whole(request: pytest.FixtureRequest) -> bool:
-    """Whether every fault is played, or a sample of them."""
-    return bool(request.config.getoption("--all-faults", default=False))
 
 
 @pytest.fixture
@@ -58,23 +48,6 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     terminalreporter.write_line(f"{'fault':{width}}  times  survived  lost")
     for name, (times, survived) in lines.items():
         terminalreporter.write_line(f"{name:{width}}  {times:5}  {survived:8}  {times - survived:4}")
-
-
-def base_recipe(folder: Path) -> dict[str, Any]:
-    """Ten steps of full fine-tuning, five a pass; the last step of a pass is smaller."""
-    return {
-        "method": "dpo",
-        "model": {"model_name_or_path": str(folder / "tiny")},
-        "data": {"train": [str(folder / "pairs.jsonl")], "eval": [str(folder / "heldout.jsonl")], "max_length": 128},
-        "training": {
-            "output_dir": str(folder / "run"),
-            "global_batch_size": 5,
-            "learning_rate": 1e-3,
-            "logging_steps": 1,
-            "eval_steps": 4,
-            "seed": 1,
-        },
-    }
 
 
 @pytest.fixture(scope="session")

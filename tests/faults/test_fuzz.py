@@ -15,16 +15,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dpoctl.cli.app import main
-from dpoctl.core.losses import LOSSES
-from dpoctl.data.chat import ChatTemplate
-from dpoctl.data.formats import FORMATS
+from dpoctl.data.chat_template import ChatTemplate
 from dpoctl.data.records import Reject
 from dpoctl.errors import DataError, UsageError
 from dpoctl.recipe import parse_recipe
+from dpoctl.recipe.consistency import resolved_yaml
 from dpoctl.recipe.schema import Recipe
 
 
 def cases(count: int) -> settings:
+    """So many examples; a third of them, unless every case is played."""
+    count = count if settings.get_current_profile_name() == "whole" else count // 3
     return settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 
 
@@ -59,8 +60,8 @@ def keys() -> list[tuple[str, str]]:
 
 def accepts_or_refuses(text: str) -> None:
     with suppress(UsageError):
-        recipe = parse_recipe(text, "r.yaml", command="dpo", losses=LOSSES, formats=FORMATS)
-        assert parse_recipe(recipe.to_yaml(), "again", command="dpo", losses=LOSSES, formats=FORMATS) == recipe
+        recipe = parse_recipe(text, "r.yaml", command="dpo")
+        assert parse_recipe(resolved_yaml(recipe), "again", command="dpo") == recipe
 
 
 @cases(700)
@@ -126,11 +127,11 @@ def convert(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 
 
 def converts_or_refuses(convert: Convert, path: Path) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     code, said = convert(path)
     assert code in (0, 2, 3), said
     assert "Traceback" not in said
-    assert time.monotonic() - began < 10
+    assert time.process_time() - began < 10
 
 
 @cases(300)

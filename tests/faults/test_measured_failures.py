@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from fault_runs import KINDS, Scene, at_step, die, outcome, rows_of
 from tiny_world import save_adapter
@@ -33,8 +34,8 @@ SHOWN = {
     "B19": ("faults/test_damage.py", "damaged_in_any_file_is_never_used"),
     "B20": ("faults/test_measured_failures.py", "a_planted_secret_is_in_no_file"),
     "B21": ("faults/test_measured_failures.py", "code_that_comes_with_a_model_never_runs_unasked"),
-    "B22": ("data/test_limits.py", "a_template_that_does_not_end_is_stopped"),
-    "B23": ("data/test_limits.py", "ten_megabytes_is_refused"),
+    "B22": ("data/test_chat_template.py", "a_template_that_does_not_end_is_stopped"),
+    "B23": ("data/test_chat_template.py", "ten_megabytes_is_refused"),
     "B24": ("faults/test_measured_failures.py", "the_reference_over_an_sft_adapter"),
     "B25": ("faults/test_signals.py", "stops_all_at_the_same_step"),
 }
@@ -63,24 +64,50 @@ def test_an_evaluation_is_the_same_for_any_budget_and_number_of_ranks(method: st
     assert survived
 
 
-CANARY = "hf_" + "CanaryCanary0123456789"
-HIDDEN = "planted-in-the-environment"
+WORDS = "anaries of many a kind/=&"
+PLANTED = {
+    "HF_TOKEN": "hf_CanaryCanary0123456789",
+    "WANDB_API_KEY": "planted-in-the-environment",
+    "DB_PASS": f"c{WORDS}1",
+    "OPENAI_KEY": f"c{WORDS}2",
+    "GITHUB_PAT": f"c{WORDS}3'\"",
+    "DATABASE_URL": "postgres://me:canary-in-a-url@host/db",
+    "MY_THING": "canarycanary",
+    "NUMBER": "8817778899",
+    "JSON": '{"user": "me", "password": "canary in json"}',
+    "LINES": "canary one\ncanary two",
+    "SSH": "-----BEGIN RSA PRIVATE KEY-----\ncanary0123456789canary\n-----END RSA PRIVATE KEY-----\n",
+}
+TRACES = ("anary", "planted-in", WORDS, "8817778899", "anaries")
 
 
 def test_a_planted_secret_is_in_no_file(scene: Scene, tally: Any) -> None:
     def fail() -> None:
-        raise ValueError(f"cannot log in with {HIDDEN} at https://me:{CANARY}@host")
+        raise ValueError(f"cannot log in: {PLANTED} {[*PLANTED.values()]} at {PLANTED['DB_PASS'][:20]}...")
 
-    scene = scene.changed(KINDS["dpo"] | {"data.chat_template_kwargs": {"hub_token": CANARY}})
-    out = scene.folder / "run"
-    env = {"HF_TOKEN": CANARY, "WANDB_API_KEY": HIDDEN}
-    assert scene.run(out, faults=[at_step(3, fail)], **env).code == 1
+    # Folders whose names begin or end like a secret, and one that is a word of the environment.
+    home = scene.folder / "hf_checkpoints" / "token-data" / "secret-santa"
+    shutil.copytree(Path(scene.recipe["model"]["model_name_or_path"]), home / "hf_datasets")
+    shutil.copy(scene.recipe["data"]["train"][0], home / "hf_tokens.jsonl")
+    places = {"model.model_name_or_path": str(home / "hf_datasets"), "data.train": [str(home / "hf_tokens.jsonl")]}
+    scene = scene.changed(KINDS["dpo"] | {"eval": {"samples": {"num": 1, "max_new_tokens": 4}}} | places)
+    out, env = home / "run", PLANTED | {"MY_SECRET": "secret-santa", "DPOCTL_CACHE": str(scene.folder / "cache")}
+    failed = scene.run(out, faults=[at_step(3, fail)], **env)
+    assert failed.code == 1
     assert (out / "error.log").exists()
-    scene.finish(out, **env)
-    files = [path for path in out.rglob("*") if path.is_file()]
-    assert len(files) > 10
-    leaks = [path.name for path in files if any(word.encode() in path.read_bytes() for word in (CANARY, HIDDEN))]
-    tally("a planted secret", not leaks)
+    resumed = scene.finish(out, **env)
+    files = scene.folder / "said"
+    said = [failed, resumed, scene.run(out, "--dry-run", "--verbose", **env)]
+    for arguments in (["eval", out], ["chat", out, "--reference", "--prompt", "hello"], ["report", out]):
+        said.append(forked.run(*arguments, files=files, env=env))
+    assert [one.code for one in said] == [1, 0, 0, 0, 0, 0], said
+    assert str(home) in (out / "recipe.resolved.yaml").read_text()
+    written = [path for folder in (out, scene.folder / "cache") for path in folder.rglob("*") if path.is_file()]
+    assert len(written) > 20
+    texts = {path.name: path.read_bytes() for path in written}
+    texts |= {f"console {number}": f"{one.out}{one.err}".encode() for number, one in enumerate(said)}
+    leaks = [name for name, text in texts.items() if any(trace.encode() in text for trace in TRACES)]
+    tally("a planted secret", *[name not in leaks for name in texts])
     assert leaks == []
 
 
@@ -111,12 +138,11 @@ def test_a_tracker_that_fails_or_hangs_changes_nothing(action: str, hang: bool, 
         trackers.TRACKERS["tensorboard"] = lambda run: Failing(action, hang)  # type: ignore[assignment,return-value]
         trackers.START_SECONDS = trackers.FINISH_SECONDS = 1.0
 
-    scene.finish(scene.folder / "whole")
     tracked = scene.changed({"training.report_to": ["tensorboard"]})
     ended = tracked.run(scene.folder / "run", faults=[install])
     assert ended.code == 0, ended.err[-2000:]
     assert ended.err.count("warning: tensorboard") == 1
-    survived = outcome(scene.folder / "run") == outcome(scene.folder / "whole")
+    survived = outcome(scene.folder / "run") == scene.undisturbed().outcome
     tally("a tracker that fails or hangs", survived)
     assert survived
 
@@ -182,14 +208,14 @@ def tables_of(cache: str) -> list[bytes]:
     return [table.read_bytes() for table in sorted(Path(cache).glob("reference/*.npy"))]
 
 
-def test_the_learning_rate_of_every_step_is_the_same_after_any_kill(scene: Scene, tally: Any) -> None:
+def test_the_learning_rate_of_every_step_is_the_same_after_any_kill(scene: Scene, whole: bool, tally: Any) -> None:
     """In hexadecimal: with warm-up, decay, and several micro-batches a step."""
     scene = scene.changed(KINDS["sft"] | {"training.warmup_steps": 3, "training.max_tokens_per_device": 60})
     scene.finish(scene.folder / "whole")
     rates = rates_of(scene.folder / "whole")
     assert len(set(rates)) > 8
     survived = []
-    for step in (1, 3, 4, 7, 9):
+    for step in (1, 3, 4, 7, 9) if whole else (1, 4, 9):
         out = scene.folder / f"killed-{step}"
         assert scene.run(out, faults=[at_step(step, die)]).code == -9
         scene.finish(out)

@@ -60,13 +60,13 @@ def without(steps: set[int]) -> Any:
     def install() -> None:
         from dpoctl.core.guard import Guard
 
-        admit = Guard.admit
+        check = Guard.check
 
         def refuse(self: Any, step: Any, loss: Any, norm: Any, signum: int) -> Any:
-            admitted, signum = admit(self, step, loss, norm, signum)
-            return admitted and step.number not in steps, signum
+            is_good, signum = check(self, step, loss, norm, signum)
+            return is_good and step.number not in steps, signum
 
-        Guard.admit = refuse  # type: ignore[method-assign]
+        Guard.check = refuse  # type: ignore[method-assign]
 
     return install
 
@@ -81,8 +81,10 @@ def without(steps: set[int]) -> Any:
     ],
 )
 def test_a_number_that_is_not_finite_stops_the_run_before_the_update(
-    fault: Any, said: str, ranks: int, scene: Scene, tally: Any
+    fault: Any, said: str, ranks: int, scene: Scene, whole: bool, tally: Any
 ) -> None:
+    if ranks == 2 and "gradient" not in said and not whole:
+        pytest.skip("in the whole suite only")
     scene = scene.changed(KINDS["dpo"] | {"training.save_steps": 5})
     options = TWO if ranks == 2 else ()
     out = scene.folder / "run"
@@ -91,15 +93,14 @@ def test_a_number_that_is_not_finite_stops_the_run_before_the_update(
     head, tail = said.split(".*")
     assert f"step 6: {head}" in ended.last
     assert tail in ended.last
-    assert "its records are" in ended.last
+    assert ", in records " in ended.last
     assert "Traceback" not in ended.err
     assert all("loss" not in row or row["loss"] > 0 for row in rows_of(out))
     weights = load_file(out / "checkpoints" / "step-000005" / "weights.safetensors")
     assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
     assert json.loads((out / "run_status.json").read_text())["state"] == "failed"
     scene.finish(out, *options)
-    scene.finish(scene.folder / "whole", *options)
-    survived = outcome(out) == outcome(scene.folder / "whole")
+    survived = outcome(out) == scene.undisturbed(*options).outcome
     tally("a number that is not finite: stop", survived)
     assert survived
 
@@ -107,15 +108,17 @@ def test_a_number_that_is_not_finite_stops_the_run_before_the_update(
 @pytest.mark.parametrize("kind", ["sft", "beta-dpo"])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_skipped_step_is_as_if_it_had_not_been_and_is_counted(
-    kind: str, ranks: int, scene: Scene, tally: Any
+    kind: str, ranks: int, scene: Scene, whole: bool, tally: Any
 ) -> None:
+    if (kind, ranks) not in {("sft", 1), ("beta-dpo", 2)} and not whole:
+        pytest.skip("in the whole suite only")
     scene, options = scene.changed(KINDS[kind] | SKIPPING), TWO if ranks == 2 else ()
     out, oracle = scene.folder / "run", scene.folder / "oracle"
     ended = scene.run(out, *options, faults=[losing({2, 5}, rank=0)])
     assert ended.code == 0, ended.err[-2000:]
     assert scene.run(oracle, *options, faults=[without({2, 5})]).code == 0
     assert ended.err.count("warning: step") >= 2
-    assert "it is skipped (2 so far)" in ended.err
+    assert "; step skipped (2 so far)" in ended.err
     rows = rows_of(out)
     assert [row.get("skipped_steps", 0) for row in rows if "grad_norm" in row] == [0, 0, 1, 1, 1, 2, 2, 2, 2, 2]
     assert "loss" not in next(row for row in rows if row["step"] == 3)
@@ -150,13 +153,13 @@ def starving(step: int, times: int, error: Exception) -> Any:
     def install() -> None:
         from dpoctl.core.objective import Objective
 
-        left, pull = [times], Objective._pull
+        left, backward_share = [times], Objective._backward_share
 
-        def starved(self: Any, loss: Any) -> None:
+        def starved(self: Any, share: Any) -> None:
             if self.steps == step and left[0]:
                 left[0] -= 1
                 raise error
-            pull(self, loss)
+            backward_share(self, share)
 
         backward = Objective.backward
 
@@ -164,7 +167,7 @@ def starving(step: int, times: int, error: Exception) -> Any:
             self.steps = at.number
             return backward(self, at, reader, meter, batches)
 
-        Objective.backward, Objective._pull = counting, starved  # type: ignore[method-assign]
+        Objective.backward, Objective._backward_share = counting, starved  # type: ignore[method-assign]
 
     return install
 
@@ -183,7 +186,7 @@ def test_memory_that_runs_out_once_costs_half_the_budget_and_nothing_else(
     scene.finish(scene.folder / "whole")
     ended = scene.run(scene.folder / "run", faults=[starving(4, 1, error)])
     assert ended.code == 0, ended.err[-2000:]
-    assert "step 5: out of memory with at most 2,048 tokens in a micro-batch; going on with" in ended.err
+    assert "step 5: out of memory with at most 2,048 tokens in a micro-batch; retrying once with" in ended.err
     rows, same = rows_of(scene.folder / "run"), rows_of(scene.folder / "whole")
     survived = all(
         row[key] == pytest.approx(other[key], rel=1e-5, abs=1e-6)
@@ -197,7 +200,7 @@ def test_memory_that_runs_out_once_costs_half_the_budget_and_nothing_else(
     assert state["extra"]["max_tokens"] < 2048
 
 
-def test_a_run_that_was_relieved_and_killed_resumes_to_the_same_bits(scene: Scene, tally: Any) -> None:
+def test_a_run_that_was_retried_and_killed_resumes_to_the_same_bits(scene: Scene, tally: Any) -> None:
     scene, error = scene.changed(KINDS["dpo"]), OUT_OF_MEMORY[0]
     assert scene.run(scene.folder / "whole", faults=[starving(2, 1, error)]).code == 0
     out = scene.folder / "run"

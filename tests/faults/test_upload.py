@@ -59,7 +59,7 @@ def test_the_model_and_its_tokenizer_are_uploaded_and_nothing_else(pushing: Scen
     assert "uploaded: https://huggingface.co/somebody/model" in ended.err
     create, upload = asked(calls)
     assert create == {"call": "create", "name": NAME, "private": True, "exist_ok": True}
-    assert set(upload["files"]) == MODEL | TOKENIZER | {"README.md"}
+    assert set(upload["files"]) == MODEL | TOKENIZER | {"README.md", "model_manifest.json"}
     assert {"error.log", "metrics.jsonl", "recipe.yaml", "env.json"} < {path.name for path in out.iterdir()}
 
 
@@ -72,7 +72,7 @@ def test_a_run_that_names_no_repository_asks_nothing_of_the_hub(scene: Scene) ->
 def test_without_a_login_nothing_is_begun(pushing: Scene) -> None:
     ended = pushing.run(pushing.folder / "run", HF_TOKEN="", HF_TOKEN_PATH=str(pushing.folder / "none"))
     assert ended.code == 5
-    assert ended.last.endswith("cannot be written without a login; run `hf auth login`, or set HF_TOKEN")
+    assert ended.last.endswith(f"uploading to {NAME} needs a login; run `hf auth login`, or set HF_TOKEN")
     assert not (pushing.folder / "run").exists()
 
 
@@ -91,7 +91,7 @@ def test_a_hub_that_fails_costs_a_warning_and_the_same_command_uploads_again(
     assert "Traceback" not in ended.err
     assert TOKEN["HF_TOKEN"] not in ended.err
     (warning,) = [line for line in ended.err.splitlines() if line.startswith("warning: the model was not uploaded")]
-    assert warning.endswith("the same command with --resume uploads it, and trains nothing more")
+    assert warning.endswith("run the same command with --resume to upload it without more training")
     assert json.loads((out / "run_status.json").read_text())["state"] == "finished"
     before = outcome(out)
     again = pushing.run(out, "--resume", faults=[hub(calls)], **TOKEN)

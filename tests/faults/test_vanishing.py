@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_runs import KINDS, Scene, at_step, die, outcome
+from fault_runs import KINDS, Outcome, Scene, at_step, die, outcome
 from tiny_runs import pair_rows, write_rows
 
 Fault = Callable[[Path], object]
@@ -41,19 +41,17 @@ def own(scene: Scene, warm: Path) -> Scene:
 
 
 @pytest.fixture
-def whole(own: Scene) -> tuple[bytes, list[dict[str, Any]]]:
-    own.finish(own.folder / "whole", DPOCTL_CACHE=str(own.folder / "cache-of-another"))
-    return outcome(own.folder / "whole")
+def undisturbed(scene: Scene) -> Outcome:
+    """The same run with files that nobody touches."""
+    return scene.changed(KINDS["dpo"]).undisturbed().outcome
 
 
 @pytest.mark.parametrize("what", DURING)
-def test_a_run_goes_on_with_what_it_has_read(
-    what: str, own: Scene, whole: tuple[bytes, list[dict[str, Any]]], tally: Any
-) -> None:
+def test_a_run_goes_on_with_what_it_has_read(what: str, own: Scene, undisturbed: Outcome, tally: Any) -> None:
     fault = at_step(3, lambda: DURING[what](own.folder))
     ended = own.run(own.folder / "run", faults=[fault], DPOCTL_CACHE=str(own.folder / "cache"))
     assert ended.code == 0, ended.err[-2000:]
-    survived = outcome(own.folder / "run") == whole
+    survived = outcome(own.folder / "run") == undisturbed
     tally("a file that changes or vanishes during a run", survived)
     assert survived
 
@@ -65,13 +63,13 @@ GONE: dict[str, Fault] = {
 
 @pytest.mark.parametrize("what", GONE)
 def test_what_is_derived_is_made_anew_when_a_run_goes_on(
-    what: str, own: Scene, whole: tuple[bytes, list[dict[str, Any]]], tally: Any
+    what: str, own: Scene, undisturbed: Outcome, tally: Any
 ) -> None:
     out, cache = own.folder / "run", str(own.folder / "cache")
     assert own.run(out, faults=[at_step(5, die)], DPOCTL_CACHE=cache).code == -9
     GONE[what](own.folder)
     own.finish(out, DPOCTL_CACHE=cache)
-    survived = outcome(out) == whole
+    survived = outcome(out) == undisturbed
     tally("a cache that is gone when a run goes on", survived)
     assert survived
 
@@ -89,7 +87,7 @@ BETWEEN: dict[str, tuple[Fault, str]] = {
 
 @pytest.mark.parametrize("what", BETWEEN)
 def test_data_that_change_while_they_are_read_are_refused_and_never_cached(
-    what: str, own: Scene, whole: tuple[bytes, list[dict[str, Any]]], tally: Any
+    what: str, own: Scene, undisturbed: Outcome, tally: Any
 ) -> None:
     fault, said = BETWEEN[what]
     data, before = own.folder / "pairs.jsonl", (own.folder / "pairs.jsonl").read_bytes()
@@ -115,6 +113,6 @@ def test_data_that_change_while_they_are_read_are_refused_and_never_cached(
     assert "Traceback" not in ended.err
     data.write_bytes(before)
     own.finish(out, DPOCTL_CACHE=cache)
-    survived = outcome(out) == whole
+    survived = outcome(out) == undisturbed
     tally("data that change while they are read", survived)
     assert survived

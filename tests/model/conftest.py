@@ -1,4 +1,4 @@
-"""Models as users have them on disk, and recipes that name them."""
+"""Fixtures: tiny models saved on disk, recipes that name them, policies loaded from them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +9,7 @@ import torch
 from model_samples import disturb
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from dpoctl.model.export import export_model
 from dpoctl.model.load import load_policy
 from dpoctl.model.policy import Policy
 from dpoctl.recipe.schema import Recipe
@@ -16,18 +17,18 @@ from dpoctl.recipe.schema import Recipe
 
 @pytest.fixture
 def make_recipe(tmp_path: Path) -> Callable[..., Recipe]:
-    """A recipe for the model in `tmp_path / "base"`, with sections changed."""
+    """Make a recipe for the model in `tmp_path / "base"`, with changed sections."""
 
     def make(path: Path | str | None = None, /, **sections: Any) -> Recipe:
-        whole: dict[str, Any] = {
+        recipe: dict[str, Any] = {
             "method": "dpo",
             "model": {"model_name_or_path": str(path or tmp_path / "base")},
             "data": {"train": ["pairs.jsonl"]},
             "training": {"output_dir": "run", "learning_rate": 1e-3},
         }
         for name, values in sections.items():
-            whole[name] = {**whole.get(name, {}), **values}
-        return Recipe.model_validate(whole)
+            recipe[name] = {**recipe.get(name, {}), **values}
+        return Recipe.model_validate(recipe)
 
     return make
 
@@ -60,18 +61,18 @@ def save_sft(
     make_recipe: Callable[..., Recipe],
     load: Callable[[Recipe], Policy],
 ) -> Callable[..., Path]:
-    """Train nothing, but leave an SFT adapter with weights of its own in `tmp_path / "sft"`."""
+    """Save an SFT adapter with random weights in `tmp_path / "sft"`."""
 
     def save(**lora: Any) -> Path:
         policy = load(make_recipe(lora={"r": 4, "lora_alpha": 12, **lora}))
         disturb(policy)
-        policy.export(tmp_path / "sft", tokenizer)
+        export_model(policy, tmp_path / "sft", tokenizer)
         return tmp_path / "sft"
 
     return save
 
 
 @pytest.fixture
-def said(capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
-    """What was said on stderr so far, on one line."""
+def stderr(capsys: pytest.CaptureFixture[str]) -> Callable[[], str]:
+    """Return the new output on stderr, on one line."""
     return lambda: " ".join(capsys.readouterr().err.split())

@@ -1,4 +1,4 @@
-"""Generation leaves a model as it was, and its text depends on the prompt and the seed only."""
+"""Generation restores the state of a model, and its text depends on the prompt and the seed only."""
 
 import random
 from collections.abc import Callable
@@ -10,13 +10,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from dpoctl.core.logps import Scorer
 from dpoctl.errors import RunError
 from dpoctl.model.attention import SHARED_PREFIX
-from dpoctl.model.checkpointing import set_gradient_checkpointing
-from dpoctl.model.generate import Generation, Sampling, generate, stream
+from dpoctl.model.generate import Generation, SamplingParams, generate, stream
+from dpoctl.model.memory import set_gradient_checkpointing
 from dpoctl.model.policy import Policy
-from dpoctl.model.probe import Verdict
+from dpoctl.model.probe import ProbeResult
 
-WARM = Sampling(max_new_tokens=12, temperature=1.0, top_p=0.95, seed=3)
-GREEDY = Sampling(max_new_tokens=12, temperature=0)
+WARM = SamplingParams(max_new_tokens=12, temperature=1.0, top_p=0.95, seed=3)
+GREEDY = SamplingParams(max_new_tokens=12, temperature=0)
 
 
 @pytest.fixture
@@ -26,23 +26,23 @@ def prompts() -> list[list[int]]:
 
 
 def test_order_and_batching_do_not_change_any_text(tiny_llama, tokenizer, prompts):
-    alone = [generate(tiny_llama, tokenizer, [prompt], WARM)[0] for prompt in prompts]
+    separate = [generate(tiny_llama, tokenizer, [prompt], WARM)[0] for prompt in prompts]
     for batch_size in (2, 16):
-        sampling = Sampling(12, 1.0, 0.95, seed=3, batch_size=batch_size)
-        assert generate(tiny_llama, tokenizer, prompts, sampling) == alone
-        assert generate(tiny_llama, tokenizer, prompts[::-1], sampling) == alone[::-1]
+        sampling = SamplingParams(12, 1.0, 0.95, seed=3, batch_size=batch_size)
+        assert generate(tiny_llama, tokenizer, prompts, sampling) == separate
+        assert generate(tiny_llama, tokenizer, prompts[::-1], sampling) == separate[::-1]
 
 
-def test_the_seed_decides_and_the_global_generator_is_neither_read_nor_moved(tiny_llama, tokenizer, prompts):
+def test_only_the_seed_matters_and_the_global_generator_is_not_used(tiny_llama, tokenizer, prompts):
     first = generate(tiny_llama, tokenizer, prompts, WARM)
     torch.manual_seed(99)
     state = torch.get_rng_state()
     assert generate(tiny_llama, tokenizer, prompts, WARM) == first
     assert torch.equal(torch.get_rng_state(), state)
-    assert generate(tiny_llama, tokenizer, prompts, Sampling(12, 1.0, 0.95, seed=4)) != first
+    assert generate(tiny_llama, tokenizer, prompts, SamplingParams(12, 1.0, 0.95, seed=4)) != first
 
 
-def test_a_prompt_that_comes_twice_gets_two_texts(tiny_llama, tokenizer, prompts):
+def test_a_repeated_prompt_gets_another_text(tiny_llama, tokenizer, prompts):
     twice = generate(tiny_llama, tokenizer, [prompts[0]] * 2, WARM)
     assert twice[0] == generate(tiny_llama, tokenizer, [prompts[0]], WARM)[0] != twice[1]
 
@@ -58,7 +58,7 @@ def test_samples_follow_the_distribution_of_the_model(tiny_llama, tokenizer):
     prompt = [7, 31, 150]
     with torch.no_grad():
         expected = tiny_llama(torch.tensor([prompt])).logits[0, -1].softmax(-1)
-    sampling = Sampling(max_new_tokens=1, temperature=1.0, top_p=1.0, batch_size=500)
+    sampling = SamplingParams(max_new_tokens=1, temperature=1.0, top_p=1.0, batch_size=500)
     # One token each, read back by its text where that is unambiguous.
     likely = int(expected.argmax())
     texts = [found.text for found in generate(tiny_llama, tokenizer, [prompt] * 2000, sampling)]
@@ -67,14 +67,14 @@ def test_samples_follow_the_distribution_of_the_model(tiny_llama, tokenizer):
 
 
 def test_the_end_of_turn_finishes_a_text_and_is_not_part_of_it(tiny_llama, tokenizer, monkeypatch):
-    # The head then always says <|im_end|>, or never.
+    # The bias makes <|im_end|> certain, or impossible.
     end = tokenizer.eos_token_id
     for finished, bias in ((True, 1e4), (False, -1e4)):
 
-        def speak(module, inputs, output, bias=bias):
+        def add_bias(module, inputs, output, bias=bias):
             output[..., end] = bias
 
-        hook = tiny_llama.lm_head.register_forward_hook(speak)
+        hook = tiny_llama.lm_head.register_forward_hook(add_bias)
         found = generate(tiny_llama, tokenizer, [[5, 6]], WARM)[0]
         hook.remove()
         assert found.finished is finished
@@ -90,7 +90,7 @@ def test_generation_settings_of_a_model_do_not_change_its_samples(tiny_llama, to
     assert tiny_llama.generation_config is own
 
 
-def test_a_model_in_training_is_left_as_it_was(
+def test_the_state_of_a_model_in_training_is_restored(
     save_base: Callable[..., PreTrainedModel],
     make_recipe: Callable[..., object],
     load: Callable[[object], Policy],
@@ -100,8 +100,8 @@ def test_a_model_in_training_is_left_as_it_was(
     save_base()
     policy = load(make_recipe(lora={"r": 4}))
     expected = generate(policy.causal, tokenizer, prompts, GREEDY)
-    set_gradient_checkpointing(policy, True)
-    Scorer(policy.model, policy.causal, Verdict("shared", True, ""))
+    set_gradient_checkpointing(policy.causal, True)
+    Scorer(policy.model, policy.causal, ProbeResult("shared", True, ""))
     policy.model.train()
     policy.causal.model.layers[0].eval()
     assert generate(policy.causal, tokenizer, prompts, GREEDY) == expected
@@ -122,7 +122,7 @@ def test_adapters_in_float32_over_a_narrow_base_compute_in_its_precision(save_ba
 
 
 @pytest.mark.parametrize("model_type", ["mistral", "qwen3", "gemma3_text", "mixtral", "gpt2", "mamba"])
-def test_padding_on_the_left_is_not_seen(tiny_model, tokenizer, prompts, model_type):
+def test_padding_on_the_left_changes_no_text(tiny_model, tokenizer, prompts, model_type):
     changes = {"gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4}}.get(model_type, {})
     model = tiny_model(model_type, **changes)
     together = generate(model, tokenizer, prompts, GREEDY)
@@ -136,10 +136,10 @@ def test_a_stream_is_the_same_text_in_pieces(tiny_llama, tokenizer, prompts, sam
         assert "".join(pieces) == generate(tiny_llama, tokenizer, [prompt], sampling)[0].text
 
 
-def test_a_stream_that_is_left_stops_the_model(tiny_llama, tokenizer):
+def test_closing_a_stream_stops_the_model(tiny_llama, tokenizer):
     steps = []
     tiny_llama.register_forward_hook(lambda *_: steps.append(1))
-    pieces = stream(tiny_llama, tokenizer, [5, 6], Sampling(max_new_tokens=400, temperature=1.0, top_p=1.0))
+    pieces = stream(tiny_llama, tokenizer, [5, 6], SamplingParams(max_new_tokens=400, temperature=1.0, top_p=1.0))
     next(pieces)
     pieces.close()
     assert len(steps) < 400
@@ -154,16 +154,17 @@ def test_a_failure_inside_a_stream_reaches_the_reader(tiny_llama, tokenizer, mon
         list(stream(tiny_llama, tokenizer, [5, 6], GREEDY))
 
 
-def test_a_prompt_without_room_or_without_tokens_is_refused(tiny_llama, tokenizer):
-    with pytest.raises(RunError, match="512 tokens"):
+def test_a_prompt_that_fills_the_context_or_is_empty_is_refused(tiny_llama, tokenizer):
+    message = "a prompt of 512 tokens leaves no room for a response: the model's context is 512 tokens"
+    with pytest.raises(RunError, match=f"^{message}$"):
         generate(tiny_llama, tokenizer, [[5] * 512], GREEDY)
-    with pytest.raises(RunError, match="empty"):
-        generate(tiny_llama, tokenizer, [[]], GREEDY)
+    with pytest.raises(RunError, match=r"^a prompt is empty$"):
+        generate(tiny_llama, tokenizer, [[5], []], GREEDY)
     assert len(generate(tiny_llama, tokenizer, [[5] * 510], GREEDY)) == 1
 
 
 def test_progress_counts_every_prompt(tiny_llama, tokenizer, prompts):
     counts: list[int] = []
-    generate(tiny_llama, tokenizer, prompts, Sampling(2, batch_size=3), on_batch=counts.append)
+    generate(tiny_llama, tokenizer, prompts, SamplingParams(2, batch_size=3), on_batch=counts.append)
     assert counts == [3, 3, 1]
     assert generate(tiny_llama, tokenizer, [], WARM) == []

@@ -1,4 +1,4 @@
-"""What cannot be adapted is named; what would make the reference another function is refused."""
+"""Targets that do not exist are named, and adapters that are more than plain LoRA are refused."""
 
 import json
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import torch
 from model_samples import logits
 from safetensors.torch import load_file, save_file
 
-from dpoctl.errors import SetupError, UsageError
+from dpoctl.errors import SetupError, UsageError, UserError
 from dpoctl.model.lora import unmatched_targets
 from dpoctl.model.modules import linear_layers
 from dpoctl.model.policy import Policy
@@ -21,9 +21,7 @@ def edit(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_targets_that_match_nothing_are_told_from_those_that_do(
-    save_base: Any, make_recipe: Any, load: Callable[..., Policy]
-) -> None:
+def test_targets_that_match_no_module_are_found(save_base: Any, make_recipe: Any, load: Callable[..., Policy]) -> None:
     save_base("llama")
     recipe = make_recipe(lora={"target_modules": ["q_proj", "w1", "w2"]})
     policy = load(recipe)
@@ -32,12 +30,15 @@ def test_targets_that_match_nothing_are_told_from_those_that_do(
     assert all("q_proj" in name for name in policy.trainable_state())
 
 
-def test_targets_that_all_match_nothing_are_refused_with_the_names_that_would_do(
+def test_targets_of_which_none_matches_are_refused_with_the_names_of_linear_layers(
     save_base: Any, make_recipe: Any, load: Callable[..., Policy]
 ) -> None:
     save_base("gpt2")
-    with pytest.raises(UsageError, match=r"w1, w2; its linear layers are c_attn, c_fc, c_proj"):
+    with pytest.raises(UsageError) as refusal:
         load(make_recipe(lora={"target_modules": ["w1", "w2"]}))
+    assert str(refusal.value) == (
+        "lora.target_modules: no module of this model matches w1, w2; its linear layers are c_attn, c_fc, c_proj"
+    )
 
 
 def test_the_old_names_of_fused_experts_are_accepted(
@@ -53,12 +54,12 @@ def test_the_old_names_of_fused_experts_are_accepted(
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        ({"modules_to_save": ["head"]}, "'head' is no module of this model"),
+        ({"modules_to_save": ["head"]}, "lora.modules_to_save: this model has no module 'head'; its linear layers are"),
         ({"target_modules": ["mlp"]}, "lora: Target module"),
-        ({"target_modules": ["lm_head"], "modules_to_save": ["lm_head"]}, "lora.target_modules: nothing"),
+        ({"target_modules": ["lm_head"], "modules_to_save": ["lm_head"]}, "no module of this model matches lm_head"),
     ],
 )
-def test_a_module_that_cannot_be_adapted_is_one_line(
+def test_a_module_that_cannot_be_adapted_is_refused_in_one_line(
     save_base: Any, make_recipe: Any, load: Callable[..., Policy], lora: dict[str, Any], message: str
 ) -> None:
     save_base("llama")
@@ -81,12 +82,12 @@ def test_the_same_seed_gives_the_same_adapter_whatever_ran_before(
     assert not all(torch.equal(one[name], three[name]) for name in one)
 
 
-def test_tied_ends_that_are_trained_apart_are_said_so(
-    save_base: Any, make_recipe: Any, load: Callable[..., Policy], said: Callable[[], str]
+def test_a_note_says_that_tied_weights_are_trained_separately(
+    save_base: Any, make_recipe: Any, load: Callable[..., Policy], stderr: Callable[[], str]
 ) -> None:
     save_base("llama", tie_word_embeddings=True)
     load(make_recipe(lora={"modules_to_save": ["lm_head"]}))
-    assert "lm_head gets weights of its own" in said()
+    assert "embedding and head are tied in this model: lm_head is trained separately" in stderr()
 
 
 @pytest.mark.parametrize(
@@ -96,13 +97,13 @@ def test_tied_ends_that_are_trained_apart_are_said_so(
         ({"use_dora": True, "lora_bias": True}, "more than plain LoRA (lora_bias: True, use_dora: True)"),
         ({"init_lora_weights": "pissa"}, "more than plain LoRA (init_lora_weights: pissa)"),
         ({"trainable_token_indices": [1]}, "more than plain LoRA (trainable_token_indices: [1])"),
-        ({"peft_type": "IA3"}, "is IA3, not LORA"),
-        ({"r": 8}, "does not fit its base model"),
-        ({"target_modules": ["q_proj"]}, "does not fit its base model"),
+        ({"peft_type": "IA3"}, "has peft_type IA3, not LORA; merge it into its base model"),
+        ({"r": 8}, "has rank 4 in adapter_model.safetensors, and r is 8 in adapter_config.json"),
+        ({"target_modules": ["q_proj"]}, "does not fit its base model: only one of them has 'base_model.model."),
     ],
 )
 @pytest.mark.parametrize("start", ["new", "continue"])
-def test_an_adapter_that_is_not_what_it_seems_is_refused(
+def test_an_adapter_that_is_not_plain_lora_or_does_not_fit_is_refused(
     save_base: Any,
     save_sft: Any,
     make_recipe: Any,
@@ -114,23 +115,26 @@ def test_an_adapter_that_is_not_what_it_seems_is_refused(
     save_base("llama")
     folder = save_sft()
     edit(folder, **changes)
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(UserError) as caught:
         load(make_recipe(folder, lora={"start": start}))
     assert message in str(caught.value)
 
 
-def test_an_adapter_that_carries_weights_of_the_base_must_carry_the_bases_own(
+def test_base_weights_in_an_adapter_must_equal_those_of_the_base(
     save_base: Any, save_sft: Any, make_recipe: Any, load: Callable[..., Policy]
 ) -> None:
     base = save_base("llama")
     folder = save_sft()
+    (folder / "model_manifest.json").unlink()
     weights = load_file(folder / "adapter_model.safetensors")
     embedding = base.model.embed_tokens.weight.detach().clone()
     key = "base_model.model.model.embed_tokens.weight"
     save_file({**weights, key: embedding}, folder / "adapter_model.safetensors")
     load(make_recipe(folder, lora={"start": "continue"}))
     save_file({**weights, key: embedding + 1}, folder / "adapter_model.safetensors")
-    with pytest.raises(UsageError, match=r"replaces .*embed_tokens"):
+    with pytest.raises(
+        UsageError, match=r"replaces '.*embed_tokens.weight' of its base model; merge it into its base model$"
+    ):
         load(make_recipe(folder, lora={"start": "continue"}))
 
 
@@ -153,7 +157,7 @@ def test_an_adapter_needs_a_lora_section_and_continue_needs_an_adapter(
     save_base("llama")
     with pytest.raises(UsageError, match=r"lora: \{start: continue\}"):
         load(make_recipe(save_sft()))
-    with pytest.raises(UsageError, match="is not an adapter"):
+    with pytest.raises(UsageError, match=r"is not an adapter; set lora.start: new$"):
         load(make_recipe(lora={"start": "continue"}))
 
 
@@ -162,7 +166,10 @@ def test_a_module_that_the_sft_adapter_trained_whole_cannot_be_a_target(
 ) -> None:
     save_base("llama")
     folder = save_sft(modules_to_save=["lm_head"])
-    with pytest.raises(UsageError, match="includes lm_head"):
+    with pytest.raises(
+        UsageError,
+        match=r"^lora.target_modules includes lm_head, which adapter .* trained whole; leave it out, or name it in",
+    ):
         load(make_recipe(folder, lora={"start": "new", "target_modules": ["lm_head", "q_proj"]}))
 
 
@@ -175,5 +182,7 @@ def test_experts_can_be_trained_further_but_not_stacked(
     first = logits(policy.causal)
     with policy.reference():
         assert torch.equal(logits(policy.causal), first)
-    with pytest.raises(UsageError, match="cannot be joined"):
+    with pytest.raises(
+        UsageError, match=r"cannot be joined, because one of them targets experts; set lora.start: continue, or"
+    ):
         load(make_recipe(folder, lora={"start": "new", "target_modules": ["q_proj"]}))

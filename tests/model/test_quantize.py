@@ -1,4 +1,4 @@
-"""Quantised bases run and train on a CPU, and hold an exact reference."""
+"""Quantised base models train on a CPU, and their reference does not change."""
 
 import importlib.util
 from collections.abc import Callable
@@ -11,7 +11,8 @@ from model_samples import IDS, disturb, logits, plain, reference_logits
 
 from dpoctl.errors import SetupError, UsageError
 from dpoctl.model import quantize
-from dpoctl.model.checkpointing import set_gradient_checkpointing
+from dpoctl.model.export import export_model
+from dpoctl.model.memory import set_gradient_checkpointing
 from dpoctl.model.policy import Policy
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -30,7 +31,7 @@ def test_the_loss_falls_and_the_reference_stays(
     recipe = make_recipe(model={"dtype": dtype}, quantization={width: True}, lora={"r": 4})
     policy = load(recipe)
     assert any(p.dtype in (torch.uint8, torch.int8) for p in policy.causal.parameters())
-    set_gradient_checkpointing(policy, True)
+    set_gradient_checkpointing(policy.causal, True)
     policy.model.train()
     cast = torch.autocast("cpu", policy.dtype, enabled=policy.dtype != torch.float32)
     with cast:
@@ -53,7 +54,27 @@ def test_the_loss_falls_and_the_reference_stays(
 
 
 @needs_bitsandbytes
-def test_what_is_trained_whole_and_the_head_are_not_quantised(
+@pytest.mark.parametrize("adapted", [True, False])
+def test_a_row_s_8_bit_product_does_not_depend_on_its_neighbours(
+    save_base: Any, make_recipe: Any, load: Callable[..., Policy], adapted: bool
+) -> None:
+    """An input of 50 is an outlier, for which bitsandbytes would multiply its whole column in another way."""
+    save_base("llama")
+    policy = load(make_recipe(quantization={"load_in_8bit": True}, lora={"r": 4, "target_modules": ["q_proj"]}))
+    layer = policy.causal.get_submodule("model.layers.0.self_attn." + ("q_proj" if adapted else "k_proj"))
+    base: Any = layer.base_layer if adapted else layer
+    x = torch.randn(3, base.in_features, requires_grad=True)
+    outlier = x.detach().clone()
+    outlier[2, 5] = 50.0
+    assert torch.equal(layer(x)[:2], layer(outlier)[:2])
+    true = base.weight.data.float() * base.state.SCB[:, None] / 127
+    torch.testing.assert_close(layer(x), x @ true.T)
+    (gradient,) = torch.autograd.grad(layer(x).sum(), x)
+    torch.testing.assert_close(gradient, true.sum(0).expand(3, -1))
+
+
+@needs_bitsandbytes
+def test_the_head_and_saved_modules_are_not_quantised(
     save_base: Any, make_recipe: Any, load: Callable[..., Policy]
 ) -> None:
     save_base("llama")
@@ -68,7 +89,7 @@ def test_what_is_trained_whole_and_the_head_are_not_quantised(
 
 
 @needs_bitsandbytes
-def test_reference_tensors_hold_packed_weights_and_their_constants(
+def test_reference_tensors_include_quantised_weights_and_their_constants(
     save_base: Any, make_recipe: Any, load: Callable[..., Policy]
 ) -> None:
     save_base("llama")
@@ -99,11 +120,11 @@ def test_an_sft_adapter_works_over_a_quantised_base(
     first = logits(policy.causal)
     disturb(policy)
     assert torch.equal(reference_logits(policy), first)
-    policy.export(tmp_path / "run", tokenizer)
+    export_model(policy, tmp_path / "run", tokenizer)
     assert plain(tmp_path / "base", tmp_path / "run") is not None
 
 
-def test_without_bitsandbytes_the_install_line_is_given(
+def test_without_bitsandbytes_the_error_says_how_to_install_it(
     save_base: Any, make_recipe: Any, load: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_base("llama")
@@ -113,9 +134,11 @@ def test_without_bitsandbytes_the_install_line_is_given(
     assert str(caught.value) == "quantization needs bitsandbytes; pip install 'dpoctl[quant]'"
 
 
-def test_a_checkpoint_quantised_by_others_is_refused(
+def test_a_checkpoint_quantised_with_gptq_is_refused(
     tmp_path: Path, save_base: Any, make_recipe: Any, load: Callable[..., Policy]
 ) -> None:
     save_base("llama", quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(UsageError, match="quantised with gptq"):
+    with pytest.raises(
+        UsageError, match=r"is quantised with gptq, which cannot be trained; give its unquantised weights$"
+    ):
         load(make_recipe(lora={"r": 4}))

@@ -1,5 +1,6 @@
-"""The tokenizer a run uses: whose it is, how its turns end, and what it pads with."""
+"""The tokenizer of a run: its source, chat template, end-of-turn token and pad token."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dpoctl.errors import SetupError, UsageError
-from dpoctl.model.tokenizer import load_tokenizer
+from dpoctl.model.tokenizer import load_tokenizer, stop_tokens
 from dpoctl.recipe.templates import template_text
 
 TURN = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "world"}]
@@ -45,7 +46,7 @@ def test_training_a_tokenizer_twice_gives_the_same_one(make_recipe: Any) -> None
 
 
 def test_a_vocabulary_smaller_than_the_bytes_is_refused(make_recipe: Any) -> None:
-    with pytest.raises(UsageError, match="vocab_size is 260: the bytes alone take 261"):
+    with pytest.raises(UsageError, match=r"vocab_size is 260, but bytes and special tokens need 261$"):
         load_tokenizer(scratch(make_recipe, size=260, template="zephyr"), texts)
 
 
@@ -75,8 +76,8 @@ def test_an_adapters_own_tokenizer_comes_before_its_bases(
     for file in folder.glob("*token*"):
         file.unlink()
     (folder / "chat_template.jinja").unlink()
-    again = load_tokenizer(make_recipe(folder, lora={"start": "new"}), texts)
-    assert again.chat_template == tokenizer.chat_template
+    base_tokenizer = load_tokenizer(make_recipe(folder, lora={"start": "new"}), texts)
+    assert base_tokenizer.chat_template == tokenizer.chat_template
 
 
 @pytest.fixture
@@ -92,24 +93,23 @@ def without_chatml(tmp_path: Path, save_base: Any, make_recipe: Any) -> None:
 
 @pytest.mark.usefixtures("without_chatml")
 def test_chatml_on_a_tokenizer_without_its_tokens_needs_trained_embeddings(
-    make_recipe: Any, said: Callable[[], str]
+    make_recipe: Any, stderr: Callable[[], str]
 ) -> None:
     chatml = {"chat_template": "chatml"}
     with pytest.raises(UsageError, match=r"needs <\|im_start\|>, <\|im_end\|>.*modules_to_save"):
         load_tokenizer(make_recipe(model=chatml, lora={"r": 4}), texts)
-    ends = ["embed_tokens", "lm_head"]
-    for lora in ({}, {"lora": {"modules_to_save": ends}}):
+    for lora in ({}, {"lora": {"modules_to_save": ["embed_tokens", "lm_head"]}}):
         tokenizer = load_tokenizer(make_recipe(model=chatml, **lora), texts)
         assert tokenizer.eos_token == "<|im_end|>"
         assert len(tokenizer.encode("<|im_start|>", add_special_tokens=False)) == 1
-    assert "added <|im_start|>, <|im_end|> to the tokenizer" in said()
+    assert "added <|im_start|>, <|im_end|> to the tokenizer" in stderr()
 
 
-def test_zephyr_markers_may_be_several_tokens(save_base: Any, make_recipe: Any, said: Callable[[], str]) -> None:
+def test_zephyr_markers_may_be_several_tokens(save_base: Any, make_recipe: Any, stderr: Callable[[], str]) -> None:
     save_base()
     tokenizer = load_tokenizer(make_recipe(model={"chat_template": "zephyr"}, lora={"r": 4}), texts)
     assert tokenizer.eos_token == "<|im_end|>"
-    assert "<|user|>" in said()
+    assert "<|user|>" in stderr()
 
 
 @pytest.mark.parametrize(
@@ -121,13 +121,12 @@ def test_zephyr_markers_may_be_several_tokens(save_base: Any, make_recipe: Any, 
         ({"eos_token": "</s>"}, "</s>"),
     ],
 )  # fmt: skip
-def test_a_missing_pad_token_is_one_that_exists_and_said(
-    tmp_path: Path, save_base: Any, make_recipe: Any, said: Callable[[], str], special: dict[str, Any], expected: str
+def test_an_existing_token_replaces_a_missing_pad_token(
+    tmp_path: Path, save_base: Any, make_recipe: Any, stderr: Callable[[], str], special: dict[str, Any], expected: str
 ) -> None:
     save_base()
-    bare = load_tokenizer(scratch(make_recipe), texts)
-    core = bare.backend_tokenizer
-    fast = PreTrainedTokenizerFast(tokenizer_object=core, **special)
+    backend = load_tokenizer(scratch(make_recipe), texts).backend_tokenizer
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
     vocabulary = {token for token in fast.get_vocab() if "pad" in token}
     assert vocabulary == {"<|pad|>"}
     fast.save_pretrained(tmp_path / "base")
@@ -137,7 +136,7 @@ def test_a_missing_pad_token_is_one_that_exists_and_said(
     tokenizer = load_tokenizer(make_recipe(), texts)
     assert tokenizer.pad_token == expected
     assert len(tokenizer) == size
-    assert f"no pad token; {expected} serves as one" in said()
+    assert f"the tokenizer has no pad token: {expected} is used instead" in stderr()
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path, make_recipe: Any) -> None:
@@ -153,12 +152,47 @@ def test_the_real_llama_tokenizer_loads_and_pads_with_unk(make_recipe: Any) -> N
 
 
 @pytest.mark.usefixtures("without_chatml")
-def test_llama3_needs_its_control_tokens_and_mistral_needs_none(make_recipe: Any, said: Callable[[], str]) -> None:
+def test_llama3_needs_its_control_tokens_and_mistral_needs_none(make_recipe: Any, stderr: Callable[[], str]) -> None:
     with pytest.raises(UsageError, match=r"needs <\|start_header_id\|>, .*<\|eot_id\|>.*modules_to_save"):
         load_tokenizer(make_recipe(model={"chat_template": "llama3"}, lora={"r": 4}), texts)
     llama3 = load_tokenizer(make_recipe(model={"chat_template": "llama3"}), texts)
     assert llama3.eos_token == "<|eot_id|>"
-    assert "several tokens" not in said()
+    assert "several tokens" not in stderr()
     mistral = load_tokenizer(make_recipe(model={"chat_template": "mistral"}, lora={"r": 4}), texts)
     assert mistral.eos_token == "<|endoftext|>"
     assert mistral.apply_chat_template(TURN, tokenize=False) == "[INST] hello [/INST] world<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"generation_config.json": {"eos_token_id": [0, 1]}}, {0, 1, 2}),
+        ({"generation_config.json": {"eos_token_id": 0}}, {0, 2}),
+        ({"generation_config.json": {}, "config.json": {"eos_token_id": 1}}, {1, 2}),
+        ({"config.json": {"text_config": {"eos_token_id": [1]}}}, {1, 2}),
+        ({"config.json": {}}, None),
+    ],
+)
+def test_a_model_stops_at_its_settings_and_at_the_end_of_sequence(
+    tmp_path: Path, save_base: Any, make_recipe: Any, tokenizer: Any, files: dict[str, Any], expected: set[int] | None
+) -> None:
+    save_base()
+    for name in ("generation_config.json", "config.json"):
+        (tmp_path / "base" / name).unlink(missing_ok=True)
+    for name, settings in files.items():
+        (tmp_path / "base" / name).write_text(json.dumps(settings))
+    assert stop_tokens(make_recipe(), tokenizer) == expected
+
+
+def test_an_adapter_stops_where_its_base_does_unless_it_has_settings(
+    tmp_path: Path, save_base: Any, save_sft: Any, make_recipe: Any, tokenizer: Any
+) -> None:
+    save_base()
+    folder = save_sft()
+    (folder / "generation_config.json").unlink()  # adapters of other programs have none
+    (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": 1}')
+    recipe = make_recipe(folder, lora={"start": "new"})
+    assert stop_tokens(recipe, tokenizer) == {1, 2}
+    (folder / "generation_config.json").write_text('{"eos_token_id": 0}')
+    assert stop_tokens(recipe, tokenizer) == {0, 2}
+    assert stop_tokens(scratch(make_recipe), tokenizer) == {2}

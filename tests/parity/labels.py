@@ -1,32 +1,28 @@
 """KTO by the core of dpoctl, on rows that are tokenized here, with the mismatched answers in the open."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import yaml
 from accelerate import Accelerator
 from datasets import Dataset
+from loop_samples import Notes
 from memory_store import MemoryStore
 from parity.two_programs import BATCH, LENGTH, SEED, Course, Row, World, forget_processes, pair_rows
 from transformers import PreTrainedTokenizerFast
 
 from dpoctl.core.guard import Guard
-from dpoctl.core.logps import Scorer
-from dpoctl.core.loop import Cadence, Outputs, Run, fit
-from dpoctl.core.losses import LOSSES
-from dpoctl.core.mismatched import Mismatched
-from dpoctl.core.objective import Objective
-from dpoctl.core.optim import build_optimizer, learning_rate
+from dpoctl.core.loop import Cadence, fit
+from dpoctl.core.optim import learning_rate
 from dpoctl.core.planner import Lengths, Plan
-from dpoctl.core.reader import Reader
-from dpoctl.data.formats import FORMATS
+from dpoctl.core.step import MemoryRetry, Stepper
+from dpoctl.data.mismatched import Mismatched
 from dpoctl.data.tokenize import Example
 from dpoctl.model.load import load_policy
-from dpoctl.model.probe import Verdict
+from dpoctl.model.probe import ProbeResult
 from dpoctl.recipe import parse_recipe
 from dpoctl.tasks.reference import Reference
-from dpoctl.tasks.task import build_task
+from dpoctl.tasks.setup import Setup
 
 
 def labelled_rows() -> list[Row]:
@@ -55,30 +51,27 @@ def train_on_labels(world: World, loss: Row, store: Mismatched, *, lora: bool = 
     """Train with dpoctl's own loop, optimizer, reference and loss."""
     forget_processes()
     text = yaml.safe_dump(world.recipe(labelled_rows(), loss, lora=lora))
-    recipe = parse_recipe(text, "recipe", command="dpo", losses=LOSSES, formats=FORMATS)
-    accelerator, task, verdict = Accelerator(cpu=True), build_task(recipe), Verdict("shared", True, "")
+    recipe = parse_recipe(text, "recipe", command="dpo")
+    accelerator = Accelerator(cpu=True)
     policy = load_policy(recipe, world.tokenizer, accelerator.device)
+    setup = Setup(recipe, accelerator, world.tokenizer, policy, ProbeResult("shared", True, ""))
     plan = Plan(Lengths.of(store), BATCH, seed=SEED)
-    reader = Reader(store, "shared", accelerator.device)
-    scorer = Scorer(policy.model, policy.causal, verdict).train()
-    reader = Reference(recipe, policy, verdict, accelerator, task.needs).read_into(reader, plan.max_tokens, None)
-    optimizer = accelerator.prepare(build_optimizer(policy.model.named_parameters(), recipe.training))
-    rows: list[dict[str, Any]] = []
-    fit(
-        Run(
-            accelerator=accelerator,
-            objective=Objective(accelerator, scorer, task.terms, task.report),
-            optimizer=optimizer,
-            plan=plan,
-            reader=reader,
-            learning_rate=learning_rate(recipe.training, plan.num_steps),
-            max_grad_norm=recipe.training.max_grad_norm,
-            outputs=Outputs(lambda _, row: rows.append(row), lambda _: None, lambda _: None),
-            cadence=Cadence(logging=1),
-            guard=Guard(accelerator),
-        )
+    reader = Reference(setup).read_into(setup.reader(store, ""), plan.max_tokens)
+    scorer, optimizer, clip = setup.prepare()
+    stepper = Stepper(
+        setup.objective(scorer),
+        optimizer,
+        plan,
+        reader,
+        Guard(accelerator),
+        learning_rate=learning_rate(recipe.training, plan.num_steps),
+        max_grad_norm=recipe.training.max_grad_norm,
+        retry=MemoryRetry(allowed=False),
+        clip=clip,
     )
-    return Course(rows)
+    notes = Notes()
+    fit(stepper, notes, Cadence(logging=1), {})
+    return Course([row for _, row in notes.rows])
 
 
 def mismatched_like(store: Mismatched, dataset: Dataset) -> Dataset:

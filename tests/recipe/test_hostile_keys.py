@@ -14,14 +14,12 @@ from good_recipe import GOOD
 from tiny_runs import merge
 
 from dpoctl.cli.app import main
-from dpoctl.core.losses import LOSSES
-from dpoctl.data.formats import FORMATS
 from dpoctl.recipe import RecipeError, parse_recipe
-from dpoctl.recipe.problems import Problem, dotted
-from dpoctl.recipe.schema import Recipe
-from dpoctl.recipe.schema_data import Source
-from dpoctl.recipe.validate import keys_of
-from dpoctl.recipe.writer import write_yaml
+from dpoctl.recipe.consistency import resolved_yaml
+from dpoctl.recipe.diagnostics import Diagnostic, dotted
+from dpoctl.recipe.document import write_yaml
+from dpoctl.recipe.loader import keys_of
+from dpoctl.recipe.schema import Recipe, Source
 
 BASE = yaml.safe_load(GOOD.replace("5e-7", "5.0e-7"))
 HERE = "@here@"
@@ -78,9 +76,10 @@ def with_value(key: str, value: str) -> tuple[str, int]:
     return text.replace(HERE, value), line
 
 
-def is_at(problem: Problem, key: str, line: int) -> bool:
+def is_at(problem: Diagnostic, key: str, line: int) -> bool:
     """Whether a problem is of the key, or of a section around it that is not complete."""
     around = [problem.path, problem.path[:-1]] if len(problem.path) > 2 else [problem.path]
+    assert problem.place
     return problem.place.line == line or any(key.startswith(f"{dotted(section)}.") for section in around)
 
 
@@ -90,21 +89,22 @@ def accepted(key: str) -> set[str]:
 
 
 def is_taken(key: str, text: str, line: int) -> bool:
-    read = partial(parse_recipe, command="dpo", losses=LOSSES, formats=FORMATS)
+    read = partial(parse_recipe, command="dpo")
     try:
         recipe = read(text, "r.yaml")
     except RecipeError as error:
         refused = error
     else:
-        assert read(recipe.to_yaml(), "again") == recipe
+        assert read(resolved_yaml(recipe), "again") == recipe
         return True
     assert refused.exit_code == 2
     assert any(is_at(problem, key, line) for problem in refused.problems), str(refused)
+    assert len(str(refused).splitlines()) == 3 * len(refused.problems)
     for problem in refused.problems:
         assert re.match(r"r\.yaml:\d+:\d+: error: ", str(problem))
+        assert "\n" not in str(problem)
         assert problem.message.isprintable()
         assert len(problem.message) < 800
-        assert len(str(problem).splitlines()) == 3
     return False
 
 
@@ -196,10 +196,10 @@ def refused(name: str, capsys: pytest.CaptureFixture[str], *options: str) -> str
     """The one error of a run of a recipe that ends at once and leaves nothing."""
     before = sorted(Path().rglob("*"))
     sys.argv = ["dpoctl", "dpo", name, *options]
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(SystemExit) as ended:
         main()
-    assert time.monotonic() - began < 10
+    assert time.process_time() - began < 10
     assert ended.value.code == 2
     assert sorted(Path().rglob("*")) == before
     out, err = capsys.readouterr()
@@ -269,8 +269,8 @@ OVERRIDES = [
         "seed=!!int 1",
         "seed=.nan",
         "seed=1\n---\n2",
-        "train[0]=x",
-        "data.train[0]=x",
+        "train[7]=x",
+        "data.train[x]=x",
         "__class__=1",
     ),
     *(

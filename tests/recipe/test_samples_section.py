@@ -6,8 +6,8 @@ import pytest
 import yaml
 from tiny_runs import merge
 
-from dpoctl.core.losses import LOSSES
 from dpoctl.recipe import RecipeError, parse_recipe
+from dpoctl.recipe.consistency import resolved_yaml
 
 BASE: dict[str, Any] = {
     "method": "dpo",
@@ -21,21 +21,30 @@ WITHOUT_EVAL = {"data.eval": None, "training.eval_steps": None}
 
 def parse(changes: dict[str, Any], *overrides: str) -> Any:
     text = yaml.safe_dump(merge(BASE, changes))
-    return parse_recipe(text, "r.yaml", command="dpo", losses=LOSSES, overrides=overrides)
+    return parse_recipe(text, "r.yaml", command="dpo", overrides=overrides)
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"eval.judge": JUDGE}, "eval.judge would do nothing: there are no samples"),
-        ({"eval": {"samples": {"num": 0}, "judge": JUDGE}}, "eval.judge would do nothing: there are no samples"),
-        ({"eval.samples": {"num": 0, "seed": 1}}, "eval.samples.seed would do nothing"),
-        ({"eval.samples": {"num": 2, "prompts": ["hi"]}}, "eval.samples.num would do nothing: prompts says"),
-        ({"eval.samples": {"temperature": 0, "per_prompt": 2}}, "eval.samples.per_prompt would do nothing"),
-        (WITHOUT_EVAL | {"eval.samples": {"num": 2}}, "eval.samples would do nothing: there is no eval data"),
-        ({"eval": {"samples": {}, "judge": JUDGE | {"target": "hars"}}}, "expected one of the categories, harsh, kind"),
-        ({"eval": {"samples": {}, "judge": merge(JUDGE, {"categories.kind": ["Reject"]})}}, "is a word of 'harsh' too"),
-        ({"eval": {"samples": {}, "judge": merge(JUDGE, {"categories.undecided": ["hm"]})}}, "name it otherwise"),
+        ({"eval.judge": JUDGE}, "eval.judge has no effect: there are no samples"),
+        ({"eval": {"samples": {"num": 0}, "judge": JUDGE}}, "eval.judge has no effect: there are no samples"),
+        ({"eval.samples": {"num": 0, "seed": 1}}, "eval.samples.seed has no effect"),
+        ({"eval.samples": {"num": 2, "prompts": ["hi"]}}, "eval.samples.num has no effect: prompts sets the number"),
+        ({"eval.samples": {"temperature": 0, "per_prompt": 2}}, "eval.samples.per_prompt has no effect"),
+        (WITHOUT_EVAL | {"eval.samples": {"num": 2}}, "eval.samples has no effect: there is no eval data"),
+        (
+            {"eval": {"samples": {}, "judge": JUDGE | {"target": "hars"}}},
+            "eval.judge.target: expected a category (harsh, kind)",
+        ),
+        (
+            {"eval": {"samples": {}, "judge": merge(JUDGE, {"categories.kind": ["Reject"]})}},
+            "is a word of the category 'harsh' too; remove it",
+        ),
+        (
+            {"eval": {"samples": {}, "judge": merge(JUDGE, {"categories.undecided": ["hm"]})}},
+            "'undecided' is the name for texts without a category; use another name",
+        ),
         ({"eval": {"samples": {}, "judge": merge(JUDGE, {"categories.kind": []})}}, "eval.judge.categories.kind"),
         ({"eval": {"samples": {}, "judge": {"target": "harsh"}}}, "missing key 'eval.judge.categories'"),
         ({"eval.samples": {"max_new_tokens": "128"}}, "eval.samples.max_new_tokens: expected a whole number"),
@@ -55,7 +64,7 @@ def test_a_recipe_without_the_section_has_no_samples() -> None:
 @pytest.mark.parametrize("samples", [{}, {"prompts": ["hi"]}, {"temperature": 0}, {"num": 3, "per_prompt": 2}])
 def test_the_resolved_recipe_loads_back(samples: dict[str, Any]) -> None:
     recipe = parse({"eval": {"samples": samples, "judge": JUDGE}})
-    again = parse_recipe(recipe.to_yaml(), "r.yaml", command="dpo", losses=LOSSES)
+    again = parse_recipe(resolved_yaml(recipe), "r.yaml", command="dpo")
     assert again == recipe
 
 

@@ -5,15 +5,16 @@ import re
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from good_recipe import GOOD
 
 from dpoctl.cli.app import main
-from dpoctl.core.losses import LOSSES
-from dpoctl.recipe import RecipeError, parse_recipe
+from dpoctl.recipe import Recipe, RecipeError, parse_recipe
+from dpoctl.recipe.foreign_keys import KEYS, NOT_OFFERED, NOT_OFFERED_WHY, VALUES
+from dpoctl.recipe.key_errors import choices, field_at
+from dpoctl.recipe.loader import known_paths
 
 
 def with_lines(*lines: str, at: str = "training:") -> str:
@@ -29,7 +30,7 @@ WRONG = {
     "misspelt key": (with_lines("warmup_ration: 0.1"), "7:3", "did you mean 'warmup_ratio'"),
     "misspelt section": (GOOD + "lroa: {r: 8}\n", "9:1", "did you mean 'lora'"),
     "key of another section": (with_lines("beta: 0.1"), "7:3", "did you mean 'dpo.loss.beta'"),
-    "key of nobody": (with_lines("zzzz: 1"), "7:3", "training takes output_dir"),
+    "key of nobody": (with_lines("zzzz: 1"), "7:3", "unknown key 'zzzz'; the keys of training are output_dir"),
     "misspelt key of a source": (
         GOOD.replace("[pairs.jsonl]", "[{path: x, splt: a}]"),
         "5:21",
@@ -40,7 +41,7 @@ WRONG = {
     "fraction for a whole number": (with_lines("save_steps: 1.5"), "7:15", "a whole number of at least 1"),
     "flag for a number": (with_lines("seed: true"), "7:9", "a whole number"),
     "yes for true": (with_lines("eval_on_start: yes"), "7:18", "expected true or false, got 'yes'"),
-    "null for a number": (with_lines("logging_steps:"), "7:17", "leave the key out"),
+    "null for a number": (with_lines("logging_steps:"), "7:17", "remove the key to use its default"),
     "out of range": (with_lines("warmup_ratio: 1.5"), "7:17", "at most 1"),
     "zero batch": (with_lines("global_batch_size: 0"), "7:22", "at least 1, got 0"),
     "budget of nothing": (with_lines("max_tokens_per_device: 0"), "7:26", "auto, or a whole number"),
@@ -53,7 +54,7 @@ WRONG = {
         "9:25",
         "the loss 'ipo' has no 'label_smoothing' (sigmoid, robust, exo_pair have it); it takes beta, sft_weight, avera",
     ),
-    "duplicate key": (with_lines("seed: 1", "seed: 2"), "8:3", "first set on line 7"),
+    "duplicate key": (with_lines("seed: 1", "seed: 2"), "8:3", "(first set on line 7); remove one"),
     "missing key": (GOOD.replace("  learning_rate: 5e-7\n", ""), "6:1", "learning_rate: 5.0e-06"),
     "missing section": (GOOD.replace("data:\n  train: [pairs.jsonl]\n", ""), "1:1", "data: {train:"),
     "no model": (GOOD.replace("  model_name_or_path: some/model\n", "  dtype: auto\n"), "2:1", "from_scratch"),
@@ -68,22 +69,26 @@ WRONG = {
         "5:29",
         "did you mean 'hh'",
     ),
-    "tab": (GOOD.replace("  output_dir", "\toutput_dir"), "7:1", "a tab cannot indent"),
+    "tab": (GOOD.replace("  output_dir", "\toutput_dir"), "7:1", "cannot be indented with tabs"),
     "open bracket": (GOOD + "lora: {r: 8\n", "9:7", "never closed"),
     "open quote": (GOOD + 'lora: "x\n', "9:7", "never closed"),
-    "two colons": (GOOD.replace("some/model", "a: b"), "3:24", "belongs to no key"),
+    "two colons": (GOOD.replace("some/model", "a: b"), "3:24", "unexpected ':'; quote the value"),
     "forbidden character": (GOOD.replace("some/model", "@x"), "3:23", "cannot start with '@'"),
-    "bad indentation": (GOOD + " lora: {}\n", "9:2", "indentation"),
+    "bad indentation": (GOOD + " lora: {}\n", "9:2", "indent it like the keys above"),
     "control character": (GOOD.replace("some", "so\x07me"), "3:25", "does not allow"),
-    "alias bomb": (BILLION, "1:4", "anchors (&a) are not read"),
-    "alias": (GOOD + "lora: *base\n", "9:7", "aliases (*base)"),
-    "merge key": (GOOD.replace("  output_dir", "  <<: {seed: 1}\n  output_dir"), "7:3", "merge keys"),
+    "alias bomb": (BILLION, "1:4", "anchors (&a) are not supported"),
+    "alias": (GOOD + "lora: *base\n", "9:7", "aliases (*base) are not supported"),
+    "merge key": (
+        GOOD.replace("  output_dir", "  <<: {seed: 1}\n  output_dir"),
+        "7:3",
+        "merge keys (<<) are not supported",
+    ),
     "python tag": (GOOD.replace("some/model", "!!python/name:os.system x"), "3:23", "tags ("),
-    "second document": (GOOD + "---\nmethod: dpo\n", "9:1", "one document"),
-    "bottomless nesting": (DEEP, "9:27", "more than 20 levels"),
+    "second document": (GOOD + "---\nmethod: dpo\n", "9:1", "a recipe is a single document"),
+    "bottomless nesting": (DEEP, "9:27", "nested more than 20 levels"),
     "a list": ("- 1\n", "1:1", "got a list"),
     "empty file": ("# nothing\n", "1:1", "got nothing"),
-    "key that is a list": (GOOD + "? [a]\n: 1\n", "9:3", "a plain text"),
+    "key that is a list": (GOOD + "? [a]\n: 1\n", "9:3", "a key must be plain text"),
     "endless number": (with_lines(f"seed: {'9' * 5000}"), "7:9", "too many digits"),
     "TRL file": (
         "model_name_or_path: gpt2\ndataset_name: x\nlearning_rate: 1e-6\nbeta: 0.1\n",
@@ -93,12 +98,12 @@ WRONG = {
     "axolotl file": (
         "base_model: gpt2\nrl: dpo\nsequence_len: 512\nmicro_batch_size: 2\nlora_r: 8\n",
         "1:1",
-        "lora_r -> lora.r",
+        "start from one of `dpoctl recipes`; its keys:",
     ),
     "LLaMA-Factory file": (
         "### model\nmodel_name_or_path: x\nstage: dpo\nfinetuning_type: lora\ncutoff_len: 512\n",
         "3:1",
-        "cutoff_len -> data.max_length",
+        "a LLaMA-Factory config",
     ),
 }
 
@@ -111,10 +116,8 @@ def test_a_wrong_recipe_is_refused_with_its_place_and_a_way_out(
     monkeypatch.chdir(tmp_path)
     Path("bad.yaml").write_text(text, encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["dpoctl", "dpo", "bad.yaml"])
-    started = time.monotonic()
     with pytest.raises(SystemExit) as ended:
         main()
-    assert time.monotonic() - started < 1
     assert ended.value.code == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -125,7 +128,7 @@ def test_a_wrong_recipe_is_refused_with_its_place_and_a_way_out(
 
 
 def test_the_good_recipe_is_good() -> None:
-    assert parse_recipe(GOOD, "good.yaml", command="dpo", losses=LOSSES).training.learning_rate == 5e-7
+    assert parse_recipe(GOOD, "good.yaml", command="dpo").training.learning_rate == 5e-7
 
 
 REFUSED = {
@@ -163,7 +166,7 @@ def cpu_of_children() -> float:
 def test_all_errors_are_said_at_once_and_in_the_order_of_the_file() -> None:
     text = with_lines("sed: 1", "optim: sgd", "warmup_ratio: 2", "eval_steps: 3")
     with pytest.raises(RecipeError) as refused:
-        parse_recipe(text, "r", command="dpo", losses=LOSSES, overrides=["lora.r=x", "nonsense"])
+        parse_recipe(text, "r", command="dpo", overrides=["lora.r=x", "nonsense"])
     assert [str(problem.place) for problem in refused.value.problems] == [
         "r:7:3",
         "r:8:10",
@@ -176,13 +179,20 @@ def test_all_errors_are_said_at_once_and_in_the_order_of_the_file() -> None:
 
 def test_the_source_line_is_shown_with_a_caret() -> None:
     with pytest.raises(RecipeError) as refused:
-        parse_recipe(GOOD.replace("5e-7", "fast"), "r", command="dpo", losses=LOSSES)
+        parse_recipe(GOOD.replace("5e-7", "fast"), "r", command="dpo")
     assert str(refused.value).splitlines()[1:] == ["    8 |   learning_rate: fast", f"      | {' ' * 17}^"]
+
+
+@pytest.mark.parametrize("value", ["&a 1", "*a", "!!int 1", ".nan", '"\\0"'])
+def test_a_value_that_yaml_reading_refuses_is_not_also_of_the_wrong_type(value: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        parse_recipe(GOOD.replace("runs/x", value), "r", command="dpo")
+    assert len(refused.value.problems) == 1
 
 
 def test_a_misspelt_section_is_not_also_missing() -> None:
     with pytest.raises(RecipeError) as refused:
-        parse_recipe(GOOD.replace("training:", "trainning:"), "r", command="dpo", losses=LOSSES)
+        parse_recipe(GOOD.replace("training:", "trainning:"), "r", command="dpo")
     assert [problem.message for problem in refused.value.problems] == [
         "unknown key 'trainning', did you mean 'training'?"
     ]
@@ -191,14 +201,14 @@ def test_a_misspelt_section_is_not_also_missing() -> None:
 def test_a_misspelt_section_causes_no_follow_up_error() -> None:
     text = GOOD + "quantization: {load_in_4bit: true}\nlroa: {r: 8}\n"
     with pytest.raises(RecipeError) as refused:
-        parse_recipe(text, "r", command="dpo", losses=LOSSES)
+        parse_recipe(text, "r", command="dpo")
     assert len(refused.value.problems) == 1
 
 
 def test_thousands_of_errors_are_cut_short() -> None:
     text = GOOD + "".join(f"key{i}: 1\n" for i in range(2000))
     with pytest.raises(RecipeError) as refused:
-        parse_recipe(text, "r", command="dpo", losses=LOSSES)
+        parse_recipe(text, "r", command="dpo")
     assert str(refused.value).endswith("and 1950 more")
 
 
@@ -227,7 +237,8 @@ def test_a_file_that_cannot_be_a_recipe_is_refused(
         ("recipes/mistral.yml", "did you mean 'recipes/mistral7b.yaml'?"),
         ("mistral7b", "did you mean 'recipes/mistral7b.yaml'?"),
         ("recipes", "is a folder"),
-        ("qqqqqqqq.yaml", "there is no recipe"),
+        ("qqqqqqqq.yaml", "`dpoctl recipes` lists those"),
+        ("recipes/gpt2-smoke.yaml", "`dpoctl recipes gpt2-smoke -o gpt2-smoke.yaml` copies"),
     ],
 )
 def test_a_missing_file_names_the_nearest(
@@ -241,3 +252,129 @@ def test_a_missing_file_names_the_nearest(
         main()
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
+
+
+FOREIGN = {
+    "packing: true": "unknown key 'packing': dpoctl does not pad, so it needs no packing; remove this key",
+    "sample_packing: true": "unknown key 'sample_packing': dpoctl does not pad, so it needs no packing; remove",
+    "load_best_model_at_end: true": "the model of the last step is the result; training.max_steps ends a run earlier",
+    "neftune_noise_alpha: 5": "noise on embeddings is not offered",
+    "deepspeed: ds.json": "did you mean 'sharding'? (full: weights, gradients and optimizer state are divided",
+    "fsdp: full_shard auto_wrap": "did you mean 'sharding'? (full: weights, gradients and optimizer state are divided",
+    "fsdp_config: {fsdp_version: 2}": "did you mean 'sharding'?",
+    "tensor_parallel_size: 2": "a layer is computed on one device; training.sharding: full divides",
+    "dataloader_num_workers: 4": "rows are tokenized once and kept in a cache; no workers are needed",
+    "use_liger_kernel: true": "fused kernels are used where the model allows; there is nothing to set",
+    "gradient_accumulation_steps: 4": "did you mean 'global_batch_size'? (it counts the rows of a step over",
+    "bf16: true": "did you mean 'model.dtype'? (for example dtype: bfloat16)",
+    "optim: adamw_torch_fused": "got 'adamw_torch_fused', did you mean 'adamw'?",
+    "optim: adamw_bnb_8bit": "did you mean 'adamw_8bit'?",
+    "lr_scheduler_type: constant_with_warmup": "did you mean 'constant'? (its warm-up is warmup_ratio or warmup_steps)",
+    "lr_scheduler_type: cosine_with_min_lr": "did you mean 'cosine'? (it ends at 0)",
+}
+
+
+@pytest.mark.parametrize("line", FOREIGN)
+def test_a_key_or_value_of_another_tool_is_answered_in_one_short_line(line: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        parse_recipe(with_lines(line), "r.yaml", command="dpo")
+    (problem,) = refused.value.problems
+    assert FOREIGN[line] in problem.message
+    assert len(str(problem)) < 200
+
+
+def test_the_keys_of_a_section_are_listed_once() -> None:
+    with pytest.raises(RecipeError) as refused:
+        parse_recipe(with_lines("zzzz: 1", "yyyy: 2"), "r.yaml", command="dpo")
+    first, second = (problem.message for problem in refused.value.problems)
+    assert first.startswith("unknown key 'zzzz'; the keys of training are output_dir, ")
+    assert second == "unknown key 'yyyy' of training"
+
+
+def test_no_key_of_another_tool_is_a_key_here_or_translated_too() -> None:
+    ours = {str(path[-1]) for path in known_paths()}
+    assert not NOT_OFFERED_WHY.keys() & (KEYS.keys() | ours)
+    assert len(NOT_OFFERED_WHY) == sum(map(len, NOT_OFFERED.values())), "no key is in two places"
+    for key, values in VALUES.items():
+        (path,) = (path for path in known_paths() if path[-1] == key)
+        field = field_at(Recipe, path)
+        assert field is not None
+        assert {ours for ours, _ in values.values()} <= {*choices(field.annotation)}
+
+
+FLAT = {
+    "a LLaMA-Factory config": (
+        "model_name_or_path: x\nstage: dpo\nfinetuning_type: lora\nlora_rank: 8\ncutoff_len: 512\nbf16: true\n"
+        "per_device_train_batch_size: 1\ngradient_accumulation_steps: 8\npacking: true\nplot_loss: true\n",
+        [
+            "model: model_name_or_path, dtype (bf16)",
+            "at the top: method (stage), lora (finetuning_type)",
+            "lora: r (lora_rank)",
+            "data: max_length (cutoff_len)",
+            "training: global_batch_size (per_device_train_batch_size, gradient_accumulation_steps)",
+            "packing: dpoctl does not pad, so it needs no packing; remove this key",
+            "plot_loss: every run writes metrics.jsonl and report.html",
+        ],
+    ),
+    "an axolotl config": (
+        "base_model: x\nadapter: qlora\nsequence_len: 512\nflash_attention: true\nwandb_entity: me\nfoo: 1\n",
+        [
+            "model: model_name_or_path (base_model), attn_implementation (flash_attention)",
+            "at the top: lora (adapter)",
+            "data: max_length (sequence_len)",
+            "wandb_entity: the environment variables of wandb decide",
+            "foo: unknown here",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("tool", FLAT)
+def test_the_config_of_another_tool_is_answered_by_sections(tool: str) -> None:
+    text, details = FLAT[tool]
+    with pytest.raises(RecipeError) as refused:
+        parse_recipe(text, "r.yaml", command="dpo")
+    (problem,) = refused.value.problems
+    assert problem.message.startswith(f"this is {tool}, not a dpoctl recipe; ")
+    assert list(problem.details) == details == problem.to_dict()["details"]
+    assert all(len(line) <= 130 for line in str(refused.value).splitlines())
+
+
+SECRET = "hf_AbCdEfGhIjKlMnOp"
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+@pytest.mark.parametrize(
+    ("line", "overrides"),
+    [
+        (f"hub_token: {SECRET}", []),
+        (f'"{SECRET}": 1', []),
+        (f"optim: {SECRET}", []),
+        ("report_to: https://me:AbCdEfGhIjKlMnOp@tracker", []),
+        ("wandb_api_key: AbCdEfGhIjKlMnOp", []),
+        ("seed: 1", [f"hub_token={SECRET}"]),
+        ("seed: 1", [SECRET]),
+        ("seed: 1", ["my_password=AbCdEfGhIjKlMnOp"]),
+        ("seed: 1", ["dtype=https://me:AbCdEfGhIjKlMnOp@hub/model"]),
+        ("seed: 1", ["train=https://me:AbCdEfGhIjKlMnOp@hub/rows.jsonl"]),
+    ],
+)
+def test_no_secret_of_a_recipe_or_an_override_is_printed(
+    line: str,
+    overrides: list[str],
+    as_json: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text(with_lines(line))
+    for command in ("dpo", "check"):
+        given = [word for override in overrides for word in ("--set", override)]
+        monkeypatch.setattr(sys, "argv", ["dpoctl", command, "r.yaml", *given, *["--json"] * as_json])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        assert ended.value.code in (2, 3)
+        assert "AbCdEfGhIjKlMnOp" not in out + err
+        assert "<redacted>" in out + err or as_json or command == "check"

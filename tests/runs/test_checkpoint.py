@@ -1,19 +1,30 @@
 import errno
 import os
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from checkpoint_samples import flip, names, small, tree_equal
+from checkpoint_samples import flip, names, save, small, tree_equal
 from torch import nn
 
 from dpoctl.errors import RunError
-from dpoctl.runs import rng
-from dpoctl.runs.checkpoint import Checkpoint, load, newest, recover, save
-from dpoctl.runs.manifest import find_damage, read_manifest, write_manifest
+from dpoctl.runs.checkpoint import (
+    Checkpoint,
+    capture_rng,
+    find_damage,
+    load,
+    newest,
+    read_manifest,
+    recover,
+    restore_rng,
+    write_manifest,
+)
+from dpoctl.runs.serialization import read_tree, write_tree
 
 
 def adamw(parameters: Any) -> torch.optim.Optimizer:
@@ -54,14 +65,18 @@ class Training:
 
     def checkpoint(self) -> Checkpoint:
         return Checkpoint(
-            self.step, self.net.state_dict(), self.optimizer.state_dict(), rng.capture(), {"budget": 512, "note": None}
+            self.step,
+            self.net.state_dict(),
+            self.optimizer.state_dict(),
+            capture_rng(),
+            {"budget": 512, "note": None},
         )
 
     def restore(self, saved: Checkpoint) -> None:
         self.step = saved.step
         self.net.load_state_dict(saved.weights)
         self.optimizer.load_state_dict(saved.optimizer)
-        rng.restore(saved.rng)
+        restore_rng(saved.rng)
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
@@ -171,7 +186,7 @@ def test_a_failing_deletion_only_warns(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(shutil, "rmtree", fail)
     save(tmp_path, small(20), keep=1)
-    assert "could not be removed" in capsys.readouterr().err
+    assert "cannot delete an old checkpoint" in capsys.readouterr().err
     monkeypatch.undo()
     assert newest(tmp_path).name == "step-000020"
     recover(tmp_path)
@@ -213,7 +228,7 @@ def test_damage_to_any_file_is_found_and_the_checkpoint_before_is_taken_with_one
         message = capsys.readouterr().err
         assert message.count("warning") == 1
         assert file in message
-        assert "going back to step-000010" in message
+        assert "using step-000010 instead" in message
         shutil.rmtree(whole)
         shutil.copytree(spare, whole)
     assert newest(tmp_path) == whole
@@ -253,8 +268,8 @@ def test_a_manifest_cannot_point_outside_its_folder(tmp_path):
 
 def test_a_checkpoint_of_a_newer_format_is_refused_by_that_name(tmp_path):
     path = save(tmp_path, small(10))
-    write_manifest(path, {**read_manifest(path), "format": 2})
-    assert find_damage(path) == "manifest.json has format 2, this version reads 1"
+    write_manifest(path, {**read_manifest(path), "format": 3})
+    assert find_damage(path) == "manifest.json has format 3, but this version reads format 2"
 
 
 def test_a_damaged_checkpoint_is_replaced_by_a_new_one_of_its_step(tmp_path):
@@ -263,3 +278,23 @@ def test_a_damaged_checkpoint_is_replaced_by_a_new_one_of_its_step(tmp_path):
     save(tmp_path, small(20), keep=2)
     assert find_damage(tmp_path / "step-000020") is None
     assert names(tmp_path) == ["step-000010", "step-000020"]
+
+
+def draw():
+    return torch.rand(3).tolist(), np.random.normal(size=3).tolist(), random.random(), random.gauss(0, 1)
+
+
+def test_the_draws_after_a_restore_are_those_after_the_capture(tmp_path):
+    np.random.normal()  # leaves a cached second value behind, and so does gauss
+    random.gauss(0, 1)
+    write_tree(tmp_path, "rng", capture_rng())
+    expected = draw()
+    draw()
+    restore_rng(read_tree(tmp_path, "rng"))
+    assert draw() == expected
+
+
+def test_states_of_devices_that_are_gone_are_passed_over():
+    state = {**capture_rng(), "cuda": [torch.zeros(16, dtype=torch.uint8)] * 99}
+    if torch.cuda.device_count() == 0:
+        restore_rng(state)

@@ -5,20 +5,20 @@ import os
 import signal
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoint_samples import flip, names, small, tree_equal
+from checkpoint_samples import flip, names, save, small, tree_equal
 from safetensors import SafetensorError
 
 from dpoctl.errors import RunError
 from dpoctl.runs import checkpoint as module
-from dpoctl.runs import tree
-from dpoctl.runs.checkpoint import Checkpoint, load, newest, recover, save
-from dpoctl.runs.manifest import find_damage
+from dpoctl.runs import serialization
+from dpoctl.runs.checkpoint import Checkpoint, find_damage, load, newest, recover
 
 # Kill -9 before every call that touches the disk, one after the other.
 
@@ -39,7 +39,7 @@ def die_at(call: int | None, counts: list[int]) -> None:
 
     for _, name in TOUCHING:
         setattr(os, name, wrap(getattr(os, name)))
-    tree.save_file = wrap(tree.save_file)
+    serialization.save_file = wrap(serialization.save_file)
 
 
 def killed_save(checkpoints: Path, step: int, call: int) -> bool:
@@ -126,10 +126,10 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_says_what_is_needed(tmp_path, 
     def full(*args: Any) -> None:
         raise error
 
-    monkeypatch.setattr(tree, "save_file", full)
-    with pytest.raises(RunError, match="step 20 could not be saved") as failure:
+    monkeypatch.setattr(serialization, "save_file", full)
+    with pytest.raises(RunError, match="cannot save the checkpoint of step 20") as failure:
         save(checkpoints, small(20), keep=1)
-    assert "GiB are free" in failure.value.hint
+    assert " are free; free some disk space" in failure.value.hint
     assert names(checkpoints) == ["step-000010"]
     assert newest(checkpoints).name == "step-000010"
     monkeypatch.undo()
@@ -139,8 +139,66 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_says_what_is_needed(tmp_path, 
 
 def test_a_folder_that_cannot_be_made_is_a_run_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="could not be saved"):
+    with pytest.raises(RunError, match="cannot save the checkpoint"):
         save(tmp_path / "file" / "checkpoints", small(10))
+
+
+class Panic(BaseException):
+    """The error of a library in Rust."""
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA error: an illegal memory access"), Panic("w")])
+@pytest.mark.parametrize("function", ["write_tree", "_commit"])
+def test_any_exception_of_the_writer_reaches_the_loop(tmp_path, monkeypatch, error, function):
+    """A thread that died of it would let the loop wait forever."""
+    save(tmp_path / "checkpoints", small(10))
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(module, function, broken)
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            save(tmp_path / "checkpoints", small(20))
+        except RunError as failure:
+            outcome.append(failure)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive(), "the loop waits for a writer that has died"
+    assert f"cannot save the checkpoint of step 20: {type(error).__name__}: " in str(outcome[0])
+    assert outcome[0].hint == "fix the cause, then continue with --resume"
+    assert names(tmp_path / "checkpoints") == ["step-000010"]
+
+
+def test_a_writer_that_has_failed_is_noticed_at_the_next_step(tmp_path, monkeypatch):
+    saver = module.Saver(tmp_path / "checkpoints")
+    saver.check()
+    may_go_on = threading.Event()
+    monkeypatch.setattr(module, "write_tree", lambda *args: may_go_on.wait() and 1 // 0)
+    saver.save(small(20))
+    saver.check()
+    may_go_on.set()
+    saver._current.join(20)
+    with pytest.raises(RunError, match="cannot save the checkpoint of step 20: ZeroDivisionError"):
+        saver.check()
+    saver.check()
+    saver.wait()
+    assert names(tmp_path / "checkpoints") == []
+
+
+def test_a_failing_clean_up_after_the_commit_only_warns(tmp_path, monkeypatch, capsys):
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(module, "_discard", broken)
+    save(tmp_path / "checkpoints", small(10), keep=1)
+    save(tmp_path / "checkpoints", small(20), keep=1)
+    assert newest(tmp_path / "checkpoints").name == "step-000020"
+    assert "cannot delete an old checkpoint: RuntimeError: no such luck" in capsys.readouterr().err
 
 
 # Two ranks, played by two threads.
@@ -186,15 +244,49 @@ def test_each_rank_gets_its_own_random_state_and_the_weights_of_rank_0(tmp_path)
     assert load(paths[0], 2).rng == {}
 
 
+def test_a_failing_run_does_not_wait_long_for_dead_ranks(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "OTHERS_SECONDS", 0.2)
+    saver = module.Saver(tmp_path, rank=0, world_size=2)
+    saver.save(of_rank(10, 0))
+    thread = threading.Thread(target=saver.abandon, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert newest(tmp_path) is None
+
+
+def test_a_rank_that_writes_no_weights_copies_none(tmp_path, monkeypatch):
+    copied: dict[int, int] = {}
+    original = module.copied
+
+    def watched(checkpoint: Checkpoint) -> Checkpoint:
+        copy = original(checkpoint)
+        copied[int(copy.rng["torch"][0])] = len(copy.weights) + len(copy.optimizer) + len(copy.reference)
+        return copy
+
+    monkeypatch.setattr(module, "copied", watched)
+    on_two_ranks(lambda rank, barrier: save(tmp_path, of_rank(10, rank), rank=rank, world_size=2, barrier=barrier))
+    assert copied == {0: 4, 1: 0}
+    assert find_damage(tmp_path / "step-000010") is None
+
+
+def test_a_restored_checkpoint_lets_go_of_its_tensors():
+    saved = small(10)
+    kept = [weakref.ref(tensor) for tensor in [*saved.weights.values(), saved.optimizer["state"][0]["m"]]]
+    saved.release()
+    assert all(tensor() is None for tensor in kept)
+
+
 def test_sharded_ranks_get_their_own_weights_and_no_others(tmp_path):
     def act(rank: int, barrier: Callable[[], None]) -> Path:
-        return save(tmp_path, of_rank(10, rank), rank=rank, world_size=2, barrier=barrier, sharded=True)
+        return save(tmp_path, of_rank(10, rank), rank=rank, world_size=2, barrier=barrier, shards=2)
 
     path = on_two_ranks(act)[0]
     for rank in range(2):
-        assert torch.equal(load(path, rank).weights["w"], small(10).weights["w"] + rank)
-    with pytest.raises(RunError, match="2 shards and has none for rank 2"):
-        load(path, 2)
+        assert torch.equal(load(path, rank, 2).weights["w"], small(10).weights["w"] + rank)
+    both = torch.cat([small(10).weights["w"] + rank for rank in range(2)])
+    assert torch.equal(load(path).weights["w"], both)
+    assert torch.equal(load(path, 2, 3).weights["w"], both.chunk(3)[2])
 
 
 @pytest.mark.parametrize("failing", [0, 1])

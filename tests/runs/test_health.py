@@ -1,4 +1,5 @@
 import math
+import random
 
 import pytest
 
@@ -11,9 +12,15 @@ def train(step, loss=0.5, **metrics):
     return {"step": step, "loss": loss, "grad_norm": 1.0, **metrics}
 
 
-def codes(expected, *rows):
+def watched(expected, *rows):
     health = Health(expected)
-    return [symptom.code for row in rows for symptom in health.watch(row)]
+    for row in rows:
+        health.watch(row)
+    return health
+
+
+def codes(expected, *rows):
+    return [symptom.code for symptom in watched(expected, *rows).symptoms]
 
 
 def test_a_healthy_run_has_no_symptoms():
@@ -46,9 +53,13 @@ def test_a_loss_that_does_not_move_is_named_with_its_cause():
     still = [train(step, LN2 - 1e-4) for step in range(10, 60, 10)]
     assert codes(expected, *still) == ["stuck"]
     assert codes(expected, *(row | {"grad_norm": 0.0} for row in still)) == ["stuck"]
-    health = Health(expected, [row | {"grad_norm": 0.0} for row in still])
+    few = [train(step, LN2 - 1e-5) for step in range(1, 9)]
+    short = Expectation(8, warmup_steps=1, at_init=LN2)
+    assert codes(short, *few) == []
+    assert codes(short, *(row | {"grad_norm": 0.0} for row in few)) == ["stuck"]
+    health = watched(expected, *(row | {"grad_norm": 0.0} for row in still))
     assert "gradient is zero" in health.symptoms[0].message
-    assert "too small" in Health(expected, still).symptoms[0].message
+    assert "too small" in watched(expected, *still).symptoms[0].message
 
 
 def test_a_loss_may_stand_still_during_warm_up_and_move_now_and_then():
@@ -59,7 +70,7 @@ def test_a_loss_may_stand_still_during_warm_up_and_move_now_and_then():
 
 def test_chosen_answers_that_become_less_likely_are_named_in_nats():
     rows = [{"step": step, "eval_logps/chosen": logps} for step, logps in ((0, -120.0), (10, -125.0), (20, -150.0))]
-    health = Health(Expectation(100), rows)
+    health = watched(Expectation(100), *rows)
     assert [(s.code, s.step) for s in health.symptoms] == [("chosen_falling", 20)]
     assert "30.0 nats" in health.symptoms[0].message
     # Long answers vary more: the same fall is a smaller share of them.
@@ -67,32 +78,57 @@ def test_chosen_answers_that_become_less_likely_are_named_in_nats():
 
 
 def test_without_evaluation_the_steps_show_that_chosen_answers_fall():
-    falling = [train(step, **{"logps/chosen": -100.0 - step}) for step in (10, 20, 30, 40, 50, 60)]
-    assert codes(Expectation(100), *falling) == ["chosen_falling"]
-    assert codes(Expectation(100), *falling[:5]) == []
+    falling = [train(step, **{"logps/chosen": -100.0 - step + step % 3}) for step in range(10, 130, 10)]
+    health = watched(Expectation(1000), *falling)
+    assert [symptom.code for symptom in health.symptoms] == ["chosen_falling"]
+    assert "99.9 % interval" in health.symptoms[0].message
+    assert codes(Expectation(1000), *falling[:9]) == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_steps_of_uneven_rows_are_no_trend(seed):
+    rng = random.Random(seed)
+    rows = [train(step, **{"logps/chosen": rng.gauss(-300, 60)}) for step in range(1, 61)]
+    assert codes(Expectation(1000), *rows) == []
+
+
+def test_a_policy_that_moves_without_a_change_of_the_loss_is_not_stuck():
+    expected = Expectation(100, warmup_steps=10, at_init=LN2)
+    still = [train(step, LN2 - 1e-4, **{"rewards/chosen": 0.2, "rewards/rejected": 0.2}) for step in range(20, 60, 10)]
+    assert codes(expected, *still) == []
+    assert codes(expected, *(row | {"rewards/chosen": 1e-4, "rewards/rejected": 0.0} for row in still)) == ["stuck"]
 
 
 def test_a_perfect_accuracy_is_suspicious_early_and_welcome_late():
     def rows(*steps):
         return [train(step, **{"rewards/accuracies": 1.0}) for step in steps]
 
-    assert codes(Expectation(1000), *rows(10, 20, 30)) == ["perfect_early"]
-    assert codes(Expectation(100), *rows(10, 20, 30)) == []
+    assert codes(Expectation(1000, rows_per_step=8), *rows(10, 20, 30)) == ["perfect_early"]
+    assert codes(Expectation(100, rows_per_step=8), *rows(10, 20, 30)) == []
+
+
+def test_a_perfect_accuracy_on_few_pairs_is_chance():
+    rows = [train(step, **{"rewards/accuracies": float(step != 1)}) for step in range(1, 27)]
+    expected = Expectation(1000, rows_per_step=4)
+    assert codes(expected, *rows[:25]) == []
+    health = watched(expected, *rows)
+    assert [symptom.step for symptom in health.symptoms] == [26]
+    assert "the last 100 pairs" in health.symptoms[0].message
 
 
 def test_texts_that_grow_are_named():
-    rows = [{"step": step, "eval_samples/median_length": float(n)} for step, n in ((0, 20), (10, 28), (20, 31))]
-    assert codes(Expectation(100), *rows) == ["growing_texts"]
+    def rows(error):
+        lengths = ((0, 20), (10, 28), (20, 31))
+        names = ("eval_samples/median_length", "eval_samples/median_length_se")
+        return [{"step": step, **dict(zip(names, (float(n), error), strict=True))} for step, n in lengths]
 
-
-def test_answers_of_uneven_length_are_named():
-    row = train(1, **{"lengths/chosen": 90.0, "lengths/rejected": 30.0})
-    assert codes(Expectation(100), row) == ["length_decides"]
-    assert "3.0 times" in Health(Expectation(100), [row]).symptoms[0].message
+    assert codes(Expectation(100), *rows(2.0)) == ["growing_texts"]
+    assert codes(Expectation(100), *rows(4.0)) == []
+    assert codes(Expectation(100), *({"step": s, "eval_samples/median_length": 20.0 + s} for s in (0, 15))) == []
 
 
 def test_a_symptom_is_told_once_also_after_a_resume():
     expected = Expectation(10)
-    health = Health(expected, [train(1, "nan")])
+    health = watched(expected, train(1, "nan"))
     assert health.watch(train(2, math.nan)) == []
     assert [symptom.step for symptom in health.symptoms] == [1]

@@ -13,8 +13,9 @@ import yaml
 
 from dpoctl.errors import UsageError
 from dpoctl.runs.report import MOST_SAMPLES, refresh_report, write_report
+from dpoctl.runs.results import fingerprint
 
-EVIL = "</p><script>alert('x')</script><img src=http://evil/x onerror=alert(1)> & \x1b[31m \ud800"
+EVIL = "</p><script>alert('x')</script><img src=http://evil/x onerror=alert(1)> & \x1b[31m \u202e\x9b \ud800"
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 ACTIVE = {"script", "iframe", "object", "embed", "form", "img", "base", "video", "audio"}
 
@@ -70,7 +71,8 @@ def dpo_rows(steps: int = 40) -> list[dict[str, Any]]:
             "logps/rejected": -30 - 5 * gap,
         }
         if step:
-            state = {"grad_norm": 1.5, "learning_rate": 5e-6, "epoch": gap, "tokens_per_second": 1234.5}
+            state = {"grad_norm": 1.5 - gap, "learning_rate": 5e-6 * (1 - gap / 2), "epoch": gap}
+            state["tokens_per_second"] = 1234.5 + step
             rows.append({"step": step, **pairs, **state})
         rows.append({"step": step, **{f"eval_{name}": value for name, value in pairs.items()}})
         rows.append({"step": step, **{f"eval_hard_{name}": value for name, value in pairs.items()}})
@@ -89,6 +91,18 @@ def account(used: int, **rejected: int) -> dict[str, Any]:
     }
 
 
+def origin(folder: Path, **changes: Any) -> dict[str, Any]:
+    """The provenance of the official result of a run, with changes."""
+    data = {"eval": {"sources": ["heldout.jsonl"], "key": "k", "records": 200}}
+    about = {"run": "x", "model": fingerprint(folder), "step": 40, "data": data, "limit": None, "baseline": "me/base"}
+    return {**about, "official": True, "date": "2026-11-27T00:00:00+00:00", **changes}
+
+
+def add_result(run: Path, name: str, numbers: dict[str, Any], **changes: Any) -> None:
+    """Add a result of `dpoctl eval` to a run."""
+    (run / "evals" / f"{name}.json").write_text(json.dumps(origin(run, **changes) | numbers))
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A finished DPO run with everything that a run may leave, as hostile as data can be."""
@@ -102,31 +116,35 @@ def run(tmp_path: Path) -> Path:
         "training": {"global_batch_size": 16, "learning_rate": 5e-6},
     }
     (folder / "recipe.resolved.yaml").write_text(yaml.safe_dump(recipe))
-    (folder / "recipe.yaml").write_text(f"# {EVIL!r} hf_abcdefghijklmnop\n" + yaml.safe_dump(recipe))
+    (folder / "recipe.yaml").write_text(f"# {EVIL!r} hf_AbCdEfGhIjKlMnOp\n" + yaml.safe_dump(recipe))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in dpo_rows()))
     report = {"train": account(900, too_long=100), "evals": {"eval": account(200), "hard": account(50)}}
     (folder / "data_report.json").write_text(json.dumps(report))
     (folder / "env.json").write_text(json.dumps({"packages": {"torch": "2.13"}, "command": ["dpoctl", EVIL]}))
-    evaluation = {
-        "run": "x", "loss": 0.493, "rewards/accuracies": 0.9, "rewards/accuracies_ci": [0.85, 0.93], "num_pairs": 200,
+    (folder / "model.safetensors").write_bytes(b"weights")
+    evaluation = origin(folder) | {
+        "loss": 0.493, "rewards/accuracies": 0.9, "rewards/accuracies_ci": [0.85, 0.93], "num_pairs": 200,
         "sets": {"hard": {"loss": 0.6}},
         "judge": {
             "policy": {"harsh": 0.97, "harsh_ci": [0.93, 0.99]},
             "reference": {"harsh": 0.49, "harsh_ci": [0.42, 0.56]},
         },
     }  # fmt: skip
-    (folder / "eval.json").write_text(json.dumps(evaluation))
+    measured = folder / "evals" / "official-1.json"
+    measured.parent.mkdir()
+    measured.write_text(json.dumps(evaluation))
     advice = [
         {"grade": "note", "key": "data.eval", "message": EVIL, "line": 4, "override": None},
         {"grade": "warning", "key": "training.learning_rate", "message": "it is high", "line": None, "override": 1},
     ]
     (folder / "advice.json").write_text(json.dumps(advice))
-    for name, step in (("step-000020", 20), ("step-000040", 40), ("eval", 40)):
+    files = [(f"step-{step:06d}", step, folder / "samples" / f"step-{step:06d}.jsonl") for step in (20, 40)]
+    for name, step, file in (*files, ("eval", 40, measured.with_suffix(".samples.jsonl"))):
         sample = {
             "step": step, "prompt": f"{name} {EVIL}", "reference": "kind words", "policy": EVIL,
             "reference_finished": True, "policy_finished": False,
         }  # fmt: skip
-        (folder / "samples" / f"{name}.jsonl").write_text(json.dumps(sample) + "\n")
+        file.write_text(json.dumps(sample) + "\n")
     return folder
 
 
@@ -149,7 +167,7 @@ def test_data_stays_text(run: Path) -> None:
     assert found.text.count("<script>alert('x')</script>") >= 7
     assert not any(name.startswith("on") or name == "style" for _, attrs in found.elements for name in attrs)
     assert "\x1b" not in found.html
-    assert "\u241b[31m" in found.text
+    assert "\\x1b[31m \\u202e" in found.text
 
 
 def test_nothing_is_fetched_and_no_script_could_run(run: Path) -> None:
@@ -197,9 +215,9 @@ def test_the_numbers_that_count_stand_at_the_top_with_their_intervals(run: Path)
     text = page(run).text.replace("\u00a0", " ")
     top = text[: text.index("Evaluations on")]
     for words in (
-        "90 %95 % interval 85 % to 93 %, 200 pairs",
-        "Loss0.493from 0.693",
-        "Log-prob of chosen\u22121",
+        "90 %95 % interval 85 % to 93 %, 200 pairs; eval set, dpoctl eval",
+        "Loss0.493from 0.693; eval set, dpoctl eval",
+        "Log-prob of chosen\u22121nats per answer since step 0; eval set, step 40",
         "chosen answers less likely by 1 nats, and rejected answers less likely by 5 nats",
         "only the gap is trained",
     ):
@@ -217,10 +235,10 @@ def test_samples_stand_side_by_side_the_newest_first(run: Path) -> None:
 def test_a_conversation_is_a_prompt_and_many_samples_are_not_all_shown(run: Path) -> None:
     sample = {"step": 50, "prompt": [{"role": "user", "content": "hello there"}], "reference": "a", "policy": "b"}
     lines = [json.dumps(sample)] * (MOST_SAMPLES + 5)
-    (run / "samples" / "eval.jsonl").write_text("\n".join([*lines, "torn {"]))
+    (run / "evals" / "official-1.samples.jsonl").write_text("\n".join([*lines, "torn {"]))
     text = page(run).text
     assert text.count("user: hello there") == MOST_SAMPLES
-    assert "5 more in samples/" in text
+    assert "5 more in evals/official-1.samples.jsonl" in text
 
 
 def test_evaluation_compares_the_policy_with_its_reference(run: Path) -> None:
@@ -239,12 +257,12 @@ def test_advice_comes_with_its_place_and_the_gravest_first(run: Path) -> None:
 def test_every_row_of_the_data_is_accounted_for(run: Path) -> None:
     text = page(run).text
     assert "900 of 1,000 rows used" in text
-    assert "rejected: too_long100" in text
+    assert "dropped: too_long100" in text
     assert "too_long: a.jsonl:7" in text
 
 
 def test_secrets_are_kept_out(run: Path) -> None:
-    assert "hf_abcdefghijklmnop" not in page(run).html
+    assert "hf_AbCdEfGhIjKlMnOp" not in page(run).html
 
 
 def test_a_run_that_has_only_begun_has_a_report(tmp_path: Path) -> None:
@@ -261,15 +279,40 @@ def test_a_run_that_has_only_begun_has_a_report(tmp_path: Path) -> None:
 def test_sft_gets_its_perplexity_and_a_word_on_overfitting(tmp_path: Path) -> None:
     (tmp_path / "recipe.resolved.yaml").write_text("method: sft\n")
     losses = [3.0, 1.0, 0.5, 0.9]
-    rows = [{"step": 10 * n, "eval_loss": loss} for n, loss in enumerate(losses)]
+    rows = [{"step": 10 * n, "eval_loss": loss, "eval_loss_se": 0.1} for n, loss in enumerate(losses)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = page(tmp_path).text
     assert "Perplexity2.46" in text
     assert "It was lowest at step 20 (0.5) and has risen since" in text
+    assert "loss_se" not in text[: text.index("Evaluations on")]
+
+
+@pytest.mark.parametrize(
+    ("losses", "error"),
+    [([0.6931, 0.6957], 0.004), ([0.6931, 0.69, 0.6957], 0.004), ([2.0, 1.9, 2.1], 0.2)],
+    ids=str,
+)
+def test_a_change_that_chance_explains_is_told_as_that(tmp_path: Path, losses: list[float], error: float) -> None:
+    (tmp_path / "recipe.resolved.yaml").write_text("method: dpo\ndpo: {loss: {type: sigmoid, beta: 0.1}}\n")
+    rows = [{"step": 10 * n, "eval_loss": loss, "eval_loss_se": error * bool(n)} for n, loss in enumerate(losses)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = page(tmp_path).text
+    assert "contains no change: more held-out rows would tell more" in text
+    for advice in ("fewer steps", "learning rate.", "learned nothing"):
+        assert advice not in text
+
+
+def test_a_change_whose_error_is_not_known_gives_no_advice(tmp_path: Path) -> None:
+    (tmp_path / "recipe.resolved.yaml").write_text("method: sft\n")
+    rows = [{"step": 10 * n, "eval_loss": loss} for n, loss in enumerate([3.0, 0.5, 0.9])]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = page(tmp_path).text
+    assert "The loss on held-out rows went from 3 to 0.9." in text
+    assert "fewer steps" not in text
 
 
 def test_a_policy_that_has_learned_nothing_is_told_so(run: Path) -> None:
-    rows = [{"step": step, "eval_loss": math.log(2) - step * 1e-5} for step in (0, 40)]
+    rows = [{"step": step, "eval_loss": math.log(2) - step * 1e-5, "eval_loss_se": 1e-4} for step in (0, 40)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert "the policy has learned nothing yet" in page(run).text
 
@@ -296,3 +339,78 @@ def test_a_report_that_fails_does_not_fail_the_run(run: Path, capsys: pytest.Cap
         write_report(run)
     refresh_report(run)
     assert "the report was not written" in capsys.readouterr().err
+
+
+def tiles(found: Page) -> str:
+    """The text of the headline numbers."""
+    return found.text[: found.text.index("Training made")].replace("\u00a0", " ")
+
+
+OTHER = {"eval": {"sources": ["other.jsonl"], "key": "o", "records": 5}}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"official": False, "data": OTHER},
+        {"official": False, "limit": 5},
+        {"official": False, "data": OTHER, "limit": 5, "baseline": None},
+    ],
+    ids=str,
+)
+def test_numbers_of_other_data_stay_out_of_the_headline(run: Path, changes: dict[str, Any]) -> None:
+    before = tiles(page(run))
+    later = {"date": "2026-11-28T00:00:00+00:00"} | changes
+    add_result(run, "other-2", {"loss": 7.77, "rewards/accuracies": 0.111, "num_pairs": 5}, **later)
+    found = page(run)
+    assert tiles(found) == before
+    section = found.text[found.text.index("95 % intervals") :]
+    assert section.index("0.493") < section.index("Other evaluation") < section.index("7.77")
+    told = section[section.index("Other evaluation") : section.index("7.77")]
+    assert "not the run's own result" in told
+    assert ("other.jsonl" in told) == ("data" in changes)
+    assert ("the first" in told) == ("limit" in changes)
+
+
+def test_a_result_of_weights_that_were_trained_further_is_no_headline(run: Path) -> None:
+    (run / "model.safetensors").write_bytes(b"other weights")
+    found = page(run)
+    assert "dpoctl eval" not in tiles(found)
+    assert "eval set, step 40" in tiles(found)
+    assert "of earlier weights of this run" in found.text
+
+
+def test_headlines_of_a_run_with_named_sets_are_all_of_one_set(run: Path) -> None:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    kept = [row for row in rows if not any(name.startswith("eval_") and "hard" not in name for name in row)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    data = {name: {"sources": [f"{name}.jsonl"], "key": name, "records": 9} for name in ("easy", "hard")}
+    sets = {"easy": {"loss": 0.1, "rewards/accuracies": 0.99}, "hard": {"loss": 0.6, "rewards/accuracies": 0.55}}
+    add_result(run, "official-1", {"sets": sets, "loss": 9.9}, data=data)
+    top = tiles(page(run))
+    assert "Reward accuracy55 %hard set, dpoctl eval" in top
+    assert "Loss0.6from 0.693; hard set, dpoctl eval" in top
+    assert "easy" not in top
+
+
+def test_a_file_that_is_no_result_is_named(run: Path) -> None:
+    for text in ("[1", "{}"):
+        (run / "evals" / "mine.json").write_text(text)
+        with pytest.raises(UsageError, match=r"evals/mine\.json is not a result of `dpoctl eval`"):
+            write_report(run)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "said"),
+    [
+        ("2026-11-27T10:00:00+00:00", "2026-11-27T12:05:10+00:00", "2026-11-27 10:00 to 12:05 UTC (2h 5m)"),
+        ("2026-11-27T23:59:30+00:00", "2026-11-28T00:00:10+00:00", "2026-11-27 23:59 to 2026-11-28 00:00 UTC (40s)"),
+    ],
+)
+def test_a_report_says_when_the_run_was_and_how_long_it_took(run: Path, first: str, last: str, said: str) -> None:
+    rows = [{"step": 1, "loss": 0.6, "time": first}, {"step": 2, "loss": 0.5, "time": last}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert said in page(run).text
+    rows[0]["time"] = "yesterday"
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "UTC" not in page(run).text

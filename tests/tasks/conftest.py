@@ -5,13 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from forked import Ended
 from tiny_runs import merge, pair_rows, write_rows
 
-from dpoctl.core.losses import LOSSES
-from dpoctl.data.formats import FORMATS
 from dpoctl.recipe import parse_recipe
 
 Run = Callable[..., dict[str, Any]]
@@ -53,7 +53,7 @@ def sft_recipe(dpo_recipe: dict[str, Any]) -> dict[str, Any]:
     return dpo_recipe | {"method": "sft"}
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def train() -> Run:
     """Train a recipe in this process, with changes to it by dotted keys."""
 
@@ -63,11 +63,23 @@ def train() -> Run:
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
         text = yaml.safe_dump(merge(recipe, changes or {}))
-        parsed = parse_recipe(text, "recipe.yaml", command=recipe["method"], losses=LOSSES, formats=FORMATS)
+        parsed = parse_recipe(text, "recipe.yaml", command=recipe["method"])
         task.run(parsed, recipe_text=text, **options)
         return merge(recipe, changes or {})
 
     return run
+
+
+@pytest.fixture
+def in_fork(tmp_path: Path) -> Callable[..., Ended]:
+    """Call the command line in a fork of this process, and the ranks that it starts in forks too."""
+
+    def call(*arguments: str | Path, code: int = 0) -> Ended:
+        ended = forked.run(*arguments, files=tmp_path / "said")
+        assert ended.code == code, ended.err[-3000:]
+        return ended
+
+    return call
 
 
 @pytest.fixture

@@ -9,17 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from forked import as_ranks
 from model_samples import logps, plain
-from tiny_runs import command, merge, metrics_of, run_command, write_recipe
+from tiny_runs import merge, metrics_of, write_recipe
 
 import dpoctl
 from dpoctl.core.batch import Batch
 from dpoctl.core.collator import collate
-from dpoctl.core.losses import Scores
 from dpoctl.core.meters import Total
-from dpoctl.data.prepare import cache_dir
+from dpoctl.data.cache import cache_dir
 from dpoctl.errors import UsageError
-from dpoctl.model.generate import Sampling
+from dpoctl.losses import Scores
+from dpoctl.model.generate import SamplingParams
 from dpoctl.tasks import chat, evaluate
 
 Recipe = dict[str, Any]
@@ -34,12 +35,12 @@ def test_importing_the_package_costs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
-def test_training_everything_needs_no_peft_and_looks_for_no_garbage_among_the_libraries() -> None:
-    """Peft and what it imports take a second, and searching half a million lasting objects another."""
+def test_training_everything_needs_no_peft_and_leaves_the_collector_of_garbage_alone() -> None:
+    """Peft and what it imports take a second; what the caller's heap holds is the caller's."""
     script = (
         "import gc, sys; import dpoctl.tasks.api; "
         "assert not {'peft', 'bitsandbytes', 'datasets'} & set(sys.modules), 'imported'; "
-        "assert gc.isenabled() and gc.get_freeze_count() > 100_000, gc.get_freeze_count()"
+        "assert gc.isenabled() and gc.get_freeze_count() == 0, gc.get_freeze_count()"
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
@@ -56,7 +57,7 @@ def test_a_recipe_is_a_file_or_a_mapping(sft_recipe: Recipe, tmp_path: Path) -> 
     assert losses(tmp_path / "one")[0] == losses(tmp_path / "two")[0]
     with pytest.raises(UsageError, match="method"):
         dpoctl.dpo(mapping)
-    with pytest.raises(UsageError, match="exclude each other"):
+    with pytest.raises(UsageError, match="cannot be used together"):
         dpoctl.sft(mapping, resume=True, overwrite=True)
 
 
@@ -96,13 +97,14 @@ def test_a_collator_makes_the_batches(sft_recipe: Recipe, tmp_path: Path) -> Non
 def test_what_a_collator_of_ones_own_gives_never_enters_the_reference_cache(dpo_recipe: Recipe) -> None:
     def flipped(*arguments: Any, **options: Any) -> Batch:
         batch = collate(*arguments, **options)
-        batch.pairs.copy_(batch.pairs.flip(1))
+        batch.outline.pairs.copy_(batch.outline.pairs.flip(1))
         return batch
 
     done = dpoctl.dpo(dpo_recipe, collator=flipped)
     assert not (cache_dir() / "reference").exists()
     evaluate.run(Path(done["output_dir"]))
-    report = json.loads((Path(done["output_dir"]) / "eval.json").read_text())
+    (result,) = (Path(done["output_dir"]) / "evals").glob("official-*.json")
+    report = json.loads(result.read_text())
     assert report["rewards/margins"] == pytest.approx(-done["metrics"]["eval_rewards/margins"], rel=1e-3)
 
 
@@ -120,17 +122,17 @@ def test_model_init_makes_the_model_that_is_trained(
     assert json.loads((run / "config.json").read_text())["model_type"] == "qwen3"
     assert losses(run) == losses(runs[1]["output_dir"])
     assert losses(run)[0] == pytest.approx(0.6931, abs=1e-4)
-    with pytest.raises(UsageError, match="does not hold it"):
+    with pytest.raises(UsageError, match="does not keep that model"):
         evaluate.run(run)
-    with pytest.raises(UsageError, match="does not hold it"):
-        chat.run(run, prompt="hello", reference=True, sampling=Sampling(max_new_tokens=4))
-    chat.run(run, prompt="hello", sampling=Sampling(max_new_tokens=4))
+    with pytest.raises(UsageError, match="does not keep that model"):
+        chat.run(run, prompt="hello", reference=True, sampling=SamplingParams(max_new_tokens=4))
+    chat.run(run, prompt="hello", sampling=SamplingParams(max_new_tokens=4))
 
 
 def test_model_init_is_refused_where_it_cannot_serve(dpo_recipe: Recipe, tiny_model: Callable[..., Any]) -> None:
     with pytest.raises(UsageError, match="leave out lora"):
         dpoctl.dpo(merge(dpo_recipe, {"lora": {"r": 2}}), model_init=lambda: tiny_model("llama"))
-    with pytest.raises(UsageError, match="gave a LlamaModel"):
+    with pytest.raises(UsageError, match="model_init returned a LlamaModel, not a causal language model"):
         dpoctl.dpo(dpo_recipe, model_init=lambda: tiny_model("llama").model)
 
 
@@ -142,7 +144,7 @@ def test_callbacks_hear_every_row_and_may_end_the_run(sft_recipe: Recipe) -> Non
 
     done = dpoctl.sft(sft_recipe, callbacks=[stop_at_three, lambda step, row: heard.append({"step": step, **row})])
     run = Path(done["output_dir"])
-    rows = metrics_of(run)
+    rows = [{name: value for name, value in row.items() if name != "time"} for row in metrics_of(run)]
     assert [{name: row[name] for name in line} for row, line in zip(heard, rows, strict=True)] == rows
     assert done["steps"] == 3
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 3]
@@ -176,9 +178,9 @@ def test_an_optimizer_takes_the_place_of_the_recipes(sft_recipe: Recipe) -> None
     assert (Path(run) / "checkpoints" / "step-000005").is_dir()
     again = dpoctl.sft(sft_recipe, optimizer=build, resume=True)
     assert again["steps"] == 5
-    with pytest.raises(UsageError, match=r"began with optimizer: .*build; go on from the code"):
+    with pytest.raises(UsageError, match=r"started with optimizer: .*build, and now has none; resume it with the code"):
         dpoctl.sft(sft_recipe, resume=True)
-    with pytest.raises(UsageError, match="optimizer gave a list"):
+    with pytest.raises(UsageError, match="optimizer: it returned a list"):
         dpoctl.sft(sft_recipe, optimizer=lambda parameters: parameters, overwrite=True)
 
 
@@ -200,7 +202,7 @@ def test_extra_metrics_stand_beside_the_tasks(dpo_recipe: Recipe) -> None:
     rows = metrics_of(done["output_dir"])
     assert all(row["tokens/chosen"] > 1 and "rewards/chosen" in row for row in rows if "loss" in row)
     assert all(row["eval_loss_squared"] > row["eval_loss"] ** 2 - 1e-6 for row in rows if "eval_loss" in row)
-    with pytest.raises(UsageError, match="loss is a metric already"):
+    with pytest.raises(UsageError, match="a metric named 'loss' already exists"):
         dpoctl.dpo(dpo_recipe, overwrite=True, extra_metrics=lambda scores, values: {"loss": Total(values.sum(), 1)})
 
 
@@ -209,17 +211,13 @@ def test_a_run_keeps_the_names_of_the_code_it_was_given(sft_recipe: Recipe) -> N
     assert json.loads((run / "env.json").read_text())["extensions"] == {"callbacks": ["builtins.print"]}
 
 
-SCRIPT = """
-import sys, dpoctl
-done = dpoctl.sft(sys.argv[1], callbacks=[lambda step, metrics: step == 2])
-print("STEPS", done["steps"])
-"""
-
-
 def test_all_ranks_end_together(sft_recipe: Recipe, tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text(SCRIPT)
     recipe = write_recipe(tmp_path / "recipe.yaml", sft_recipe)
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = run_command(command(tmp_path / "script.py", recipe, launcher=launcher))
-    assert done.stdout.count("STEPS 2") == 2
+
+    def script(rank: int) -> None:
+        done = dpoctl.sft(recipe, callbacks=[lambda step, metrics: step == 2])
+        (tmp_path / f"steps-{rank}").write_text(str(done["steps"]))
+
+    as_ranks(2, script)
+    assert [(tmp_path / f"steps-{rank}").read_text() for rank in range(2)] == ["2", "2"]
     assert logps(plain(tmp_path / "run")).isfinite().all()

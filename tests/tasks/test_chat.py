@@ -14,22 +14,22 @@ from model_samples import plain
 from dpoctl.cli.app import main
 from dpoctl.data.tokenize import render_prompt
 from dpoctl.errors import UsageError
-from dpoctl.model.generate import Sampling, generate
-from dpoctl.model.source import Source
+from dpoctl.model.generate import SamplingParams, generate
+from dpoctl.model.source import ModelSource
 from dpoctl.model.tokenizer import read_tokenizer
 from dpoctl.tasks import chat
-from dpoctl.tasks.finished import FinishedRun
+from dpoctl.tasks.finished_run import FinishedRun
 
 Run = Callable[..., dict[str, Any]]
 CPU = torch.device("cpu")
 LORA = {"lora": {"r": 4, "lora_alpha": 8}, "training.learning_rate": 3e-2}
-GREEDY = Sampling(max_new_tokens=12, temperature=0)
+GREEDY = SamplingParams(max_new_tokens=12, temperature=0)
 QUESTION = "is the paper maybe a method?"
 
 
 def answer(model: Any, run: Path, *turns: str) -> str:
     """What a model of plain transformers says, greedily, after the turns of user and assistant."""
-    tokenizer = read_tokenizer(Source(name=str(run)))
+    tokenizer = read_tokenizer(ModelSource(name=str(run)))
     roles = ["user", "assistant"] * len(turns)
     messages = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
     (said,) = generate(model, tokenizer, [render_prompt(tokenizer, messages, {})], GREEDY)
@@ -120,6 +120,19 @@ def test_a_conversation_goes_on_until_it_is_reset(
     assert second != answer(trained, run, "maybe?")
 
 
+def test_help_is_no_turn(
+    dpo_recipe: dict[str, Any], train: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(train(dpo_recipe, LORA)["training"]["output_dir"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/help\nhello\n"))
+    capsys.readouterr()
+    chat.run(run, sampling=GREEDY)
+    out, err = capsys.readouterr()
+    trained = plain(Path(dpo_recipe["model"]["model_name_or_path"]), run)
+    assert out == f"{answer(trained, run, 'hello')}\n"
+    assert "/reset starts a new conversation, /help shows this line, Ctrl-D exits" in err
+
+
 def test_a_turn_that_does_not_fit_leaves_the_conversation_open(
     dpo_recipe: dict[str, Any], train: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,7 +165,7 @@ def test_a_model_cannot_steer_the_terminal(
     monkeypatch.setattr(chat, "stream", lambda *arguments: (piece for piece in ["ok\x1b[2J", "\a\tdone\n"]))
     assert ask(run, capsys, prompt=QUESTION) == "ok\x1b[2J\a\tdone\n\n"
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    assert ask(run, capsys, prompt=QUESTION) == "ok[2J\tdone\n\n"
+    assert ask(run, capsys, prompt=QUESTION) == "ok\\x1b[2J\\x07\tdone\n\n"
 
 
 def test_the_commands_work_as_a_user_calls_them(
@@ -179,4 +192,13 @@ def test_the_commands_work_as_a_user_calls_them(
     code, out, err = call("chat", str(tmp_path / "nowhere"), "--prompt", "hello")
     assert (code, out, len(err.splitlines())) == (2, "", 1)
     code, _, err = call("merge", run, "--dtype", "int8")
-    assert (code, len(err.splitlines())) == (2, 1)
+    assert (code, len(err.splitlines())) == (2, 2)
+
+
+def test_a_model_folder_answers_and_has_no_reference(
+    dpo_recipe: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(dpo_recipe["model"]["model_name_or_path"])
+    assert ask(folder, capsys, prompt=QUESTION) == f"{answer(plain(folder), folder, QUESTION)}\n"
+    with pytest.raises(UsageError, match="it has no reference; pass a run"):
+        ask(folder, capsys, prompt=QUESTION, reference=True)

@@ -9,8 +9,11 @@ import pytest
 from tiny_runs import metrics_of, pair_rows, write_rows
 
 from dpoctl.errors import DataError, UsageError
+from dpoctl.runs.results import PROVENANCE
+from dpoctl.tasks import merge
 from dpoctl.tasks.evaluate import run as evaluate
-from dpoctl.tasks.judge import wilson_interval
+from dpoctl.tasks.evaluate import verdicts
+from dpoctl.tasks.samples import wilson_interval
 
 Run = Callable[..., dict[str, Any]]
 Report = Callable[..., dict[str, Any]]
@@ -31,6 +34,12 @@ def report(capfd: pytest.CaptureFixture[str]) -> Report:
         return numbers
 
     return read
+
+
+def results_of(recipe: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The results in a run, by file name."""
+    folder = Path(recipe["training"]["output_dir"]) / "evals"
+    return {path.name: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
 
 def last_evaluation(recipe: dict[str, Any], prefix: str = "eval_") -> dict[str, float]:
@@ -66,7 +75,7 @@ def test_the_numbers_are_those_of_the_last_evaluation(
     accuracy, (low, high) = numbers["rewards/accuracies"], numbers["rewards/accuracies_ci"]
     assert 0 <= low < accuracy < high <= 1 or accuracy in (0, 1)
     assert [low, high] == list(wilson_interval(accuracy, 7))
-    assert json.loads((Path(recipe["training"]["output_dir"]) / "eval.json").read_text()) == numbers
+    assert list(results_of(recipe).values()) == [numbers]
 
 
 @pytest.mark.parametrize("start", STARTS)
@@ -135,7 +144,7 @@ def test_a_run_without_evaluation_data_needs_some(
     dpo_recipe: dict[str, Any], heldout: Path, train: Run, report: Report
 ) -> None:
     recipe = train(dpo_recipe, {"data.eval": None, "training.eval_steps": None})
-    with pytest.raises(UsageError, match="no evaluation data") as refusal:
+    with pytest.raises(UsageError, match="no eval data") as refusal:
         report(recipe)
     assert "--data" in str(refusal.value.hint)
     assert report(recipe, data=str(heldout))["num_pairs"] == 7
@@ -150,7 +159,7 @@ def test_a_limit_takes_the_first_rows(
     recipe = train(dpo_recipe)
     expected = report(recipe, data=str(few))
     assert expected["num_pairs"] == 3
-    assert_same(report(recipe, limit=3), {name: value for name, value in expected.items() if name != "run"})
+    assert_same(report(recipe, limit=3), {name: value for name, value in expected.items() if name not in PROVENANCE})
     assert report(recipe, limit=1000)["num_pairs"] == 7
     # Nothing of a reference that was computed for some rows only may be found later.
     monkeypatch.setenv("DPOCTL_CACHE", str(tmp_path / "fresh"))
@@ -179,11 +188,12 @@ def test_rows_held_out_of_the_training_data_are_the_same_again(
 def test_a_folder_that_is_no_finished_run_is_refused(
     dpo_recipe: dict[str, Any], train: Run, tiny_llama_folder: Path
 ) -> None:
+    run = Path(train(dpo_recipe)["training"]["output_dir"])
+    (tiny_llama_folder / "config.json").unlink()
     with pytest.raises(UsageError, match="not a run of dpoctl"):
         evaluate(tiny_llama_folder)
-    run = Path(train(dpo_recipe)["training"]["output_dir"])
     (run / "config.json").unlink()
-    with pytest.raises(UsageError, match="no trained model yet"):
+    with pytest.raises(UsageError, match="has no trained model"):
         evaluate(run)
 
 
@@ -208,3 +218,129 @@ def test_the_command_ends_with_code_2_for_a_folder_that_is_no_run(
 )
 def test_wilson_intervals_are_those_of_the_formula(share: float, count: int, low: float, high: float) -> None:
     assert wilson_interval(share, count) == pytest.approx((low, high), abs=1e-6)
+
+
+def test_results_of_other_data_limits_and_weights_stand_beside_the_official_one(
+    dpo_recipe: dict[str, Any], train: Run, report: Report, tmp_path: Path
+) -> None:
+    other = write_rows(tmp_path / "other rows.jsonl", pair_rows(9, seed=5))
+    recipe = train(dpo_recipe, {"training.save_steps": 5})
+    official = report(recipe)
+    assert official["official"] is True
+    assert (official["step"], official["limit"]) == (5, None)
+    assert official["baseline"] == dpo_recipe["model"]["model_name_or_path"]
+    assert official["data"]["eval"]["sources"] == [dpo_recipe["data"]["eval"][0]["path"]]
+    assert official["data"]["eval"]["records"] == 7
+    others = [report(recipe, data=str(other)), report(recipe, data=str(other), limit=5), report(recipe, limit=3)]
+    assert [one["official"] for one in others] == [False] * 3
+    assert [one["data"]["eval"]["records"] for one in others] == [9, 5, 3]
+    kept = results_of(recipe)
+    assert len(kept) == 4
+    assert all(one in kept.values() for one in [official, *others])
+    report(recipe, data=str(other))
+    assert len(results_of(recipe)) == 4
+
+    further = train(recipe, {"training.num_train_epochs": 2}, resume=True, allow_changed=["training.num_train_epochs"])
+    again = report(further)
+    assert again["model"] != official["model"]
+    assert len(results_of(recipe)) == 5
+
+
+def test_eval_data_that_changed_since_training_are_another_set(
+    dpo_recipe: dict[str, Any], heldout: Path, train: Run, report: Report, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe = train(dpo_recipe)
+    official = report(recipe)
+    write_rows(heldout, pair_rows(6, seed=2))
+    evaluate(Path(recipe["training"]["output_dir"]))
+    assert "gives other rows than in training: this is another eval set" in capfd.readouterr().err
+    names = list(results_of(recipe))
+    assert [name.partition("-")[0] for name in names] == ["heldout.jsonl", "official"]
+    assert results_of(recipe)[names[1]] == official
+
+
+def test_any_model_folder_is_measured_on_given_data_and_keeps_nothing(
+    dpo_recipe: dict[str, Any], tiny_llama_folder: Path, heldout: Path, report: Report, tmp_path: Path
+) -> None:
+    model = {"training": {"output_dir": str(tiny_llama_folder)}}
+    before = sorted(tiny_llama_folder.iterdir())
+    pairs = report(model, data=str(heldout))
+    assert (pairs["num_pairs"], pairs["baseline"], pairs["official"]) == (7, None, False)
+    assert pairs["rewards/chosen"] == pytest.approx(0.1 * pairs["logps/chosen"], rel=1e-5)
+    rows = [{"messages": [*row["prompt"], *row["chosen"]]} for row in pair_rows(4)]
+    demonstrations = report(model, data=str(write_rows(tmp_path / "sft.jsonl", rows)))
+    assert demonstrations["perplexity"] > 1
+    assert sorted(tiny_llama_folder.iterdir()) == before
+    with pytest.raises(UsageError, match=r"it has no eval data; pass --data SOURCE$"):
+        evaluate(tiny_llama_folder)
+
+
+@pytest.mark.parametrize("place", ["merged", "elsewhere"])
+def test_a_merged_model_is_measured_as_its_run_is(
+    place: str, dpo_recipe: dict[str, Any], heldout: Path, train: Run, report: Report, tmp_path: Path
+) -> None:
+    recipe = train(dpo_recipe, LORA)
+    run = Path(recipe["training"]["output_dir"])
+    official = report(recipe)
+    folder = run / "merged" if place == "merged" else tmp_path / "elsewhere"
+    merge.run(run, output=folder)
+    found = report({"training": {"output_dir": str(folder)}}, data=None if place == "merged" else str(heldout))
+    for name in ("logps/chosen", "logps/rejected", *(["loss", "rewards/margins"] if place == "merged" else [])):
+        assert found[name] == pytest.approx(official[name], rel=1e-3), name
+    assert found["official"] is False
+    assert len(results_of(recipe)) == (2 if place == "merged" else 1)
+
+
+@pytest.mark.parametrize("changes", [{}, LORA], ids=["full", "lora"])
+def test_an_earlier_step_is_measured_from_its_checkpoint(
+    changes: dict[str, Any], dpo_recipe: dict[str, Any], train: Run, report: Report, main: Callable[..., int]
+) -> None:
+    steps = {"training.eval_steps": 2, "training.save_steps": 2, "training.save_total_limit": None}
+    recipe = train(dpo_recipe, changes | steps)
+    run = Path(recipe["training"]["output_dir"])
+    at = lambda folder: {"training": {"output_dir": str(folder)}}  # noqa: E731
+    found = report(at(run / "checkpoints" / "step-000002"))
+    logged = next(row for row in metrics_of(run) if row["step"] == 2 and "eval_loss" in row)
+    assert found["loss"] == pytest.approx(logged["eval_loss"], abs=1e-5)
+    assert found["logps/chosen"] == pytest.approx(logged["eval_logps/chosen"], abs=1e-4)
+    assert (found["step"], found["official"], found["run"]) == (2, False, str(run / "step-000002"))
+    assert len(list((run / "evals").glob("*.json"))) == 1
+    before = (run / "step-000002" / "checkpoint-manifest.json").stat().st_mtime_ns
+    assert main("chat", run / "checkpoints" / "step-000002", "--reference", "--prompt", "hello") == 0
+    assert (run / "step-000002" / "checkpoint-manifest.json").stat().st_mtime_ns == before
+    assert main("merge", run / "checkpoints" / "step-000002") == (0 if changes else 2)
+    if changes:
+        again = report(at(run / "step-000002" / "merged"))
+        assert again["loss"] == pytest.approx(found["loss"], abs=1e-4)
+    train(recipe, overwrite=True)
+    assert not (run / "step-000002").exists()
+
+
+def pairs_of(accuracy: float, count: int, margin: float = 0.1) -> dict[str, Any]:
+    interval = list(wilson_interval(accuracy, count))
+    return {"rewards/accuracies": accuracy, "rewards/accuracies_ci": interval, "rewards/margins": margin}
+
+
+def test_the_verdict_says_what_the_intervals_allow() -> None:
+    sets = {
+        "eval": pairs_of(0.9, 100),
+        "few": pairs_of(0.625, 8),
+        "bad": pairs_of(0.2, 100),
+        "same": pairs_of(0.0, 8, margin=0.0),
+        "sft": {"loss": 1.0},
+    }
+    shares = {
+        side: {"harsh": {"share": share, "ci": list(wilson_interval(share, 200))}}
+        for side, share in (("reference", 0.475), ("policy", 1.0))
+    }
+    assert list(verdicts(sets, {"target": "harsh", **shares})) == [
+        "verdict: the chosen answer has the higher reward in 90.0% of the pairs, more than chance explains",
+        "verdict: the chosen answer has the higher reward in 62.5% of the pairs of few, which chance would explain too",
+        "verdict: the chosen answer has the higher reward in 20.0% of the pairs of bad, less than chance explains",
+        "verdict: no reward of same differs from another: the policy is its reference",
+        "verdict: harsh answers 47.5% -> 100.0%, more than chance explains",
+    ]
+    shares["policy"] = shares["reference"]
+    assert list(verdicts({}, {"target": "harsh", **shares})) == [
+        "verdict: harsh answers 47.5% -> 47.5%, which chance would explain too"
+    ]

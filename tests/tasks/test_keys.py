@@ -1,4 +1,4 @@
-"""No key is inert: each is changed once, and something that it promises must change with it."""
+"""No key is ignored: each is changed once, and something that it promises must change with it."""
 
 import json
 import math
@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import Field, fields, replace
 from operator import attrgetter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args, get_origin
 from unittest.mock import MagicMock
 
 import datasets
 import pytest
 import torch
+from accelerate import Accelerator
 from huggingface_hub import HfApi, constants
 from key_cases import CASES, SOURCE_CASES, Outcome
 from loss_samples import random_scores
@@ -22,16 +24,17 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from dpoctl.core.logps import Scorer
-from dpoctl.core.losses import LOSSES
-from dpoctl.data import prepare
+from dpoctl.data.cache import cache_dir
 from dpoctl.errors import UserError
+from dpoctl.losses import LOSSES
 from dpoctl.recipe import parse_recipe
-from dpoctl.recipe.expect import hints, unwrap
+from dpoctl.recipe.document import write_yaml
+from dpoctl.recipe.key_errors import hints, unwrap
 from dpoctl.recipe.schema import Recipe
-from dpoctl.recipe.writer import write_yaml
 from dpoctl.runs import trackers
 from dpoctl.tasks import train as training
-from dpoctl.tasks.dpo import build_terms
+from dpoctl.tasks.sharding import choose_sharding
+from dpoctl.tasks.task import build_terms
 
 Run = Callable[..., dict[str, Any]]
 
@@ -89,7 +92,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, world: dict[str, str], train: Run, tm
                 recipe = train(recipe, placed(change, world))
             except UserError as error:
                 seen.refused = error.message
-            seen.references = len(list((prepare.cache_dir() / "reference").glob("*.npy")))
+            seen.references = len(list((cache_dir() / "reference").glob("*.npy")))
         seen.folder = Path(recipe["training"]["output_dir"])
         return seen
 
@@ -107,6 +110,10 @@ def spy(patch: pytest.MonkeyPatch, seen: Outcome, world: dict[str, str]) -> None
 
         return staticmethod(wrapped)
 
+    def of_two_processes(recipe: Recipe, accelerator: Accelerator, *arguments: Any, **options: Any) -> None:
+        two: Any = SimpleNamespace(num_processes=2, device=accelerator.device, gather=lambda tensor: tensor)
+        seen.asked.setdefault("sharding", []).append(choose_sharding(recipe, two, *arguments, **options))
+
     def count(name: str, kind: type) -> None:
         forward = kind.forward  # type: ignore[attr-defined]
 
@@ -123,7 +130,8 @@ def spy(patch: pytest.MonkeyPatch, seen: Outcome, world: dict[str, str]) -> None
     patch.setattr(trackers, "installed_version", lambda _: "1")
     patch.setitem(trackers.TRACKERS, "wandb", remember("wandb", lambda _: MagicMock()))
     patch.setattr(training, "compile_layers", remember("compile", lambda _: None))
-    patch.setattr(training, "be_patient", remember("patience", training.be_patient))
+    patch.setattr(training, "choose_sharding", of_two_processes)
+    patch.setattr(training, "set_rank_timeout", remember("timeout", training.set_rank_timeout))
     patch.setenv("HF_TOKEN", "some-token")
     patch.setattr(HfApi, "create_repo", remember("repository", lambda *_, **__: None))
     patch.setattr(HfApi, "upload_folder", remember("upload", lambda *_, **__: "https://hub"))
@@ -225,7 +233,7 @@ def test_a_changed_hyperparameter_changes_what_its_loss_computes(kind: str, key:
 def computed(loss: dict[str, Any]) -> list[float]:
     """What a recipe's losses come to in the first steps of a run."""
     text = write_yaml(merge(BASE, {"dpo.loss": loss, "training.output_dir": "run"}))
-    terms = build_terms(parse_recipe(text, "r", command="dpo", losses=LOSSES).dpo.loss)
+    terms = build_terms(parse_recipe(text, "r", command="dpo").dpo.loss)
     memory: dict[int, dict[str, float]] = {}
     sums = []
     for step in range(4):
@@ -233,8 +241,8 @@ def computed(loss: dict[str, Any]) -> list[float]:
             scores = random_scores(term.loss, seed=step)
             # Some below the policy's usual, some above.
             scores = replace(scores, confidence=scores.confidence + 0.5)  # type: ignore[operator]
-            settled, memory[number] = term.loss.settle(scores, memory.get(number, {}), step=step, seed=0)
-            sums.append(term.weight * float(settled(scores).sum()))
+            now, memory[number] = term.loss.for_step(scores, memory.get(number, {}), step=step, seed=0)
+            sums.append(term.weight * float(now(scores).sum()))
     return sums
 
 
@@ -271,4 +279,4 @@ def test_the_same_recipe_gives_the_same_bits(given: dict[str, Any], watch: Watch
 def test_a_key_that_would_do_nothing_is_refused_by_name(key: str, change: dict[str, Any], watch: Watch) -> None:
     refused = watch({}, change).refused
     assert refused is not None
-    assert key in refused or "sft would do nothing" in refused
+    assert key in refused or "sft has no effect" in refused

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from model_samples import logps, plain
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tiny_runs import merge as merged_settings
 from transformers import AutoTokenizer, GenerationConfig
 
-from dpoctl.errors import RunError, UsageError
+from dpoctl.errors import DiskError, RunError, UsageError
+from dpoctl.files import temporary_folder
 from dpoctl.tasks import merge
 
 Run = Callable[..., dict[str, Any]]
@@ -38,7 +39,8 @@ def assert_same_model(run: Path, merged: Path) -> None:
     one, two = plain(merged), plain(base_of(run), run)
     assert (logps(one) - logps(two)).abs().max() < 1e-4
     assert (logps(one) - logps(plain(base_of(run)))).abs().max() > 0.05
-    two.generation_config = GenerationConfig.from_pretrained(merged)
+    two.generation_config = GenerationConfig.from_pretrained(run)
+    assert GenerationConfig.from_pretrained(merged).eos_token_id == two.generation_config.eos_token_id
     assert greedy(one, merged) == greedy(two, run)
 
 
@@ -114,12 +116,10 @@ def test_the_precision_of_the_merged_weights_can_be_chosen(dpo_recipe: dict[str,
 
 
 def test_what_cannot_be_merged_is_refused_in_one_line(dpo_recipe: dict[str, Any], train: Run, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no run directory"):
-        merge.run(tmp_path / "nowhere")
     with pytest.raises(UsageError, match="not a run"):
         merge.run(tmp_path)
     whole = Path(train(dpo_recipe)["training"]["output_dir"])
-    with pytest.raises(UsageError, match="whole model"):
+    with pytest.raises(UsageError, match="has no adapter: all weights were trained"):
         merge.run(whole)
     (whole / "config.json").unlink()
     with pytest.raises(UsageError, match="has not finished"):
@@ -127,12 +127,12 @@ def test_what_cannot_be_merged_is_refused_in_one_line(dpo_recipe: dict[str, Any]
     run = Path(train(dpo_recipe, LORA | {"training.output_dir": str(tmp_path / "adapter")})["training"]["output_dir"])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
-    with pytest.raises(UsageError, match="there already"):
+    with pytest.raises(UsageError, match="already exists"):
         merge.run(run, output=tmp_path / "mine")
     base = json.loads((base_of(run) / "config.json").read_text())
     quantised = base | {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
     (base_of(run) / "config.json").write_text(json.dumps(quantised))
-    with pytest.raises(UsageError, match="nothing is merged into quantised weights"):
+    with pytest.raises(UsageError, match="adapters are not merged into quantised weights"):
         merge.run(run)
 
 
@@ -152,3 +152,34 @@ def test_the_check_works_without_the_data(dpo_recipe: dict[str, Any], pairs: Pat
     pairs.unlink()
     merge.run(run)
     assert (run / "merged" / "model.safetensors").is_file()
+
+
+def test_what_a_killed_merge_left_is_removed_and_what_a_neighbour_writes_is_not(
+    dpo_recipe: dict[str, Any], train: Run
+) -> None:
+    run = Path(train(dpo_recipe, LORA)["training"]["output_dir"])
+    (run / ".merged.0a1b2c3d.tmp").mkdir()
+    (run / ".merged.0a1b2c3d.tmp" / "model.safetensors").write_text("torn")
+    with temporary_folder(run / "merged") as neighbour:
+        merge.run(run)
+        assert list(run.glob(".*.tmp")) == [neighbour]
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left (os error 28)")]
+)
+def test_a_full_disk_ends_a_merge_in_one_line_and_leaves_nothing(
+    error: Exception, dpo_recipe: dict[str, Any], train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(train(dpo_recipe, LORA)["training"]["output_dir"])
+
+    def full(model: Any, folder: Path, tokenizer: Any) -> None:
+        (folder / "model.safetensors").write_text("half")
+        raise error
+
+    monkeypatch.setattr(merge, "save_merged", full)
+    target = tmp_path / "elsewhere" / "merged"
+    said = rf"^{target.parent} cannot be written: the disk is full \([\d.,]+ .B free\); free some disk space"
+    with pytest.raises(DiskError, match=said):
+        merge.run(run, output=target)
+    assert list(target.parent.iterdir()) == []

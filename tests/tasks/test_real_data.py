@@ -11,11 +11,11 @@ from peft import PeftModel
 from tiny_runs import metrics_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from dpoctl.core.loop import Run as LoopRun
+from dpoctl.core.step import Stepper
 from dpoctl.data import convert
-from dpoctl.model.attention import attention
-from dpoctl.model.quantize import keep_one_kernel
-from dpoctl.recipe.schema_data import Source
+from dpoctl.model.attention import use_attention
+from dpoctl.model.quantize import prepare_quantised_layers
+from dpoctl.recipe.schema import Source
 from dpoctl.tasks import train as task
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -34,7 +34,7 @@ ROUTES = {
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve short pairs of the transcripts, as `convert-data` writes them."""
     folder = tmp_path_factory.mktemp("hh")
-    convert.run(convert.Job(Source(path=str(SHARED / "hh-harmless.jsonl.gz")), str(folder / "all.jsonl")))
+    convert.run(convert.Conversion(Source(path=str(SHARED / "hh-harmless.jsonl.gz")), str(folder / "all.jsonl")))
     short = [line for line in (folder / "all.jsonl").read_text().splitlines() if len(line) < 700]
     (folder / "pairs.jsonl").write_text("\n".join(short[:12]))
     return folder / "pairs.jsonl"
@@ -50,6 +50,17 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(SHARED / "llama-tokenizer").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def starts(base: Path, pairs: Path, train: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An SFT model, and an SFT adapter over it."""
+    folder = tmp_path_factory.mktemp("starts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DPOCTL_CACHE", str(folder / "cache"))
+        train(recipe("sft", base, pairs, folder / "sft"))
+        train(recipe("sft", folder / "sft", pairs, folder / "sft-lora"), {"lora": {"r": 8}})
     return folder
 
 
@@ -73,24 +84,21 @@ def logps(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_from_sft_to_dpo(
-    route: str, base: Path, pairs: Path, tmp_path: Path, train: Run, monkeypatch: pytest.MonkeyPatch
+    route: str, base: Path, pairs: Path, starts: Path, tmp_path: Path, train: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start, changes = ROUTES[route]
-    train(recipe("sft", base, pairs, tmp_path / "sft"))
-    if start == "sft-lora":
-        train(recipe("sft", tmp_path / "sft", pairs, tmp_path / "sft-lora"), {"lora": {"r": 8}})
     ids = AutoTokenizer.from_pretrained(base)(pairs.read_text()[:600], return_tensors="pt")["input_ids"]
     trained = []
     fit = task.fit
 
-    def then_look(run: LoopRun) -> None:
-        fit(run)
-        causal = run.objective.scorer.causal.eval()
-        with attention(causal, "sdpa"):
+    def then_look(stepper: Stepper, *rest: Any, **options: Any) -> None:
+        fit(stepper, *rest, **options)
+        causal: Any = stepper.objective.scorer.causal.eval()
+        with use_attention(causal, "sdpa"):
             trained.append(logps(causal, ids))
 
     monkeypatch.setattr(task, "fit", then_look)
-    train(recipe("dpo", tmp_path / start, pairs, tmp_path / "dpo"), changes)
+    train(recipe("dpo", starts / start, pairs, tmp_path / "dpo"), changes)
 
     losses = [row["loss"] for row in metrics_of(tmp_path / "dpo") if "loss" in row]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
@@ -100,7 +108,7 @@ def test_from_sft_to_dpo(
     if route == "full":
         exported: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "dpo", dtype=torch.float32)
     elif route != "4-bit lora":
-        exported = AutoModelForCausalLM.from_pretrained(tmp_path / "sft", dtype=torch.float32)
+        exported = AutoModelForCausalLM.from_pretrained(starts / "sft", dtype=torch.float32)
         exported = PeftModel.from_pretrained(exported, tmp_path / "dpo")
     else:
         from transformers import BitsAndBytesConfig
@@ -110,9 +118,9 @@ def test_from_sft_to_dpo(
             bnb_4bit_compute_dtype=torch.float32,
         )  # fmt: skip
         exported = AutoModelForCausalLM.from_pretrained(
-            tmp_path / "sft", dtype=torch.float32, quantization_config=quantization
+            starts / "sft", dtype=torch.float32, quantization_config=quantization
         )
         exported = PeftModel.from_pretrained(exported, tmp_path / "dpo")
         # On some CPUs bitsandbytes packs 4-bit weights anew, in bfloat16, when a model is put into eval mode.
-        keep_one_kernel(exported)
+        prepare_quantised_layers(exported)
     torch.testing.assert_close(logps(exported.eval(), ids), trained[0], rtol=0, atol=1e-4)

@@ -1,4 +1,4 @@
-"""Samples: both models on the same prompts, at each evaluation and after it all; training does not notice them."""
+"""Samples of both models to the same prompts, unnoticed by training; and the keyword judge that counts them."""
 
 import json
 import shutil
@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Ended
 from rich.console import Console
-from tiny_runs import command, metrics_of, run_command, write_recipe
+from tiny_runs import metrics_of, write_recipe
 from transformers import AutoModelForCausalLM
 
 from dpoctl import console
 from dpoctl.model.generate import Generation
 from dpoctl.tasks.evaluate import run as evaluate
-from dpoctl.tasks.samples import Sample, show
+from dpoctl.tasks.samples import KeywordJudge, Sample, show, wilson_interval
 
 Run = Callable[..., dict[str, Any]]
 FAST = {"training.learning_rate": 0.03, "training.eval_steps": 2, "training.max_steps": 3}
@@ -66,11 +67,15 @@ def test_each_evaluation_and_the_finished_run_compare_both_models_on_the_same_pr
     assert last[0]["prompt"] == last[1]["prompt"] != last[2]["prompt"]
     assert last[0]["reference"] != last[1]["reference"]
 
-    capfd.readouterr()
+    said = capfd.readouterr().err
+    titles = [line for line in said.splitlines() if line.startswith("a sample at step")]
+    assert titles == ["a sample at step 2", "a sample at step 3"]
     evaluate(run, json_output=True)
     report = json.loads(capfd.readouterr().out)
-    assert read(run, "eval.jsonl") == [{name: row[name] for name in names[1:]} for row in last]
-    assert report == json.loads((run / "eval.json").read_text())
+    (result,) = (run / "evals").glob("official-*.json")
+    drawn = [json.loads(line) for line in result.with_suffix(".samples.jsonl").read_text().splitlines()]
+    assert drawn == [{name: row[name] for name in names[1:]} for row in last]
+    assert report == json.loads(result.read_text())
     numbers = report["samples"]
     assert numbers["num"] == 4
     assert numbers["distinct_policy"] == len({row["policy"] for row in last})
@@ -91,7 +96,8 @@ def test_another_reference_is_not_loaded_in_training_for_samples_and_speaks_in_e
     run = train(dpo_recipe, JUDGED | {"dpo.reference.path": other})["training"]["output_dir"]
     assert list(read(run, "step-000003.jsonl")[0]) == ["step", "prompt", "policy", "policy_finished"]
     evaluate(Path(run), limit=1)
-    rows = read(run, "eval.jsonl")
+    (drawn,) = (Path(run) / "evals").glob("*.samples.jsonl")
+    rows = [json.loads(line) for line in drawn.read_text().splitlines()]
     assert len(rows) == 2
     assert all("reference" in row for row in rows)
 
@@ -127,12 +133,12 @@ def test_a_resumed_run_forgets_samples_of_steps_to_come(dpo_recipe: dict[str, An
 
 @pytest.mark.slow
 def test_two_processes_share_the_work_and_give_the_samples_of_one(
-    dpo_recipe: dict[str, Any], train: Run, tmp_path: Path
+    dpo_recipe: dict[str, Any], train: Run, tmp_path: Path, in_fork: Callable[..., Ended]
 ) -> None:
     changes = JUDGED | {"eval.samples.num": 3, "training.learning_rate": 1e-4}
     alone = train(dpo_recipe, changes)["training"]["output_dir"]
     recipe = write_recipe(tmp_path / "recipe.yaml", dpo_recipe, changes)
-    run_command([*command("dpo", recipe, "--output-dir", tmp_path / "two"), "--num-processes", "2"])
+    in_fork("dpo", recipe, "--output-dir", tmp_path / "two", "--num-processes", "2")
     for name in ("step-000000.jsonl", "step-000003.jsonl"):
         assert read(tmp_path / "two", name) == read(alone, name)
 
@@ -167,3 +173,33 @@ def test_on_a_terminal_samples_stand_side_by_side_one_of_each_prompt(monkeypatch
     assert "\x1b" not in text
     assert text.count("[bold]hi[/bold]") == 1
     assert any("two [cut off]" in line or ("one" in line and ":smile:" in line) for line in text.splitlines())
+
+
+JUDGE = KeywordJudge({"harsh": ["reject", "no way"], "kind": ["accept", "c++"]})
+
+
+@pytest.mark.parametrize(
+    ("text", "category"),
+    [
+        ("Strong REJECT.", "harsh"),
+        ("reject, reject, reject", "harsh"),
+        ("There is no way.", "harsh"),
+        ("Accept!", "kind"),
+        ("It is written in C++, good.", "kind"),
+        ("rejected, unacceptable, rejection", "undecided"),
+        ("Accept or reject?", "undecided"),
+        ("", "undecided"),
+    ],
+)
+def test_a_text_is_of_the_one_category_whose_whole_words_it_holds(text: str, category: str) -> None:
+    assert JUDGE.category(text) == category
+
+
+def test_shares_of_all_categories_come_with_wilson_intervals() -> None:
+    counted = JUDGE.count(["reject", "reject", "accept", "hm"])
+    assert {name: number["share"] for name, number in counted.items()} == {
+        "harsh": 0.5,
+        "kind": 0.25,
+        "undecided": 0.25,
+    }
+    assert all(number["ci"] == list(wilson_interval(number["share"], 4)) for number in counted.values())

@@ -1,40 +1,25 @@
 """Data formats: one function from a row to a record, one line in `FORMATS`.
 
-A function raises `Reject(SHAPE, ...)` for a row that is not in its format at all, which is what `detect`
-goes by, and `Reject` with any other reason for a row that is, and cannot be used. Its options are its
-keyword-only parameters.
+A function raises `Reject(SHAPE, ...)` for a row that is not in its format at all, by which formats are detected, and
+`Reject` with another reason for a row that is in the format and cannot be used. Its keyword-only parameters are its
+options.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from dpoctl.data.formats import arena, pairs, rankings, sft, transcripts, trl
-from dpoctl.data.formats import detect as _detect
-from dpoctl.data.formats import options as _options
-from dpoctl.data.formats.canonical import canonical_rows
-from dpoctl.data.formats.detect import Detection
-from dpoctl.data.formats.options import Format, Option
-from dpoctl.data.formats.parts import carry
-from dpoctl.data.formats.transcripts import TURN
+from dpoctl.data.formats import demonstrations, pairs, rankings, trl
+from dpoctl.data.formats.common import add_common_columns
+from dpoctl.data.messages import is_from_arrow, without_nulls
 from dpoctl.data.records import Record, Row
 
-__all__ = [
-    "FORMATS",
-    "TURN",
-    "Detection",
-    "Option",
-    "canonical_rows",
-    "check_options",
-    "detect",
-    "options_of",
-    "read",
-]
+Format = Callable[..., Record]
 
 FORMATS: dict[str, Format] = {
     "openai-preference": pairs.openai_preference,
-    "arena-140k": arena.arena_140k,
-    "arena-100k": arena.arena_100k,
-    "arena-55k": arena.arena_55k,
+    "arena-140k": pairs.arena_140k,
+    "arena-100k": pairs.arena_100k,
+    "arena-55k": pairs.arena_55k,
     "helpsteer3": pairs.helpsteer3,
     "helpsteer2-preference": pairs.helpsteer2_preference,
     "helpsteer2": rankings.helpsteer2,
@@ -46,7 +31,7 @@ FORMATS: dict[str, Format] = {
     "stack-exchange-paired": pairs.stack_exchange_paired,
     "pku": pairs.pku,
     "summarize": pairs.summarize,
-    "comparison-gpt4": pairs.comparison_gpt4,
+    "comparison-gpt4": rankings.comparison_gpt4,
     "capybara": pairs.capybara,
     "ultrafeedback-binarized": pairs.ultrafeedback_binarized,
     "argilla-cleaned": pairs.argilla_cleaned,
@@ -59,21 +44,21 @@ FORMATS: dict[str, Format] = {
     "llamafactory-v1": pairs.llamafactory_v1,
     "ms-swift": pairs.ms_swift,
     "snorkel": rankings.snorkel,
-    "hh": transcripts.hh,
+    "hh": pairs.hh,
     "ranking": trl.ranking,
     "trl-explicit": trl.trl_explicit,
     "trl-implicit": trl.trl_implicit,
     "generic": trl.generic,
-    "llamafactory-kto": sft.llamafactory_kto,
+    "llamafactory-kto": demonstrations.llamafactory_kto,
     "messages": trl.messages,
-    "sharegpt": sft.sharegpt,
-    "alpaca": sft.alpaca,
-    "capybara-conversation": sft.capybara_conversation,
+    "sharegpt": demonstrations.sharegpt,
+    "alpaca": demonstrations.alpaca,
+    "capybara-conversation": demonstrations.capybara_conversation,
     "prompt-completion": trl.prompt_completion,
-    "prompt-response": sft.prompt_response,
+    "prompt-response": demonstrations.prompt_response,
     "text": trl.text,
 }
-"""By name; of two that need the same columns, the more specific stands first."""
+"""The formats by name; of two that need the same columns, the more specific stands first."""
 
 
 def read(name: str, row: Row, options: Mapping[str, Any] | None = None) -> Record:
@@ -82,27 +67,6 @@ def read(name: str, row: Row, options: Mapping[str, Any] | None = None) -> Recor
     Raises:
         Reject: The row cannot be used.
     """
-    return carry(row, FORMATS[name](row, **options or {}))
-
-
-def detect(rows: Sequence[Row]) -> Detection:
-    """Find the format of a file by its first rows.
-
-    Raises:
-        DataError: No format fits, or two that are as specific do.
-    """
-    return _detect.detect(rows, FORMATS)
-
-
-def options_of(name: str) -> dict[str, Option]:
-    """List the options of a format, by name."""
-    return _options.options_of(FORMATS[name])
-
-
-def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Make sure that a format can be told this.
-
-    Raises:
-        UsageError: The format has no such option, or the option no such value.
-    """
-    _options.check_options(name, FORMATS[name], options)
+    if is_from_arrow(row):
+        row = without_nulls(row)
+    return add_common_columns(row, FORMATS[name](row, **options or {}))

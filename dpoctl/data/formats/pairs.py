@@ -1,15 +1,14 @@
-"""Formats of which one row is one comparison."""
+"""Formats of one pair a row, including votes of the Chatbot Arena and transcripts."""
 
 import math
 import re
 from dataclasses import replace
 from typing import Any, Literal
 
-from dpoctl.data.conversation import SHAPE, read_messages
-from dpoctl.data.formats.parts import (
+from dpoctl.data.formats.common import (
+    add_common_columns,
     assistant,
     by_strength,
-    carry,
     columns,
     compare_answers,
     compare_conversations,
@@ -21,14 +20,20 @@ from dpoctl.data.formats.parts import (
     system_turn,
     text_columns,
     user,
-    which_of_two,
+    winner_index,
 )
-from dpoctl.data.formats.sft import alpaca_prompt
+from dpoctl.data.formats.demonstrations import alpaca_prompt
 from dpoctl.data.formats.trl import synonyms, trl_explicit, trl_implicit
+from dpoctl.data.messages import SHAPE, read_messages, shared_turns
+from dpoctl.data.readers.json_lines import read_cell
 from dpoctl.data.records import Message, Record, Reject, Row
 
 NEMO_TURN = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
 STRONGEST = 3
+TIES = {"tie": "tie", "tie (bothbad)": "both_bad", "both_bad": "both_bad"}
+"""The votes for neither answer, and the reason with which such a row is rejected."""
+MultiTurn = Literal["first", "reject"]
+TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 def openai_preference(row: Row) -> Record:
@@ -39,20 +44,20 @@ def openai_preference(row: Row) -> Record:
     prompt = read_messages(given["messages"], "input.messages")
     chosen, rejected = read_messages(preferred, "preferred_output"), read_messages(other, "non_preferred_output")
     record = preference(prompt, chosen, rejected)
-    return carry({"tools": given.get("tools")}, record)
+    return add_common_columns({"tools": given.get("tools")}, record)
 
 
 def helpsteer3(row: Row) -> Record:
-    """HelpSteer3-Preference: a conversation, two answers, and how much better the second is, from -3 to 3."""
+    """HelpSteer3-Preference: a conversation, two answers, and the preference for the second, from -3 to 3."""
     context, preferred = columns(row, "context", "overall_preference")
     first, second = text_columns(row, "response1", "response2")
     return by_strength(read_messages(context, "context"), (first, second), _strength(preferred, "overall_preference"))
 
 
 def helpsteer2_preference(row: Row, *, split: Literal["train", "validation", "all"] = "train") -> Record:
-    """HelpSteer2-Preference: two answers, and how much better the second is, from -3 to 3.
+    """HelpSteer2-Preference: two answers, and the preference for the second, from -3 to 3.
 
-    Its one file holds training and validation rows; `split` says which are read.
+    Its one file holds training and validation rows; `split` chooses among them.
     """
     (strength,) = columns(row, "preference_strength")
     prompt, first, second = text_columns(row, "prompt", "response_1", "response_2")
@@ -69,54 +74,38 @@ def shp(row: Row, *, min_score_ratio: float = 0) -> Record:
     if ratio < min_score_ratio:
         raise Reject("below_min_score_ratio", f"score_ratio is {ratio:g}")
     sides = [(b, number(votes_b, "score_B")), (a, number(votes_a, "score_A"))]
-    label = which_of_two(labels, "labels")
+    label = winner_index(labels, "labels")
     (chosen, most), (rejected, least) = sides[label], sides[1 - label]
     return compare_answers(question(prompt), chosen, rejected, (most, least))
 
 
 def stack_exchange_paired(row: Row) -> Record:
-    """The paired StackExchange set: `response_j` was voted above `response_k`."""
+    """The paired StackExchange set: `response_j` has more votes than `response_k`."""
     prompt, chosen, rejected = text_columns(row, "question", "response_j", "response_k")
     return compare_answers(question(prompt), chosen, rejected)
 
 
 def pku(row: Row, *, dimension: Literal["better", "safer"] = "better", require_chosen_safe: bool = False) -> Record:
-    """PKU-SafeRLHF: two answers, one the more helpful and one, perhaps the other, the safer."""
+    """PKU-SafeRLHF: two answers, and the indices of the more helpful and of the safer one."""
     (winner,) = columns(row, f"{dimension}_response_id")
     prompt, *answers = text_columns(row, "prompt", "response_0", "response_1")
-    best = which_of_two(winner, f"{dimension}_response_id")
+    best = winner_index(winner, f"{dimension}_response_id")
     if require_chosen_safe and row.get(f"is_response_{best}_safe") not in (True, "True", "true"):
         raise Reject("chosen_not_safe", f"is_response_{best}_safe is {row.get(f'is_response_{best}_safe')}")
     return compare_answers(question(prompt), answers[best], answers[1 - best])
 
 
 def summarize(row: Row) -> Record:
-    """OpenAI's comparisons of summaries: a post or an article as plain text that `TL;DR:` ends."""
+    """OpenAI's comparisons of summaries: a post or an article as plain text that ends with `TL;DR:`."""
     info, summaries, choice = columns(row, "info", "summaries", "choice")
     if not isinstance(info, dict) or not isinstance(summaries, list) or len(summaries) != 2:
         raise Reject(SHAPE, "info is not an object, or summaries are not two")
     if not all(isinstance(summary, dict) and isinstance(summary.get("text"), str) for summary in summaries):
         raise Reject(SHAPE, "a summary without a text")
-    best = which_of_two(choice, "choice")
-    # One blank before an answer, as the posts have it after their TL;DR, whatever the row has.
+    best = winner_index(choice, "choice")
+    # An answer starts with one blank, as in the posts, whatever white space the row has.
     answers = [" " + summary["text"].strip() for summary in summaries]
     return preference(_post(info), answers[best], answers[1 - best])
-
-
-def comparison_gpt4(row: Row, *, input_role: Literal["user", "system"] = "user") -> Record:
-    """GPT-4-LLM comparisons: `output` is the better answer, then the worse; `input` is the context of the task."""
-    (output,) = columns(row, "output")
-    (instruction,) = text_columns(row, "instruction")
-    if not isinstance(output, list) or not all(isinstance(answer, str) for answer in output):
-        raise Reject(SHAPE, "output is not a list of texts")
-    if len(output) != 2:
-        raise Reject("missing_answer", f"output holds {len(output)} answers, not two")
-    instruction, context = instruction.strip(), str(row.get("input") or "")
-    if input_role == "system":
-        prompt = question(instruction, context.strip())
-    else:
-        prompt = alpaca_prompt({"instruction": instruction, "input": context})
-    return compare_answers(prompt, output[0].strip(), output[1].strip())
 
 
 def capybara(row: Row) -> Record:
@@ -140,7 +129,7 @@ def dpo_mix(row: Row) -> Record:
 
 
 def distilabel_orca(row: Row, *, drop_gsm8k: bool = False, min_chosen_score: float = 0) -> Record:
-    """Argilla's rated Intel Orca pairs: `chosen` and `rejected` are already in the order of the ratings."""
+    """Argilla's rated Intel Orca pairs: `chosen` has the higher rating already."""
     (status,) = columns(row, "status")
     prompt, chosen, rejected = text_columns(row, "input", "chosen", "rejected")
     if status == "tie":
@@ -149,12 +138,12 @@ def distilabel_orca(row: Row, *, drop_gsm8k: bool = False, min_chosen_score: flo
         raise Reject("in_gsm8k_train")
     if number(row.get("chosen_score", math.inf), "chosen_score") < min_chosen_score:
         raise Reject("below_min_chosen_score", f"chosen_score is {row['chosen_score']}")
-    scores = _both(row.get("rating"))
+    scores = _ratings(row.get("rating"))
     return compare_answers(question(prompt.strip(), row.get("system")), chosen.strip(), rejected.strip(), scores)
 
 
 def orca(row: Row) -> Record:
-    """Intel's Orca pairs, and what axolotl reads like them: a question, two texts, perhaps a system message."""
+    """Intel's Orca pairs, and sets like them: a question, two texts, and optionally a system message."""
     prompts = synonyms(row)["prompt"]
     if prompts not in (["question"], ["input"]) and not (prompts == ["prompt"] and "system" in row):
         columns(row, "question", "chosen", "rejected")
@@ -164,7 +153,7 @@ def orca(row: Row) -> Record:
 
 
 def axolotl(row: Row) -> Record:
-    """Pairs named `chosen_response` and `rejected_response`, after an instruction or another word for it."""
+    """Axolotl's pairs: `chosen_response` and `rejected_response`, and an instruction under any of its names."""
     chosen, rejected = text_columns(row, "chosen_response", "rejected_response")
     prompts = synonyms(row)["prompt"]
     if len(prompts) != 1:
@@ -174,7 +163,7 @@ def axolotl(row: Row) -> Record:
 
 
 def sharegpt_ranking(row: Row) -> Record:
-    """LLaMA-Factory's ShareGPT pairs: a conversation of `from` and `value`, and two turns that could follow."""
+    """LLaMA-Factory's ShareGPT pairs: a conversation of `from` and `value`, and two possible next turns."""
     turns, chosen, rejected = columns(row, "conversations", "chosen", "rejected")
     prompt = read_sharegpt(turns, "conversations")
     if not (prompt and prompt[0]["role"] == "system"):
@@ -183,7 +172,7 @@ def sharegpt_ranking(row: Row) -> Record:
 
 
 def alpaca_ranking(row: Row) -> Record:
-    """LLaMA-Factory's alpaca pairs: an instruction, perhaps with input, system and history, and two texts."""
+    """LLaMA-Factory's alpaca pairs: an instruction, optionally with input, system and history, and two texts."""
     if "prompt" in row:
         raise Reject(SHAPE, "a prompt of its own")
     _, chosen, rejected = text_columns(row, "instruction", "chosen", "rejected")
@@ -191,30 +180,86 @@ def alpaca_ranking(row: Row) -> Record:
 
 
 def llamafactory_v1(row: Row) -> Record:
-    """LLaMA-Factory's pairs of whole conversations, whose shared leading messages are the prompt."""
+    """LLaMA-Factory's pairs of conversations, whose common first messages are the prompt."""
     chosen, rejected = columns(row, "chosen_messages", "rejected_messages")
     return compare_conversations(read_weighted(chosen, "chosen_messages"), read_weighted(rejected, "rejected_messages"))
 
 
 def ms_swift(row: Row) -> Record:
     """ms-swift's pairs: `messages` ends with the chosen answer; the rejected one is a text or a conversation."""
-    (turns,) = columns(row, "messages")
+    other = "rejected_messages" if "rejected_messages" in row else "rejected_response"
+    turns, rejected = columns(row, "messages", other)
     chosen = read_messages(turns, "messages")
-    if "rejected_messages" in row:
-        return compare_conversations(chosen, read_messages(row["rejected_messages"], "rejected_messages"))
-    (rejected,) = text_columns(row, "rejected_response")
+    if other == "rejected_messages":
+        return compare_conversations(chosen, read_messages(rejected, other))
+    (rejected,) = text_columns(row, other)
     if not chosen or chosen[-1]["role"] != "assistant":
         raise Reject("no_final_answer", "messages does not end with the assistant's turn")
     return preference(chosen[:-1], chosen[-1:], [assistant(rejected)])
 
 
 def nemo_turns(prompt: str) -> list[Message]:
-    """Split a HelpSteer prompt, in which turns after the first start with `<extra_id_1>` and who speaks."""
+    """Split a HelpSteer prompt, in which each turn after the first starts with `<extra_id_1>` and its speaker."""
     first, *rest = NEMO_TURN.split(prompt)
     turns = question(first)
     for speaker, text in zip(rest[::2], rest[1::2], strict=True):
         turns.append(user(text) if speaker == "User" else assistant(text))
     return turns
+
+
+def arena_55k(row: Row, *, multi_turn: MultiTurn = "first") -> Record:
+    """The Arena's 55k set: prompts and responses as JSON lists of turns, and three columns of which one is 1.
+
+    The vote compares two conversations that differ from the first answer on. Of those with several turns, `first`
+    compares the first answers that differ, and `reject` rejects the row.
+    """
+    votes = columns(row, "winner_model_a", "winner_model_b", "winner_tie")
+    prompts, *answers = (_arena_turns(row, name) for name in ("prompt", "response_a", "response_b"))
+    flags = [_flag(vote) for vote in votes]
+    if sum(flags) != 1:
+        raise Reject("bad_winner", f"not one of the three winner columns is 1, but {sum(flags)}")
+    a, b = (_conversation(prompts, side) for side in answers)
+    return _vote(a, b, ("model_a", "model_b", "tie")[flags.index(True)], multi_turn)
+
+
+def arena_100k(row: Row, *, multi_turn: MultiTurn = "first") -> Record:
+    """The Arena's 100k and 33k sets: two lists of messages, and `winner`.
+
+    `multi_turn` is as for `arena_55k`.
+    """
+    winner, *sides = columns(row, "winner", "conversation_a", "conversation_b")
+    a, b = (_bare(read_messages(side, f"conversation_{name}")) for name, side in zip("ab", sides, strict=True))
+    return _vote(a, b, winner, multi_turn)
+
+
+def arena_140k(row: Row, *, multi_turn: MultiTurn = "first") -> Record:
+    """The Arena's 140k set: as the 100k one, with a session and contents in parts; images are rejected."""
+    columns(row, "evaluation_session_id", "winner", "conversation_a", "conversation_b")
+    return arena_100k(row, multi_turn=multi_turn)
+
+
+def hh(row: Row) -> Record:
+    """Anthropic HH: `chosen` and `rejected` are transcripts, split at the two markers and nowhere else.
+
+    The record is plain text: the prompt is the transcript through the last `Assistant:`, the answers are the rest.
+    Where the histories differ, the pair ends with the first turn that does.
+    """
+    if "prompt" in row:
+        raise Reject(SHAPE, "a prompt of its own")
+    chosen, rejected = text_columns(row, "chosen", "rejected")
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        if not side.startswith("\n\nHuman:"):
+            raise Reject(SHAPE, rf"{name} is no transcript that starts with \n\nHuman:")
+    sides = [_transcript_turns(side) for side in (chosen, rejected)]
+    for name, turns in zip(("chosen", "rejected"), sides, strict=True):
+        if turns[-1][0] != "Assistant":
+            raise Reject("no_final_answer", f"{name} ends with a Human turn")
+    histories = [turns[:-1] for turns in sides]
+    index = len(histories[0]) if histories[0] == histories[1] else shared_turns(*sides)
+    if any(len(turns) <= index or turns[index][0] != "Assistant" for turns in sides):
+        raise Reject("prompts_differ", f"turn {index + 1} is not the Assistant's on both sides")
+    history = "".join(f"\n\n{role}:{text}" for role, text in sides[0][:index])
+    return preference(f"{history}\n\nAssistant:", sides[0][index][1], sides[1][index][1])
 
 
 def _rated(row: Row, chosen: str, rejected: str, *, implicit: bool = False) -> Record:
@@ -231,8 +276,8 @@ def _strength(value: Any, name: str) -> float:
     return strength
 
 
-def _both(ratings: Any) -> tuple[float, ...]:
-    """The ratings of the chosen and the rejected answer, or nothing where there are not both."""
+def _ratings(ratings: Any) -> tuple[float, ...]:
+    """Read the ratings of the chosen and the rejected answer; empty unless there are both."""
     if not isinstance(ratings, list) or len(ratings) != 2 or None in ratings:
         return ()
     return tuple(sorted((number(rating, "rating") for rating in ratings), reverse=True))
@@ -245,3 +290,45 @@ def _post(info: dict[str, Any]) -> str:
     if not post:
         raise Reject("empty_prompt")
     return f"SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"
+
+
+def _vote(a: list[Message], b: list[Message], winner: Any, multi_turn: MultiTurn) -> Record:
+    if isinstance(winner, str) and winner in TIES:
+        raise Reject(TIES[winner])
+    if winner not in ("model_a", "model_b"):
+        raise Reject("bad_winner", f"winner is {winner!r}")
+    turns = max(sum(message["role"] == "user" for message in side) for side in (a, b))
+    if turns > 1 and multi_turn == "reject":
+        raise Reject("multi_turn", f"{turns} turns")
+    chosen, rejected = (a, b) if winner == "model_a" else (b, a)
+    return compare_conversations(chosen, rejected, first_only=True)
+
+
+def _bare(messages: list[Message]) -> list[Message]:
+    """Leave out the token counts of the arena, which would make equal messages differ."""
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def _arena_turns(row: Row, name: str) -> list[str]:
+    (text,) = text_columns(row, name)
+    turns = read_cell(text, name, SHAPE)
+    if not isinstance(turns, list) or not all(turn is None or isinstance(turn, str) for turn in turns):
+        raise Reject(SHAPE, f"{name} is not a JSON list of turns")
+    return [turn or "" for turn in turns]
+
+
+def _conversation(prompts: list[str], answers: list[str]) -> list[Message]:
+    if len(prompts) != len(answers):
+        raise Reject("roles_out_of_order", f"{len(answers)} answers to {len(prompts)} prompts")
+    return [turn for asked, answer in zip(prompts, answers, strict=True) for turn in (user(asked), assistant(answer))]
+
+
+def _flag(value: Any) -> bool:
+    if value not in (0, 1, "0", "1", "True", "False"):
+        raise Reject("bad_winner", f"a winner column is {value!r}, not 0 or 1")
+    return value in (1, "1", "True")
+
+
+def _transcript_turns(transcript: str) -> list[tuple[str, str]]:
+    pieces = TURN.split(transcript)[1:]
+    return list(zip(pieces[::2], pieces[1::2], strict=True))

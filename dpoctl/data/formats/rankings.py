@@ -1,43 +1,41 @@
-"""Formats that rate answers: several in one row, or one a row that `dpoctl.data.grouping` brings together.
+"""Formats that rate answers: several in one row, or one a row that `dpoctl.data.grouping` groups by prompt.
 
-The scores go into the record, and which answers are compared is decided later. An answer that is empty or was not
-rated is left out.
+The record holds the scores; pairs are chosen later. An answer that is empty or has no score is left out.
 """
 
 import re
 from collections.abc import Iterable
 from dataclasses import replace
-from html.parser import HTMLParser
 from typing import Any, Literal
 
-from dpoctl.data.conversation import SHAPE, read_messages
-from dpoctl.data.formats.pairs import nemo_turns
-from dpoctl.data.formats.parts import (
+from dpoctl.data.formats.common import (
     assistant,
     checked,
     columns,
+    compare_answers,
     compare_conversations,
     number,
     question,
     text_columns,
     user,
 )
-from dpoctl.data.formats.transcripts import TURN
+from dpoctl.data.formats.demonstrations import alpaca_prompt
+from dpoctl.data.formats.pairs import TURN, nemo_turns
+from dpoctl.data.html_markdown import html_to_markdown
+from dpoctl.data.messages import SHAPE, read_messages
 from dpoctl.data.records import Message, Record, Reject, Row, squeeze
 
 SPEAKER = re.compile(r"\b(?:Human|Assistant):")
-BLOCKS = {"p", "div", "pre", "ul", "ol", "blockquote", "table", "hr", "h1", "h2", "h3", "h4", "h5", "h6"}
-LINES = {"br", "li", "tr", "dt", "dd"}
 
 Rated = tuple[list[Message], float | None]
-"""An answer, and its score where somebody gave it one."""
+"""An answer, and its score if it has one."""
 
 
 def ultrafeedback_raw(row: Row, *, score: Literal["mean", "overall_score"] = "mean") -> Record:
-    """UltraFeedback as it was collected: `instruction` and `completions`, each with four ratings.
+    """The original UltraFeedback: `instruction` and `completions`, each with four ratings.
 
-    `mean` scores by the mean of those ratings that are numbers, `overall_score` by the column of that name. The
-    system messages of the completions differ from each other and are no part of the prompt.
+    The score is the mean of those ratings that are numbers, or the column `overall_score`. The system messages of the
+    completions differ from each other and are not part of the prompt.
     """
     (instruction,) = text_columns(row, "instruction")
     completions = _objects(row, "completions", "response", "annotations")
@@ -48,14 +46,36 @@ def ultrafeedback_raw(row: Row, *, score: Literal["mean", "overall_score"] = "me
 def nectar(row: Row) -> Record:
     """Nectar: a transcript that ends with `Assistant:`, and up to seven ranked answers, 1 the best.
 
-    Answers that go on to speak for `Human:` or `Assistant:` are left out.
+    Answers that hold further turns of `Human:` or `Assistant:` are left out.
     """
+    columns(row, "prompt", "answers")
     (prompt,) = text_columns(row, "prompt")
     answers = [
         ([] if SPEAKER.search(str(one["answer"])) else _answer(one["answer"]), _from_rank(one["rank"]))
         for one in _objects(row, "answers", "answer", "rank")
     ]
     return _ranking(_transcript(prompt), answers)
+
+
+def comparison_gpt4(row: Row, *, input_role: Literal["user", "system"] = "user") -> Record:
+    """GPT-4-LLM comparisons: `output` holds two or more answers, the best first; `input` is the context of the task.
+
+    Of more than two answers the scores are their ranks, -1 the best.
+    """
+    (output,) = columns(row, "output")
+    (instruction,) = text_columns(row, "instruction")
+    if not isinstance(output, list) or not all(isinstance(answer, str) for answer in output):
+        raise Reject(SHAPE, "output is not a list of texts")
+    if len(output) < 2:
+        raise Reject("missing_answer", f"output holds {len(output)} answers, and a comparison needs two")
+    instruction, context = instruction.strip(), str(row.get("input") or "")
+    if input_role == "system":
+        prompt = question(instruction, context.strip())
+    else:
+        prompt = alpaca_prompt(row | {"instruction": instruction, "input": context})
+    if len(output) == 2:
+        return compare_answers(prompt, output[0].strip(), output[1].strip())
+    return _ranking(prompt, [(_answer(text.strip()), -rank) for rank, text in enumerate(output, start=1)])
 
 
 def nemo_ranking(row: Row) -> Record:
@@ -67,19 +87,21 @@ def nemo_ranking(row: Row) -> Record:
 
 
 def stack_exchange(row: Row, *, target: Literal["none", "best"] = "none") -> Record:
-    """StackExchange questions: HTML, and answers scored by their votes in `pm_score`.
+    """StackExchange questions in HTML, which becomes Markdown, and answers with their votes in `pm_score`.
 
-    With `target: best` the answer to imitate is one of the highest score, the accepted one among equals, the first
-    otherwise; with `none` it is the answer that no other equals, where there is one.
+    With `target: best` the answer to imitate has the highest score; among equals it is the accepted one, or else the
+    first. With `none` it is the answer whose score no other reaches, if there is one.
     """
     (asked,) = text_columns(row, "question")
-    answers = _objects(row, "answers", "text", "pm_score")
-    record = _ranking(
-        question(html_text(asked)), [(_answer(html_text(one["text"])), one["pm_score"]) for one in answers]
-    )
+    rows = _objects(row, "answers", "text", "pm_score")
+    answers = [_answer(html_to_markdown(one["text"]) if isinstance(one["text"], str) else None) for one in rows]
+    scores = [one["pm_score"] for one in rows]
+    record = _ranking(question(html_to_markdown(asked)), list(zip(answers, scores, strict=True)))
     if target == "none":
         return record
-    accepted = [_answer(html_text(one["text"])) for one in answers if one.get("selected") in (True, "True", "true")]
+    accepted = [
+        answer for answer, one in zip(answers, rows, strict=True) if one.get("selected") in (True, "True", "true")
+    ]
     best = max(range(len(record.scores)), key=lambda k: (record.scores[k], record.responses[k] in accepted))
     return replace(record, target=best)
 
@@ -89,16 +111,16 @@ def helpsteer2(
     *,
     attribute: Literal["helpfulness", "correctness", "coherence", "complexity", "verbosity"] = "helpfulness",
 ) -> Record:
-    """HelpSteer2: one answer a row with five ratings, of which `attribute` is the score."""
+    """HelpSteer2: one answer a row with five ratings; the rating `attribute` is the score."""
     _, *_, score = columns(row, "helpfulness", "correctness", "coherence", "complexity", "verbosity", attribute)
     prompt, response = text_columns(row, "prompt", "response")
     return checked(Record(nemo_turns(prompt), (_answer(response),), scores=(number(score, attribute),)))
 
 
 def snorkel(row: Row, *, use: Literal["explicit", "scores"] = "explicit") -> Record:
-    """Snorkel's PairRM sets: a pair, and the scores of all the answers that it was chosen from.
+    """Snorkel's PairRM sets: a pair, and all answers from which it was chosen with their scores.
 
-    `explicit` takes `chosen` and `rejected`, with their scores where both are among all answers; `scores` makes a
+    `explicit` reads `chosen` and `rejected`, with their scores where both are among all answers; `scores` makes a
     ranking of all answers.
     """
     chosen, rejected, texts, scores = columns(row, "chosen", "rejected", "all_generated_responses", "all_rm_scores")
@@ -115,64 +137,8 @@ def snorkel(row: Row, *, use: Literal["explicit", "scores"] = "explicit") -> Rec
     return replace(pair, scores=found if len(found) == len(pair.responses) else ())
 
 
-def html_text(html: str) -> str:
-    """Reduce HTML to its text: paragraphs apart, the contents of `<code>` as they stand."""
-    reader = _Text()
-    reader.feed(html)
-    reader.close()
-    return reader.text()
-
-
-class _Text(HTMLParser):
-    """Collects text; white space counts in `<pre>` and `<code>` alone."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self._pieces: list[str] = []
-        self._verbatim = 0
-        self._hidden = 0
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        del attrs
-        self._break(tag)
-        self._verbatim += tag in ("pre", "code")
-        self._hidden += tag in ("script", "style")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        del attrs
-        self._break(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        self._verbatim = max(0, self._verbatim - (tag in ("pre", "code")))
-        self._hidden = max(0, self._hidden - (tag in ("script", "style")))
-        if tag in BLOCKS:
-            self._break(tag)
-
-    def handle_data(self, data: str) -> None:
-        if self._hidden:
-            return
-        if not self._verbatim:
-            data = re.sub(r"\s+", " ", data)
-            if not self._pieces or self._pieces[-1].endswith(("\n", " ")):
-                data = data.lstrip(" ")
-        if data:
-            self._pieces.append(data)
-
-    def text(self) -> str:
-        """What was read, without blanks at its ends."""
-        return "".join(self._pieces).strip()
-
-    def _break(self, tag: str) -> None:
-        wanted = 2 if tag in BLOCKS else int(tag in LINES)
-        if not wanted or not self._pieces:
-            return
-        written = self._pieces[-1] if self._verbatim else self._pieces[-1].rstrip(" ")
-        there = len(written) - len(written.rstrip("\n"))
-        self._pieces[-1] = written + "\n" * (wanted - there)
-
-
 def _objects(row: Row, name: str, *keys: str) -> list[dict[str, Any]]:
-    """Look up a column of objects that all have these keys."""
+    """Look up a column of objects that have these keys."""
     (values,) = columns(row, name)
     if not isinstance(values, list) or not all(isinstance(value, dict) and value.keys() >= {*keys} for value in values):
         raise Reject(SHAPE, f"{name} is not a list of objects with {' and '.join(keys)}")
@@ -212,7 +178,7 @@ def _from_rank(rank: Any) -> float | None:
 
 
 def _transcript(prompt: str) -> list[Message]:
-    """Read a transcript of `Human:` and `Assistant:` turns that leaves the last one to be written."""
+    """Read a transcript of `Human:` and `Assistant:` turns that ends with an empty turn of the assistant."""
     first, *pieces = TURN.split(prompt)
     turns = [(role, text.strip()) for role, text in zip(pieces[::2], pieces[1::2], strict=True)]
     if first.strip() or not turns:

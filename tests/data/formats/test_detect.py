@@ -1,12 +1,17 @@
 import json
+import re
+from pathlib import Path
 
 import pytest
 from format_samples import FIXTURES, assistant, rows, transcript, user
 
-from dpoctl.data.formats import FORMATS, detect
-from dpoctl.errors import DataError
+from dpoctl.data.formats import FORMATS, read
+from dpoctl.data.formats.detect import check_options, detect, list_formats, options_of
+from dpoctl.errors import DataError, UsageError
 
 EXPLICIT = {"prompt": [user("q")], "chosen": [assistant("good")], "rejected": [assistant("bad")]}
+
+DOCUMENT = Path(__file__).parents[3] / "docs" / "data.md"
 
 
 def test_every_format_has_a_fixture():
@@ -22,15 +27,49 @@ def test_the_evidence_is_the_columns_that_tell_and_how_many_rows_fit():
     fixture = rows("helpsteer3")
     assert detect([*fixture] * 4 + [{"context": 1}])[:2] == (
         "helpsteer3",
-        "columns context, overall_preference, response1, response2; 20 of the first 21 rows fit",
+        "columns context, overall_preference, response1, response2; 20 of the first 21 rows fit, "
+        "row 21 does not: column 'overall_preference' is missing or empty",
     )
 
 
-def test_detection_bears_with_a_few_broken_rows_and_not_with_many():
+def test_half_of_the_rows_decide_and_the_first_of_the_others_is_told():
     row = {"chosen": transcript(" q", " good"), "rejected": transcript(" q", " bad")}
-    assert detect([row] * 19 + [{"chosen": None}]).format == "hh"
-    with pytest.raises(DataError, match="no known format"):
-        detect([row] * 8 + [{"chosen": None}] * 2)
+    found = detect([row] * 2 + [row | {"chosen": 3}, {"other": 1}], ["line 1", "line 2", "line 4", "line 5"])
+    assert found.format == "hh"
+    assert found.evidence.endswith("2 of the first 4 rows fit, line 4 does not: chosen is a number, not text")
+    with pytest.raises(DataError, match="no known format fits half of the first 5 rows") as error:
+        detect([row] * 2 + [row | {"chosen": 3}] * 3)
+    assert "closest formats: hh (2 of 5 rows fit; row 3: chosen is a number, not text)" in error.value.hint
+    assert "--format hh reads those that fit" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        [EXPLICIT | {"chosen": None}, {"other": 1}],
+        [EXPLICIT | {"prompt": ["q"]}, EXPLICIT | {"rejected": 5}, EXPLICIT | {"chosen": assistant("x")}],
+        [EXPLICIT | {"rejected": [assistant("a") | {"content": {"text": "a"}}]}],
+    ],
+)
+def test_a_few_rows_of_another_shape_do_not_decide(changed):
+    assert detect(changed + [EXPLICIT] * 5).format == "trl-explicit"
+
+
+def test_a_value_of_the_wrong_shape_in_every_row_is_the_reason():
+    turns = [user("q"), {"role": "tool", "content": {"degrees": 21}}, assistant("a")]
+    with pytest.raises(DataError, match="columns messages, tools") as error:
+        detect([{"messages": turns, "tools": []}] * 5)
+    assert error.value.hint.startswith("closest formats: messages (row 1: messages, message 2: content is an object)")
+    assert "--column-map" not in error.value.hint
+
+
+def test_rows_of_another_format_are_told():
+    conversation = {"messages": [user("q"), assistant("a")]}
+    found = detect([EXPLICIT] * 6 + [conversation] * 4)
+    assert found.format == "trl-explicit"
+    assert found.evidence.endswith("; 4 of the others fit messages")
+    with pytest.raises(DataError, match="5 of the first 10 rows fit trl-explicit, and 5 others fit messages"):
+        detect([EXPLICIT, conversation] * 5)
 
 
 def test_a_file_with_messages_beside_pairs_is_a_preference_file():
@@ -46,9 +85,9 @@ def test_columns_that_could_mean_something_else_are_named():
 
 def test_two_formats_that_fit_alike_are_not_guessed_between():
     row = {"messages": [user("q"), assistant("a")], "text": "<user>q<assistant>a"}
-    with pytest.raises(DataError, match="messages, text fit messages and text alike") as error:
+    with pytest.raises(DataError, match="messages, text fit messages and text equally well") as error:
         detect([row])
-    assert error.value.hint == "say --format messages or --format text (in a recipe, format: messages)"
+    assert error.value.hint == "set --format messages or --format text (in a recipe, format: messages)"
 
 
 def test_synonyms_apply_where_only_one_column_each_can_be_meant():
@@ -70,7 +109,7 @@ def test_rows_in_no_format_are_told_the_nearest_and_what_to_try():
     with pytest.raises(DataError, match="columns chosen, question, reject_text, system") as error:
         detect([row])
     assert error.value.hint == (
-        "nearest are orca: no column 'rejected'; hh: no column 'rejected'; trl-implicit: no column 'rejected'; "
+        "closest formats: orca (no column 'rejected'), trl-implicit (no column 'rejected'), hh (no column 'rejected'); "
         "try --column-map prompt=question --column-map rejected=COLUMN "
         "(in a recipe, column_map: {prompt: question, rejected: COLUMN})"
     )
@@ -79,7 +118,9 @@ def test_rows_in_no_format_are_told_the_nearest_and_what_to_try():
 def test_a_column_that_holds_the_wrong_thing_is_named():
     with pytest.raises(DataError) as error:
         detect([EXPLICIT | {"prompt": 7}])
-    assert error.value.hint.endswith("trl-explicit: prompt is a number, not text or messages")
+    assert error.value.hint.startswith(
+        "closest formats: trl-explicit (row 1: prompt is a number, not text or messages)"
+    )
 
 
 def test_rows_without_columns_are_no_format():
@@ -93,3 +134,75 @@ def test_detection_does_not_change_rows(name):
     before = json.dumps(fixture)
     detect(fixture)
     assert json.dumps(fixture) == before
+
+
+def test_options_are_listed_with_their_types_and_defaults():
+    options = options_of("pku")
+    assert {name: (option.choices, option.default) for name, option in options.items()} == {
+        "dimension": (("better", "safer"), "better"),
+        "require_chosen_safe": ((), False),
+    }
+    assert options["require_chosen_safe"].type is bool
+    assert options_of("hh") == {}
+
+
+def test_the_list_of_formats_names_every_option_with_its_default():
+    lines = list_formats().splitlines()
+    assert [line.split()[0] for line in lines if not line.startswith(" ")] == list(FORMATS)
+    assert lines[lines.index(next(line for line in lines if line.startswith("shp "))) + 1] == (
+        "    --option min_score_ratio=float (default 0)"
+    )
+    assert sum(line.startswith("    --option ") for line in lines) == sum(len(options_of(name)) for name in FORMATS)
+
+
+def test_the_documents_list_every_format():
+    table = DOCUMENT.read_text(encoding="utf-8").partition("| rows | `format` |")[2].partition("\n\n")[0]
+    assert [name for name in FORMATS if f"`{name}`" not in table] == []
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if options_of(name)])
+def test_the_documents_list_every_option_with_its_default(name):
+    table = DOCUMENT.read_text(encoding="utf-8").partition("| format | option |")[2].partition("\n\n")[0]
+    rows = {}
+    for line in table.splitlines()[2:]:
+        formats, option, default, _ = line.strip("| ").split(" | ")
+        key, *values = re.findall(r"`(\w+)`", option)
+        rows |= {(one, key): (values, default.strip("`")) for one in re.findall(r"`([\w-]+)`", formats)}
+    for option in options_of(name).values():
+        default = str(option.default).lower() if isinstance(option.default, bool) else str(option.default)
+        assert rows[name, option.name] == (list(option.choices), default)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_defaults_of_a_format_are_values_that_it_takes(name):
+    check_options(name, {option.name: option.default for option in options_of(name).values()})
+
+
+def test_an_unknown_option_is_told_the_ones_there_are():
+    with pytest.raises(UsageError, match="format pku has no option 'dimensions'") as error:
+        check_options("pku", {"dimensions": "safer"})
+    assert error.value.hint == (
+        "pku takes dimension=better|safer (default better), require_chosen_safe=bool (default false)"
+    )
+    with pytest.raises(UsageError, match="hh takes no options"):
+        check_options("hh", {"strip": True})
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("pku", {"dimension": "safest"}),
+        ("pku", {"dimension": ["safer"]}),
+        ("pku", {"require_chosen_safe": 1}),
+        ("shp", {"min_score_ratio": "2"}),
+        ("shp", {"min_score_ratio": True}),
+    ],
+)
+def test_a_value_that_an_option_cannot_have_is_refused(name, options):
+    with pytest.raises(UsageError, match=f"option {next(iter(options))} cannot be"):
+        check_options(name, options)
+
+
+def test_options_reach_the_format():
+    row = {"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 0, "safer_response_id": 1}
+    assert [read("pku", row, {"dimension": d}).responses[0][0]["content"] for d in ("better", "safer")] == ["a", "b"]

@@ -1,8 +1,12 @@
+import csv
 import json
+from pathlib import Path
 
 import pytest
-from format_samples import assistant, outcome, outcomes, pair, rated, rows, system, user
+from format_samples import assistant, outcome, outcomes, pair, rated, rows, system, transcript, user
 
+from dpoctl.data.formats import read
+from dpoctl.data.formats.detect import detect
 from dpoctl.data.records import Record
 
 
@@ -240,3 +244,148 @@ def test_ms_swift_messages_end_with_the_chosen_answer():
 )
 def test_a_winner_that_is_neither_is_not_guessed(name, change):
     assert outcome(name, rows(name)[0] | change) == "bad_winner"
+
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+NAMES = ("arena-55k", "arena-100k", "arena-140k")
+
+
+def arena_rows(name):
+    if name == "arena-55k":
+        with (FIXTURES / "arena-55k.csv").open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+    return [json.loads(line) for line in (FIXTURES / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+HELLO = pair("Hi?", "Hello.", "Go away.")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_format_is_detected_by_its_rows(name):
+    assert detect(arena_rows(name))[0] == name
+
+
+def test_55k_rows_are_json_inside_csv():
+    assert [outcome("arena-55k", row) for row in arena_rows("arena-55k")] == [
+        HELLO,
+        "tie",
+        pair("One?", "uno", "1"),
+        "empty_answer",
+        pair('Quote "this", please.\nNow.', '"this"', "this"),
+        "bad_winner",
+    ]
+
+
+def test_100k_votes_of_several_turns_count_for_the_first_answers_that_differ():
+    history = [
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "1"},
+        {"role": "user", "content": "Two?"},
+    ]
+    assert [outcome("arena-100k", row) for row in arena_rows("arena-100k")] == [
+        HELLO,
+        "tie",
+        "both_bad",
+        pair("One?", "1", "uno"),
+        pair(history, "2", "zwei"),
+    ]
+
+
+def test_140k_contents_are_parts_and_images_cannot_be_used():
+    assert [outcome("arena-140k", row) for row in arena_rows("arena-140k")] == [
+        HELLO,
+        "both_bad",
+        "tie",
+        "not_text",
+        pair("One?", "uno", "1"),
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_votes_of_several_turns_can_be_left_out(name):
+    outcomes = [outcome(name, row, multi_turn="reject") for row in arena_rows(name)]
+    expected = [outcome(name, row) for row in arena_rows(name)]
+    several = {"arena-55k": [2], "arena-100k": [3, 4], "arena-140k": [4]}[name]
+    assert outcomes == ["multi_turn" if index in several else found for index, found in enumerate(expected)]
+
+
+@pytest.mark.parametrize("winner", ["model_c", None, ["model_a"]])
+def test_a_winner_nobody_knows_is_rejected(winner):
+    assert outcome("arena-100k", arena_rows("arena-100k")[0] | {"winner": winner}) == "bad_winner"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"response_a": "Hello."}, "wrong_shape"),
+        ({"response_a": "[1]"}, "wrong_shape"),
+        ({"response_a": '["a", "b"]'}, "roles_out_of_order"),
+        ({"response_a": '["\\ud83d"]'}, "lone_surrogate"),
+        ({"response_a": "[" * 90_000}, "bad_value"),
+        ({"response_a": "[" * 150 + "]" * 150}, "bad_value"),
+        ({"response_a": '["a", NaN]'}, "bad_value"),
+        ({"response_a": '["\\ud83d\\ude00"]'}, pair("Hi?", "\N{GRINNING FACE}", "Go away.")),
+        ({"winner_tie": "maybe"}, "bad_winner"),
+        ({"winner_tie": 1}, "bad_winner"),
+        ({"winner_model_a": 1, "winner_model_b": 0, "winner_tie": 0}, HELLO),
+    ],
+)
+def test_55k_columns_are_what_they_should_be(change, expected):
+    assert outcome("arena-55k", arena_rows("arena-55k")[0] | change) == expected
+
+
+ONE_TURN = {"chosen": transcript(" q", " good"), "rejected": transcript(" q", " bad")}
+
+
+def plain(prompt, chosen, rejected):
+    return Record(prompt, (chosen, rejected), ((0, 1),))
+
+
+def test_hh_rows_are_plain_text_split_before_the_last_answer():
+    egg = "\n\nHuman: Hi\n\nAssistant: Hello \n\nHuman: How do I boil an egg?\n\nAssistant:"
+    assert outcomes("hh") == [
+        plain("\n\nHuman: Is tea good?\n\nAssistant:", " Many say so.", " No"),
+        plain(egg, " Seven minutes.\n\nThen cool it. ", " In water."),
+        plain("\n\nHuman: A joke\n\nAssistant:", " Knock knock.", " No."),
+        "empty_answer",
+    ]
+
+
+def test_hh_answers_are_whole_remainders_and_keep_their_blanks():
+    prefix = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    assert read("hh", {"chosen": prefix + " x\n\ny ", "rejected": prefix + " x z"}) == plain(prefix, " x\n\ny ", " x z")
+
+
+def test_hh_answers_with_a_common_start_are_not_split_by_characters():
+    record = read("hh", {"chosen": transcript(" q", " I am sure"), "rejected": transcript(" q", " I am not")})
+    assert record.responses == (" I am sure", " I am not")
+
+
+def test_hh_markers_inside_a_line_do_not_split():
+    side = "\n\nHuman: hi  Human: you\nAssistant: me\n\nAssistant:"
+    assert read("hh", {"chosen": side + " a", "rejected": side + " b"}).prompt == side
+
+
+def test_hh_is_cut_at_the_first_differing_turn_of_the_assistant():
+    chosen = transcript(" q", " good", " more", " even better")
+    rejected = transcript(" q", " bad", " what", " worse")
+    assert read("hh", {"chosen": chosen, "rejected": rejected}) == read("hh", ONE_TURN)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "expected"),
+    [
+        ([" q", " a", " one", " x"], [" q", " a", " two", " y"], "prompts_differ"),
+        ([" q", " a"], [" q", " a", " b", " c"], "prompts_differ"),
+        ([" q", " a", " b"], [" q", " c"], "no_final_answer"),
+        ([" q", " "], [" q", " b"], "empty_answer"),
+        ([" q", " a  b"], [" q", " a b\n"], "identical_answers"),
+    ],
+)
+def test_hh_rows_that_teach_nothing_are_rejected(chosen, rejected, expected):
+    assert outcome("hh", {"chosen": transcript(*chosen), "rejected": transcript(*rejected)}) == expected
+
+
+def test_tools_beside_plain_text_are_refused_for_no_template_would_tell_of_them():
+    assert outcome("hh", ONE_TURN | {"tools": [{"name": "search"}]}) == "unsupported_column"
+    assert outcome("hh", ONE_TURN | {"tools": []}) == read("hh", ONE_TURN)

@@ -1,9 +1,12 @@
+import json
 from dataclasses import replace
 
 import pytest
-from format_samples import assistant, outcome, outcomes, pair, rated, rows, system, user
+from format_samples import FIXTURES, assistant, outcome, outcomes, pair, rated, rows, system, user
 
 from dpoctl.data.formats import read
+from dpoctl.data.formats.detect import detect
+from dpoctl.data.formats.trl import canonical_rows
 from dpoctl.data.records import Record, Reject
 
 EXPLICIT = {"prompt": [user("q")], "chosen": [assistant("good")], "rejected": [assistant("bad")]}
@@ -27,7 +30,7 @@ def test_an_implicit_prompt_is_the_shared_messages():
         pair("Name a sea.", "Baltic", "Alps"),
         pair([user("Hi"), assistant("Hello"), user("Bye")], "Goodbye", "No"),
         replace(pair("Hi", "Hello", ""), responses=([assistant("Hello")], went_on)),
-        "no_prompt",
+        "wrong_shape",
     ]
 
 
@@ -96,6 +99,32 @@ def test_nulls_vanish_at_any_depth_and_tools_written_as_text_keep_theirs():
     assert read("messages", as_text).tools == [{"name": "search", "default": None}]
 
 
+def called(arguments, **first):
+    call = {"type": "function", "function": {"name": "book", "arguments": arguments}}
+    return {"messages": [user("q") | first, {"role": "assistant", "content": None, "tool_calls": [call]}]}
+
+
+def arguments_of(row):
+    (answer,) = read("messages", row).responses
+    return answer[0]["tool_calls"][0]["function"]["arguments"]
+
+
+def test_a_null_argument_is_a_value_unless_arrow_made_the_row():
+    given = {"city": "Rome", "day": None, "more": {"wifi": None, "beds": [None, 2]}}
+    assert arguments_of(called(given)) == given
+    assert arguments_of(called(given, tool_calls=None)) == {"city": "Rome", "more": {"beds": [None, 2]}}
+    pair = {"prompt": "q", "chosen": called(given)["messages"][1:], "rejected": [assistant("no")]}
+    answers = [
+        read("trl-explicit", pair | {"rejected": [assistant("no") | more]}) for more in ({}, {"tool_calls": None})
+    ]
+    found = [answer.responses[0][0]["tool_calls"][0]["function"]["arguments"] for answer in answers]
+    assert found == [given, {"city": "Rome", "more": {"beds": [None, 2]}}]
+    old = {"role": "assistant", "content": None, "function_call": {"name": "book", "arguments": given}}
+    assert arguments_of({"messages": [user("q"), old]}) == given
+    (written,) = canonical_rows(read("messages", called(given)))
+    assert arguments_of(written) == given
+
+
 def test_arguments_of_a_call_that_are_json_text_become_an_object_and_other_text_stays():
     def answer(arguments):
         call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
@@ -108,6 +137,34 @@ def test_arguments_of_a_call_that_are_json_text_become_an_object_and_other_text_
     assert understood('{"city": "Bonn"}') == understood({"city": "Bonn"}) == [answer({"city": "Bonn"})]
     for odd in ("Bonn", "[1]", '{"city"'):
         assert understood(odd) == [answer(odd)]
+
+
+FLAWED = {
+    "half a character": ('{"k": "x\\ud800"}', "lone_surrogate", "half of a UTF-16 pair, which is not a character"),
+    "NaN": ('{"k": NaN}', "bad_value", "NaN, a number that is not finite"),
+    "a repeated key": ('{"k": 1, "k": 2}', "bad_value", "the key 'k' is repeated"),
+    "deep": ('{"k":' + "[" * 150 + "]" * 150 + "}", "bad_value", "nested more than 100 levels deep"),
+    "beyond Python": ('{"k":' + "[" * 90_000 + "]" * 90_000 + "}", "bad_value", "nested more than 100 levels deep"),
+}
+
+
+@pytest.mark.parametrize("flaw", FLAWED)
+@pytest.mark.parametrize("name", ["arguments", "tools", "chat_template_kwargs", "function_call"])
+def test_json_text_in_a_field_is_judged_as_a_row_is(name, flaw):
+    text, reason, detail = FLAWED[flaw]
+    row = {"messages": [user("q"), assistant("a")]}
+    kind, where = "messages", name
+    if name == "arguments":
+        call = {"type": "function", "function": {"name": "weather", "arguments": text}}
+        row, where = {"messages": [user("q"), assistant("") | {"tool_calls": [call]}]}, "messages, message 2: arguments"
+    elif name == "function_call":
+        turns = [{"from": "human", "value": "q"}, {"from": "function_call", "value": text}]
+        kind, row, where = "sharegpt", {"conversations": turns}, "conversations: a function_call"
+    else:
+        row[name] = f"[{text}]" if name == "tools" else text
+    with pytest.raises(Reject) as error:
+        read(kind, row)
+    assert (error.value.reason, error.value.detail) == (reason, f"{where}: {detail}")
 
 
 @pytest.mark.parametrize("tools", ["[", '{"name": "search"}', [7], {"name": "search"}])
@@ -225,3 +282,88 @@ def test_columns_with_other_names_are_read_as_prompt_chosen_and_rejected():
         Record("Name a hill.", ("Etna", "Como"), ((0, 1),)),
         "empty_answer",
     ]
+
+
+WRITTEN = Record("q", ("a", "b", "c"), ((0, 1), (0, 2)), scores=(3.0, 2.5, 1.0), target=2)
+
+
+def through_json(value):
+    return json.loads(json.dumps(value))
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("name", FIXTURES)
+def test_canonical_rows_are_written_again_as_they_are(name, split):
+    source = detect(rows(name)).format
+    records = [found for row in rows(name) if isinstance(found := outcome(source, row), Record)]
+    assert records
+    for record in records:
+        for row in through_json(canonical_rows(record, split=split)):
+            again = read(detect([row]).format, row)
+            assert through_json(canonical_rows(again, split=split)) == [row]
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_a_canonical_row_means_the_same_record(name):
+    source = detect(rows(name)).format
+    for record in (found for row in rows(name) if isinstance(found := outcome(source, row), Record)):
+        (row,) = through_json(canonical_rows(record, split=False))
+        assert through_json(read(detect([row]).format, row).to_fields()) == through_json(record.to_fields())
+
+
+def test_a_ranking_becomes_one_row_a_pair_with_its_margin():
+    assert canonical_rows(WRITTEN) == [
+        {"prompt": "q", "chosen": "a", "rejected": "b", "meta": {"margin": 0.5}},
+        {"prompt": "q", "chosen": "a", "rejected": "c", "meta": {"margin": 2.0}},
+    ]
+
+
+def test_a_ranking_can_stay_one_row():
+    expected = {"pairs": [[0, 1], [0, 2]], "scores": [3.0, 2.5, 1.0], "sft_target": 2}
+    assert canonical_rows(WRITTEN, split=False) == [{"prompt": "q", "responses": ["a", "b", "c"]} | expected]
+
+
+def test_rated_answers_without_pairs_stay_one_row():
+    one, two = [assistant("1")], [assistant("2")]
+    (row,) = canonical_rows(rated("q", ("1", 4.0), ("2", 3.0)))
+    assert row == {"prompt": [user("q")], "responses": [one, two], "scores": [4.0, 3.0]}
+    (alone,) = canonical_rows(rated("q", ("1", 4.0)))
+    assert alone == {"prompt": [user("q")], "responses": [one], "scores": [4.0]}
+
+
+def test_meta_tools_and_template_variables_are_columns():
+    record = pair(
+        "q", "a", "b", tools=[{"name": "x"}], template_kwargs={"think": True}, meta={"id": 7}, scores=(2.0, 1.0)
+    )
+    (row,) = canonical_rows(record)
+    assert list(row) == ["prompt", "chosen", "rejected", "tools", "chat_template_kwargs", "meta"]
+    assert row["tools"] == [{"name": "x"}]
+    assert row["chat_template_kwargs"] == {"think": True}
+    assert row["meta"] == {"id": 7, "margin": 1.0}
+
+
+def test_only_the_tied_pairs_of_a_record_with_a_tie_are_marked():
+    record = Record("q", ("a", "b", "c"), ((0, 1), (0, 2)), scores=(2.0, 2.0, 1.0), meta={"tie": True})
+    assert [row["meta"] for row in canonical_rows(record)] == [
+        {"margin": 0.0, "tie": True},
+        {"margin": 1.0, "tie": False},
+    ]
+
+
+def test_a_demonstration_is_messages_or_the_text_that_it_was():
+    assert canonical_rows(Record([user("q")], ([assistant("a")],))) == [{"messages": [user("q"), assistant("a")]}]
+    assert canonical_rows(Record("q", ("a",))) == [{"prompt": "q", "completion": "a"}]
+    assert canonical_rows(Record("", ("a b",))) == [{"text": "a b"}]
+    assert canonical_rows(Record("q", ("a",), label=False)) == [{"prompt": "q", "completion": "a", "label": False}]
+
+
+@pytest.mark.parametrize("opening", [[], [assistant("welcome")], [system("be brief"), assistant("welcome")]])
+def test_a_demonstration_is_messages_where_they_would_be_split_at_the_same_place(opening):
+    record = Record([*opening, user("q")], ([assistant("a"), user("r"), assistant("b")],))
+    (row,) = canonical_rows(record)
+    assert row == {"messages": record.prompt + record.responses[0]}
+    assert read("messages", row) == record
+    later = Record([*opening, user("q"), assistant("a"), user("r")], ([assistant("b")],))
+    (row,) = canonical_rows(later)
+    assert row == {"prompt": later.prompt, "completion": later.responses[0]}
+    assert read("prompt-completion", row) == later

@@ -1,0 +1,100 @@
+"""Memory of a device: copies to it, gradient checkpointing of decoder layers, and an estimate of what that saves."""
+
+import inspect
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from dpoctl.errors import UsageError
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+_INTERMEDIATE = ("moe_intermediate_size", "intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_ff")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on any device."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or (isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY))
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the host on a device.
+
+    A copy from pageable memory waits until the GPU has finished all queued work; a copy from pinned memory does not.
+    """
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def checkpointing_choices() -> tuple[int, ...]:
+    """Return the supported values of `every_n_layers`, from the fastest to the one with the least memory.
+
+    0 recomputes no layer, n every n-th layer, 1 every layer.
+    """
+    enable = getattr(PreTrainedModel, "activation_checkpointing_enable", None)
+    takes_number = enable is not None and "every_n_layers" in inspect.signature(enable).parameters
+    return (0, 4, 2, 1) if takes_number else (0, 1)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the memory that is free on a device."""
+    if device.type == "cuda":
+        # Give the system what the allocator keeps for later use, so that it counts as free.
+        torch.cuda.empty_cache()
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def set_gradient_checkpointing(causal: PreTrainedModel, every_n_layers: int) -> None:
+    """Recompute every n-th decoder layer in the backward pass, or none for 0.
+
+    Raises:
+        UsageError: the architecture does not support it.
+    """
+    model: Any = causal
+    if not model.supports_gradient_checkpointing:
+        if every_n_layers:
+            raise UsageError(
+                f"{type(model).__name__} does not support gradient checkpointing",
+                hint="set training.gradient_checkpointing: false",
+            )
+        return
+    # Renamed in transformers 5, where the old name gives a warning.
+    renamed = hasattr(model, "activation_checkpointing_enable")
+    word = "activation" if renamed else "gradient"
+    if not every_n_layers:
+        getattr(model, f"{word}_checkpointing_disable")()
+        return
+    options: dict[str, Any] = {f"{word}_checkpointing_kwargs": {"use_reentrant": False}}
+    if every_n_layers > 1:
+        options["every_n_layers"] = every_n_layers
+    getattr(model, f"{word}_checkpointing_enable")(**options)
+    # Only reentrant checkpointing needs inputs that require gradients, which cost the backward of the first layer.
+    model.disable_input_require_grads()
+
+
+def activation_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype, every_n_layers: int) -> int:
+    """Estimate the memory that a forward pass keeps for the backward pass, without the head.
+
+    A Llama layer keeps 4 x intermediate size + 8 x hidden size numbers a token in `dtype`, and the inputs of its norms
+    in float32. A recomputed layer keeps only its input, but one of them at a time is held in full.
+
+    Args:
+        config: of the model.
+        dtype: of the computation.
+        every_n_layers: every n-th layer is recomputed; 0 is none.
+
+    Returns:
+        Bytes per token over all layers.
+    """
+    hidden, layers = int(config.hidden_size), int(config.num_hidden_layers)
+    sizes = (getattr(config, name, None) for name in _INTERMEDIATE)
+    intermediate = int(next((size for size in sizes if size), 4 * hidden))
+    intermediate *= int(getattr(config, "num_experts_per_tok", None) or 1)
+    layer = dtype.itemsize * (4 * intermediate + 8 * hidden) + 16 * hidden
+    recomputed = -(-layers // every_n_layers) if every_n_layers else 0
+    return dtype.itemsize * hidden * recomputed + layer * (layers - recomputed + (recomputed > 0))

@@ -1,0 +1,437 @@
+"""Names that other tools have for keys and losses of dpoctl, and the detection of their config files."""
+
+from collections.abc import Iterable, Mapping
+from itertools import starmap
+from textwrap import wrap
+from typing import Any
+
+KEYS: dict[str, str] = {
+    "base_model": "model.model_name_or_path",
+    "model_id": "model.model_name_or_path",
+    "model_name": "model.model_name_or_path",
+    "pretrained_model_name_or_path": "model.model_name_or_path",
+    "checkpoint_dir": "model.model_name_or_path",
+    "adapter_name_or_path": "model.model_name_or_path",
+    "model_revision": "model.revision",
+    "torch_dtype": "model.dtype",
+    "precision": "model.dtype",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "pure_bf16": "model.dtype",
+    "mixed_precision": "model.dtype",
+    "bf16_full_eval": "model.dtype",
+    "fp16_full_eval": "model.dtype",
+    "tf32": "model.dtype",
+    "flash_attention": "model.attn_implementation",
+    "flash_attn": "model.attn_implementation",
+    "use_flash_attention_2": "model.attn_implementation",
+    "template": "model.chat_template",
+    "use_peft": "lora",
+    "peft": "lora",
+    "peft_config": "lora",
+    "adapter": "lora",
+    "finetuning_type": "lora",
+    "quantization_bit": "quantization.load_in_4bit",
+    "use_bnb_nested_quant": "quantization.bnb_4bit_use_double_quant",
+    "lora_r": "lora.r",
+    "lora_rank": "lora.r",
+    "rank": "lora.r",
+    "alpha": "lora.lora_alpha",
+    "dropout": "lora.lora_dropout",
+    "lora_target": "lora.target_modules",
+    "lora_target_modules": "lora.target_modules",
+    "lora_target_linear": "lora.target_modules",
+    "lora_attn_modules": "lora.target_modules",
+    "lora_modules_to_save": "lora.modules_to_save",
+    "dataset": "data.train",
+    "datasets": "data.train",
+    "dataset_name": "data.train",
+    "dataset_mixer": "data.train",
+    "dataset_mixture": "data.train",
+    "train_dataset": "data.train",
+    "dataset_train_split": "data.train",
+    "eval_dataset": "data.eval",
+    "test_datasets": "data.eval",
+    "dataset_test_split": "data.eval",
+    "val_size": "data.eval_size",
+    "val_set_size": "data.eval_size",
+    "test_size": "data.eval_size",
+    "cutoff_len": "data.max_length",
+    "sequence_len": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "model_max_length": "data.max_length",
+    "truncation_mode": "data.prompt_truncation",
+    "assistant_only_loss": "sft.loss_on",
+    "completion_only_loss": "sft.loss_on",
+    "train_on_inputs": "sft.loss_on",
+    "dpo.beta": "dpo.loss.beta",
+    "beta": "dpo.loss.beta",
+    "dpo_beta": "dpo.loss.beta",
+    "rl_beta": "dpo.loss.beta",
+    "pref_beta": "dpo.loss.beta",
+    "loss_type": "dpo.loss.type",
+    "pref_loss": "dpo.loss.type",
+    "rl": "method",
+    "stage": "method",
+    "trainer": "method",
+    "task": "method",
+    "dpo_label_smoothing": "dpo.loss.label_smoothing",
+    "reference_free": "dpo.loss.reference_free",
+    "loss_weights": "dpo.loss",
+    "mode_loss": "dpo.loss.type",
+    "mode_weight": "dpo.loss.filter_ratio",
+    "dpo.loss.a": "dpo.loss.alpha",
+    "dpo.loss.gamma": "dpo.loss.gamma_beta_ratio",
+    "simpo_gamma": "dpo.loss.gamma_beta_ratio",
+    "rpo_alpha": "dpo.loss.sft_weight",
+    "cpo_alpha": "dpo.loss.sft_weight",
+    "pref_ftx": "dpo.loss.sft_weight",
+    "orpo_alpha": "dpo.loss.beta",
+    "dpop_lambda": "dpo.loss.penalty",
+    "discopop_tau": "dpo.loss.tau",
+    "ld_alpha": "dpo.loss.alpha",
+    "f_divergence_type": "dpo.loss.divergence",
+    "f_alpha_divergence_coef": "dpo.loss.alpha",
+    "kto_desirable_weight": "dpo.loss.desirable_weight",
+    "kto_undesirable_weight": "dpo.loss.undesirable_weight",
+    "kto_chosen_weight": "dpo.loss.desirable_weight",
+    "kto_rejected_weight": "dpo.loss.undesirable_weight",
+    "use_weighting": "dpo.loss.type",
+    "ref_model": "dpo.reference.path",
+    "ref_model_name_or_path": "dpo.reference.path",
+    "precompute_ref_log_probs": "dpo.reference.mode",
+    "sync_ref_model": "dpo.reference.sync_steps",
+    "ref_model_sync_steps": "dpo.reference.sync_steps",
+    "ref_model_mixup_alpha": "dpo.reference.sync_alpha",
+    "batch_size": "training.global_batch_size",
+    "micro_batch_size": "training.global_batch_size",
+    "per_device_train_batch_size": "training.global_batch_size",
+    "per_device_eval_batch_size": "training.max_tokens_per_device",
+    "eval_batch_size": "training.max_tokens_per_device",
+    "gradient_accumulation_steps": "training.global_batch_size",
+    "lr": "training.learning_rate",
+    "lr_scheduler": "training.lr_scheduler_type",
+    "scheduler": "training.lr_scheduler_type",
+    "warmup": "training.warmup_ratio",
+    "num_epochs": "training.num_train_epochs",
+    "n_epochs": "training.num_train_epochs",
+    "epochs": "training.num_train_epochs",
+    "num_steps": "training.max_steps",
+    "optimizer": "training.optim",
+    "max_norm": "training.max_grad_norm",
+    "clip_grad_norm": "training.max_grad_norm",
+    "gradient_clipping": "training.max_grad_norm",
+    "activation_checkpointing": "training.gradient_checkpointing",
+    "deepspeed": "training.sharding",
+    "zero_stage": "training.sharding",
+    "fsdp": "training.sharding",
+    "fsdp_config": "training.sharding",
+    "fsdp_version": "training.sharding",
+    "fsdp_sharding_strategy": "training.sharding",
+    "fsdp_offload_params": "training.cpu_offload",
+    "offload_params": "training.cpu_offload",
+    "dp_shard_size": "training.sharding",
+    "dp_replicate_size": "training.replicas",
+    "logging_dir": "training.output_dir",
+    "out_dir": "training.output_dir",
+    "output": "training.output_dir",
+    "eval_strategy": "training.eval_steps",
+    "evaluation_strategy": "training.eval_steps",
+    "evals_per_epoch": "training.eval_steps",
+    "save_strategy": "training.save_steps",
+    "saves_per_epoch": "training.save_steps",
+    "wandb_project": "training.report_to",
+    "use_wandb": "training.report_to",
+    "wandb_name": "training.run_name",
+    "push_to_hub": "training.hub_model_id",
+    "hub_private": "training.hub_private_repo",
+    "random_seed": "training.seed",
+    "data_seed": "training.seed",
+    "max_samples": "data.train",
+    "dataset_config": "data.train",
+    "dataset_config_name": "data.train",
+    "dataset_revision": "data.train",
+    "torch_compile_backend": "training.torch_compile",
+    "torch_compile_mode": "training.torch_compile",
+    "resume_from_checkpoint": "training.resume",
+    "auto_resume_from_checkpoints": "training.resume",
+    "interleave_probs": "data.train",
+    "mix_strategy": "data.train",
+    "additional_target": "lora.modules_to_save",
+    "peft_use_rslora": "lora.use_rslora",
+    "compute_dtype": "model.dtype",
+    "train_on_prompt": "sft.loss_on",
+    "mask_history": "sft.loss_on",
+    "roles_to_train": "sft.loss_on",
+    "enable_thinking": "data.chat_template_kwargs",
+    "default_system": "data.chat_template_kwargs",
+    "warmup_proportion": "training.warmup_ratio",
+    "weight_decay_rate": "training.weight_decay",
+    "adamw_beta1": "training.adam_beta1",
+    "save_every": "training.save_steps",
+    "eval_every": "training.eval_steps",
+}
+"""Keys of other tools -> keys of dpoctl. A key with a section is translated in that section only."""
+COUNTS_ROWS = "it counts the rows of a step over all devices and micro-batches"
+DIVIDES = "full: weights, gradients and optimizer state are divided over the processes"
+REMARKS: dict[str, str] = {
+    "deepspeed": f"{DIVIDES}, as by ZeRO-3",
+    "zero_stage": f"{DIVIDES}, as by ZeRO-3",
+    "fsdp": DIVIDES,
+    "fsdp_config": DIVIDES,
+    "per_device_train_batch_size": COUNTS_ROWS,
+    "micro_batch_size": COUNTS_ROWS,
+    "gradient_accumulation_steps": COUNTS_ROWS,
+    "bf16": "for example dtype: bfloat16",
+    "fp16": "for example dtype: float16",
+    "tf32": "for example dtype: bfloat16",
+    "eval_strategy": "a number of steps",
+    "evaluation_strategy": "a number of steps",
+    "save_strategy": "a number of steps",
+    "resume_from_checkpoint": "or pass --resume",
+    "interleave_probs": "the weight of each source",
+    "mix_strategy": "the weight of each source",
+    "max_samples": "it is a key of each source",
+    "dataset_config": "the name of a source",
+    "dataset_config_name": "the name of a source",
+    "dataset_revision": "the revision of a source",
+    "dataset_train_split": "the split of a source",
+    "dataset_test_split": "the split of a source",
+}
+"""What is to be known about the key of dpoctl, by the key of another tool."""
+NOT_OFFERED: dict[str, tuple[str, ...]] = {
+    "dpoctl does not pad, so it needs no packing; remove this key": (
+        *("packing", "sample_packing", "eval_packing", "eval_sample_packing", "neat_packing", "padding_free"),
+        *("packing_strategy", "pad_to_sequence_len", "pad_to_multiple_of", "padding_side", "padding_value"),
+        *("label_pad_token_id", "pad_token", "group_by_length", "length_column_name", "multipack_real_batches"),
+    ),
+    "the model of the last step is the result; training.max_steps ends a run earlier": (
+        *("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "early_stopping_patience"),
+        *("early_stopping_steps", "early_stopping_threshold", "save_best_model"),
+    ),
+    "noise on embeddings is not offered": ("neftune_noise_alpha", "neft_alpha", "noise_alpha"),
+    "the command decides: `dpoctl sft`, `dpoctl dpo`, `dpoctl eval`": (
+        *("do_train", "do_eval", "do_predict", "predict_with_generate"),
+    ),
+    "pass --overwrite on the command line": ("overwrite_output_dir",),
+    "rows are tokenized once and kept in a cache; no workers are needed": (
+        *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "dataset_num_proc"),
+        *("dataloader_persistent_workers", "preprocessing_num_workers", "dataset_processes", "num_proc"),
+        *("overwrite_cache", "remove_unused_columns", "preprocessing_batch_size", "skip_prepare_dataset", "streaming"),
+    ),
+    "the cache folder is that of the environment variable DPOCTL_CACHE": (
+        *("dataset_prepared_path", "cache_dir", "dataset_cache_dir", "tokenized_path"),
+    ),
+    "every row is used, and every epoch has its own order": (
+        *("dataloader_drop_last", "drop_last", "shuffle_merged_datasets", "shuffle_dataset"),
+    ),
+    "a layer is computed on one device; training.sharding: full divides weights, gradients and optimizer state": (
+        *("tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree"),
+        *("device_map", "parallelism_config"),
+    ),
+    "with training.sharding a run still ends with one whole model; checkpoints are divided": (
+        *("fsdp_final_state_dict_type", "fsdp_state_dict_type"),
+    ),
+    "the launcher decides: --num-processes, or accelerate launch": (
+        *("local_rank", "accelerator_config", "ddp_backend", "ddp_find_unused_parameters", "world_size"),
+        *("num_processes", "ddp_bucket_cap_mb", "use_cpu", "no_cuda", "use_mps_device"),
+    ),
+    "fused kernels are used where the model allows; there is nothing to set": (
+        *("use_liger_kernel", "liger_kernel_config", "use_liger_loss", "enable_liger_kernel", "use_unsloth", "unsloth"),
+        *("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_fused_linear_cross_entropy", "use_kernels"),
+        *("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "xformers_attention", "use_unsloth_gc"),
+    ),
+    "this variant of LoRA is not offered; use_rslora is": (
+        *("use_dora", "dora", "peft_use_dora", "pissa_init", "pissa_convert", "init_lora_weights", "loraplus_lr_ratio"),
+        *("loftq_config", "lora_bias", "fan_in_fan_out", "lora_fan_in_fan_out", "layers_to_transform"),
+        *("rank_pattern", "alpha_pattern", "create_new_adapter", "loraplus_lr_embedding", "relora_steps"),
+    ),
+    "the schedules have no settings of their own beside the warm-up": (
+        *("lr_scheduler_kwargs", "cosine_min_lr_ratio", "min_lr", "min_lr_ratio", "cosine_constant_lr_ratio"),
+        "num_cycles",
+    ),
+    "this optimizer setting is not offered": (
+        *("optim_args", "optim_target_modules", "use_galore", "use_badam", "use_apollo", "use_muon", "embedding_lr"),
+        *("lr_groups", "embedding_lr_scale"),
+    ),
+    "adapters are LoRA for a causal language model, without biases": (
+        *("task_type", "lora_task_type", "peft_type", "bias", "inference_mode"),
+    ),
+    "the model's config.json says it": ("model_type", "is_llama_derived_model", "is_mistral_derived_model"),
+    "only text is trained on": ("image_max_pixels", "video_max_pixels", "image_size", "processor_type", "images_dir"),
+    "columns are named by column_map in a source of data.train": (
+        *("dataset_text_field", "field_messages", "field_chosen", "field_rejected", "message_property_mappings"),
+        *("text_column", "prompt_column", "chosen_column", "rejected_column", "columns"),
+    ),
+    "all layers are trained, or those with an adapter": (
+        *("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules", "unfrozen_parameters"),
+        *("freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model"),
+    ),
+    "every run writes metrics.jsonl and report.html": (
+        *("plot_loss", "logging_strategy", "logging_first_step", "log_level", "include_num_input_tokens_seen"),
+        *("include_tokens_per_second", "disable_tqdm", "log_completions", "logging_nan_inf_filter"),
+    ),
+    "checkpoints are safetensors, and hold all that --resume needs": (
+        *("save_safetensors", "save_only_model", "save_on_each_node"),
+    ),
+    "`dpoctl merge` merges an adapter into its base": ("save_merged", "merge_lora", "export_dir", "save_merged_model"),
+    "the token comes from `hf auth login` or HF_TOKEN; keep it out of recipes": (
+        *("hub_token", "hf_hub_token", "hf_token", "token", "use_auth_token", "push_to_hub_token"),
+    ),
+    "the environment variables of wandb decide": ("wandb_entity", "wandb_watch", "wandb_run_id", "wandb_api_key"),
+    "the model is uploaded once, at the end": ("hub_strategy", "hub_always_push", "hub_revision"),
+    "settings of the tokenizer are those of the model's folder; model.chat_template sets the template": (
+        *("special_tokens", "tokens", "added_tokens_overrides", "tokenizer_type", "use_fast_tokenizer"),
+        *("tokenizer_name", "tokenizer_name_or_path", "resize_vocab", "new_special_tokens", "add_tokens", "eos_token"),
+    ),
+    "memory is measured, and micro-batches and recomputation fit themselves to it": (
+        *("auto_find_batch_size", "gradient_checkpointing_kwargs", "torch_empty_cache_steps"),
+        *(
+            "eval_accumulation_steps",
+            "low_cpu_mem_usage",
+            "activation_offloading",
+            "upcast_layernorm",
+            "layer_offloading",
+        ),
+    ),
+    "an SFT adapter is named by model.model_name_or_path, and lora.start says what becomes of it": (
+        *("model_adapter_name", "ref_adapter_name", "lora_model_dir", "ref_model_adapters", "force_use_ref_model"),
+    ),
+    "set eval.samples to let policy and reference write texts": (
+        *("generate_during_eval", "eval_table_size", "do_bench_eval"),
+    ),
+    "max_length counts prompt and answer together, and max_prompt_length the prompt": (
+        *("max_completion_length", "max_target_length", "max_source_length", "max_response_length"),
+    ),
+}
+"""Keys of other tools that have no counterpart, by what does their job here or why they are not offered."""
+NOT_OFFERED_WHY = {key: why for why, keys in NOT_OFFERED.items() for key in keys}
+WITH_WARMUP = "its warm-up is warmup_ratio or warmup_steps"
+VALUES: dict[str, dict[str, tuple[str, str]]] = {
+    "optim": {
+        "adamw_torch_fused": ("adamw", ""),
+        "adamw_apex_fused": ("adamw", ""),
+        "adamw_hf": ("adamw", ""),
+        "adamw_bnb_8bit": ("adamw_8bit", ""),
+        "adam": ("adamw", "with weight_decay 0 they are the same"),
+        "paged_adamw": ("paged_adamw_32bit", ""),
+        "rmsprop_bnb": ("rmsprop", ""),
+    },
+    "lr_scheduler_type": {
+        "constant_with_warmup": ("constant", WITH_WARMUP),
+        "linear_with_warmup": ("linear", WITH_WARMUP),
+        "cosine_with_warmup": ("cosine", WITH_WARMUP),
+        "cosine_with_min_lr": ("cosine", "it ends at 0"),
+        "cosine_with_restarts": ("cosine", "it has no restarts"),
+    },
+    "dtype": {
+        "bf16": ("bfloat16", ""),
+        "fp16": ("float16", ""),
+        "half": ("float16", ""),
+        "fp32": ("float32", ""),
+        "torch.bfloat16": ("bfloat16", ""),
+        "torch.float16": ("float16", ""),
+        "torch.float32": ("float32", ""),
+    },
+    "attn_implementation": {
+        "fa2": ("flash_attention_2", ""),
+        "flash_attn": ("flash_attention_2", ""),
+        "flash_attention": ("flash_attention_2", ""),
+        "flex_attention": ("auto", "it chooses"),
+        "flash_attention_3": ("auto", "it chooses"),
+    },
+    "overlong": {"keep_end": ("truncate", "with prompt_truncation: keep_end")},
+}
+"""Values of other tools, by the key of dpoctl: the value here, and what is to be known about it."""
+CONVERSIONS = {"gamma": "gamma / beta", "simpo_gamma": "simpo_gamma / beta"}
+"""The value under the new name, for keys whose value changes too."""
+LOSS_NAMES = {
+    "dpo": "sigmoid",
+    "cdpo": "sigmoid",
+    "rpo": "sigmoid",
+    "rso": "hinge",
+    "slic": "hinge",
+    "dpo_norm": "sigmoid_norm",
+    "smaug": "dpop",
+    "kto_pair": "kto",
+    "exo": "exo_pair",
+    "nca": "nca_pair",
+    "bco": "bco_pair",
+    "sppo": "sppo_hard",
+    "aot_pair": "aot_unpaired",
+    "lrml": "discopop",
+    "listwise": "plackett_luce",
+    "softmax": "s_dpo",
+}
+"""Losses of other tools, in lower case and with underscores -> losses of dpoctl."""
+SECTIONS = ("model", "data", "training", "dpo", "sft")
+SIGNATURES = (
+    ("a LLaMA-Factory config", ("finetuning_type", "stage", "cutoff_len", "dataset_dir")),
+    ("an axolotl config", ("base_model", "micro_batch_size", "sequence_len", "rl")),
+    ("a TRL config", ("model_name_or_path", "dataset_name", "dataset_mixer", "per_device_train_batch_size")),
+)
+WIDTH = 110
+
+
+def translate_key(section: str, key: str) -> str | None:
+    """Translate a key of another tool, found in a section ('' for the top level)."""
+    return KEYS.get(f"{section}.{key}" if section else key) or KEYS.get(key)
+
+
+def remark_on(key: str) -> str:
+    """Return what is to be known about the translation of a key; empty for most."""
+    return REMARKS.get(key, "")
+
+
+def why_not_offered(key: str) -> str | None:
+    """Return what does the job of another tool's key here, or why it is not offered; None for other keys."""
+    return NOT_OFFERED_WHY.get(key)
+
+
+def translate_value(key: str, value: str) -> tuple[str, str] | None:
+    """Translate a value of another tool: the value here, and what is to be known about it."""
+    return VALUES.get(key, {}).get(value)
+
+
+def recognise(data: Mapping[str, Any], known: Iterable[str]) -> tuple[str, str, list[str]] | None:
+    """Recognise a config file of another tool, or a recipe of another command.
+
+    Args:
+        data: The content of the file.
+        known: All keys of dpoctl, dotted; a flat config has many of them without their section.
+
+    Returns:
+        The key that shows it, the error message, and lines about the other keys; None for a recipe.
+    """
+    if data.get("method") == "contrastive":
+        return "method", "this recipe makes pairs; run `dpoctl convert-data --format contrastive` on it", []
+    if any(isinstance(data.get(section), dict) for section in SECTIONS):
+        return None
+    signs = ((tool, key) for tool, keys in SIGNATURES for key in data if key in keys)
+    tool, sign = next(signs, (None, ""))
+    if tool is None:
+        return None
+    message = f"this is {tool}, not a dpoctl recipe; start from one of `dpoctl recipes`; its keys:"
+    return sign, message, _where_keys_go(data, known)
+
+
+def _where_keys_go(data: Mapping[str, Any], known: Iterable[str]) -> list[str]:
+    """Say where the keys of a flat config go, a line for each section, and why others are not offered."""
+    by_last_name = {key.rsplit(".", 1)[-1]: key for key in known}
+    sections: dict[str, dict[str, list[str]]] = {}
+    reasons: dict[str, list[str]] = {}
+    for key in data:
+        ours = KEYS.get(key) or by_last_name.get(key)
+        if ours is None:
+            reasons.setdefault(why_not_offered(key) or "unknown here", []).append(key)
+            continue
+        section, _, name = ours.rpartition(".")
+        sections.setdefault(section or "at the top", {}).setdefault(name, []).append(key)
+    lines = [f"{section}: {', '.join(starmap(_renamed, names.items()))}" for section, names in sections.items()]
+    lines += [f"{', '.join(keys)}: {why}" for why, keys in reasons.items()]
+    return [line for long in lines for line in wrap(long, WIDTH, subsequent_indent="  ", break_long_words=False)]
+
+
+def _renamed(name: str, keys: list[str]) -> str:
+    return name if keys == [name] else f"{name} ({', '.join(keys)})"
