@@ -25,8 +25,8 @@ from dpoctl.model.load import compute_dtype, load_policy, weight_dtype
 from dpoctl.model.source import read_json
 from dpoctl.recipe import Recipe
 from dpoctl.recipe.schema import Source
-from dpoctl.runs.directory import RunDirectory
-from dpoctl.runs.metrics import STANDARD_ERROR, MetricsFile
+from dpoctl.runs.best import model_step
+from dpoctl.runs.metrics import STANDARD_ERROR
 from dpoctl.runs.names import RESOLVED_RECIPE
 from dpoctl.runs.report import NAME as REPORT
 from dpoctl.runs.report import refresh_report
@@ -112,7 +112,6 @@ def _origin(
 ) -> Provenance:
     """Return the origin of the numbers; the run's own data are those that its training evaluated on."""
     trained_on = _data_report(home_of(run)).get("evals") or {}
-    steps = (row["step"] for row in MetricsFile(RunDirectory(run).metrics).rows())
     earlier = STEP.fullmatch(run.name)
     data = {}
     for name, store in prepared.evals.items():
@@ -125,7 +124,7 @@ def _origin(
     return Provenance(
         run=str(run),
         model=fingerprint(run),
-        step=int(earlier[1]) if earlier else max(steps, default=None),
+        step=int(earlier[1]) if earlier else model_step(run),
         data=data,
         limit=limit,
         baseline=_baseline(recipe) if is_compared else None,
