@@ -251,3 +251,14 @@ SOURCE_CASES: dict[str, tuple[Any, dict[str, Any], Callable[[dict[str, Any], Out
     "metrics": ("mine", {}, lambda _, o: o.resolved["data"]),
 }
 """Every key of a source: a changed value, the source it is changed in, and what must differ."""
+
+
+GATE = {"metric": "rewards/accuracies", "min": 0.5}
+REPORT = {"loss": 0.4, "rewards/accuracies": 0.6, "rewards/accuracies_ci": [0.4, 0.8]}
+GATE_CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "metric": (GATE, {"metric": "loss"}),
+    "min": (GATE, {"min": 0.7}),
+    "max": (GATE, {"max": 0.55}),
+    "by": (GATE, {"by": "lower"}),
+}
+"""Every key of a gate: the gate, and the change after which the same result no longer passes."""

@@ -82,6 +82,7 @@ def find_contradictions(
     yield from _quantization(recipe)
     yield from _data(recipe)
     yield from _training(recipe)
+    yield from _gates(recipe)
     if losses or recipe.method == "sft":
         yield from find_unknown_metric(recipe, losses)
     if recipe.eval.judge is not None:
@@ -223,6 +224,16 @@ def _judge(judge: JudgeSection) -> Iterator[Diagnostic]:
             if (other := seen.setdefault(word.casefold(), name)) != name:
                 message = f"{word!r} is a word of the category {other!r} too; remove it from one of them"
                 yield Diagnostic.error((*path, name), message)
+
+
+def _gates(recipe: Recipe) -> Iterator[Diagnostic]:
+    for index, gate in enumerate(recipe.eval.gates):
+        at: KeyPath = ("eval", "gates", index)
+        if gate.min is None and gate.max is None:
+            yield Diagnostic.error(at, f"{dotted(at)}: the gate has no bound; set min, max or both")
+        elif gate.min is not None and gate.max is not None and gate.min > gate.max:
+            message = f"{dotted(at)}: min ({gate.min:g}) is above max ({gate.max:g}), so no value passes"
+            yield Diagnostic.error((*at, "min"), message, related=((*at, "max"),))
 
 
 def _batch(recipe: Recipe, losses: Sequence[NamedLoss]) -> Iterator[Diagnostic]:

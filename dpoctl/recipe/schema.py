@@ -476,6 +476,19 @@ class JudgeSection(Section):
     """The category that training should make more frequent. Its share is logged as a metric."""
 
 
+class GateSection(Section):
+    """A bound on a metric of `dpoctl eval`, which exits with 4 if it is not kept."""
+
+    metric: Text = Field(examples=["rewards/accuracies"])
+    """The path of a number in the result, with dots: `rewards/accuracies`, `samples.finished_policy`."""
+    min: float | None = Field(default=None, examples=[0.55])
+    """The number must be at least this."""
+    max: float | None = Field(default=None, examples=[8.0])
+    """The number must be at most this."""
+    by: Literal["value", "lower", "upper"] = "value"
+    """The number to compare: the metric itself, or the lower or upper end of its 95 % interval."""
+
+
 class EvalSection(Section):
     """Samples and their judge, in addition to the metrics of an evaluation."""
 
@@ -483,6 +496,8 @@ class EvalSection(Section):
     """Texts to generate. null: none."""
     judge: JudgeSection | None = None
     """The rule that counts samples by category. null: none."""
+    gates: list[GateSection] = []
+    """Bounds that `dpoctl eval` and `dpoctl compare` check, for scripts."""
 
 
 class Recipe(Section):

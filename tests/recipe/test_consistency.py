@@ -106,6 +106,16 @@ CONTRADICTIONS = {
         11,
         "training.keep_best.metric: no evaluation reports 'eval_held_loss', did you mean 'eval_loss'?",
     ),
+    "a gate without a bound": (
+        GOOD + "eval: {gates: [{metric: kl, max: 8}, {metric: loss}]}\n",
+        11,
+        "eval.gates[1]: the gate has no bound",
+    ),
+    "a gate that nothing passes": (
+        GOOD + "eval: {gates: [{metric: kl, max: 8, min: 9}]}\n",
+        11,
+        "min (9) is above max (8), so no value passes",
+    ),
     "two eval sets of one name": (
         GOOD.replace("  train", "  eval_size: 9\n  train"),
         5,
