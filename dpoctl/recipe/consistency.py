@@ -8,6 +8,7 @@ from typing import Any
 
 from dpoctl.recipe.diagnostics import Diagnostic, KeyPath, dotted
 from dpoctl.recipe.document import write_yaml
+from dpoctl.recipe.eval_metrics import find_unknown_metric
 from dpoctl.recipe.loss_section import NamedLoss
 from dpoctl.recipe.schema import LOSS, JudgeSection, Recipe
 
@@ -41,6 +42,8 @@ ROW_REMEDIES = {
     "labels": "convert it with `dpoctl convert-data --to unpaired`",
 }
 NO_EVAL_DATA = "there is no eval data; set data.eval or data.eval_size"
+EVAL_KEYS = ("eval_steps", "eval_on_start", "keep_best", "early_stopping")
+"""The keys of training that only evaluations read."""
 EVAL_DATA: tuple[KeyPath, ...] = (("data", "eval"), ("data", "eval_size"))
 
 
@@ -79,6 +82,9 @@ def find_contradictions(
     yield from _quantization(recipe)
     yield from _data(recipe)
     yield from _training(recipe)
+    yield from _gates(recipe)
+    if losses or recipe.method == "sft":
+        yield from find_unknown_metric(recipe, losses)
     if recipe.eval.judge is not None:
         yield from _judge(recipe.eval.judge)
     if losses:
@@ -220,6 +226,16 @@ def _judge(judge: JudgeSection) -> Iterator[Diagnostic]:
                 yield Diagnostic.error((*path, name), message)
 
 
+def _gates(recipe: Recipe) -> Iterator[Diagnostic]:
+    for index, gate in enumerate(recipe.eval.gates):
+        at: KeyPath = ("eval", "gates", index)
+        if gate.min is None and gate.max is None:
+            yield Diagnostic.error(at, f"{dotted(at)}: the gate has no bound; set min, max or both")
+        elif gate.min is not None and gate.max is not None and gate.min > gate.max:
+            message = f"{dotted(at)}: min ({gate.min:g}) is above max ({gate.max:g}), so no value passes"
+            yield Diagnostic.error((*at, "min"), message, related=((*at, "max"),))
+
+
 def _batch(recipe: Recipe, losses: Sequence[NamedLoss]) -> Iterator[Diagnostic]:
     coupled = next((one for one in losses if one.loss.couples_batch), None)
     if coupled is not None and recipe.training.global_batch_size == 1:
@@ -330,7 +346,7 @@ def _unused_in_training(recipe: Recipe) -> dict[KeyPath, NoEffect]:
         ("training", key): NoEffect(reason, (("training", cause),)) for key, (reason, cause) in unused.items()
     }
     if not _has_eval_data(recipe):
-        found |= {("training", key): NoEffect(NO_EVAL_DATA, EVAL_DATA) for key in ("eval_steps", "eval_on_start")}
+        found |= {("training", key): NoEffect(NO_EVAL_DATA, EVAL_DATA) for key in EVAL_KEYS}
     return found
 
 

@@ -339,6 +339,24 @@ class DpoSection(Section):
         return [((*LOSS, index), spec) for index, spec in enumerate(self.loss)]
 
 
+class KeepBestSection(Section):
+    """The metric by which a run chooses the checkpoint that it exports."""
+
+    metric: Text = Field(examples=["eval_rewards/accuracies"])
+    """A metric of the evaluations, by its name in `metrics.jsonl`; of an eval set NAME it begins with `eval_NAME_`."""
+    mode: Literal["max", "min"] = Field(examples=["max"])
+    """`max`: the highest value is the best; `min`: the lowest."""
+
+
+class EarlyStoppingSection(Section):
+    """The end of a run whose `keep_best.metric` no longer improves."""
+
+    patience: Count = Field(examples=[3])
+    """Stop after this many evaluations in a row without an improvement."""
+    min_delta: Annotated[float, Ge(0)] = 0.0
+    """A change of at most this much is no improvement."""
+
+
 class TrainingSection(Section):
     """The optimisation, and what a run writes."""
 
@@ -398,6 +416,10 @@ class TrainingSection(Section):
     """The number of steps between checkpoints. null: no checkpoints during the run."""
     save_total_limit: Annotated[int, Ge(2), Le(1_000_000)] | None = 2
     """The number of checkpoints to keep; at least 2, in case the newest is damaged. null: keep all."""
+    keep_best: KeepBestSection | None = None
+    """Keep the checkpoint of the best evaluation, and export it at the end. null: export the last step."""
+    early_stopping: EarlyStoppingSection | None = None
+    """Stop when evaluations no longer improve. null: train to the end."""
     resume: Literal["never", "auto"] = "never"
     """`auto`: continue the run in `output_dir` if there is one, like --resume; for job schedulers that restart runs."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -454,6 +476,19 @@ class JudgeSection(Section):
     """The category that training should make more frequent. Its share is logged as a metric."""
 
 
+class GateSection(Section):
+    """A bound on a metric of `dpoctl eval`, which exits with 4 if it is not kept."""
+
+    metric: Text = Field(examples=["rewards/accuracies"])
+    """The path of a number in the result, with dots: `rewards/accuracies`, `samples.finished_policy`."""
+    min: float | None = Field(default=None, examples=[0.55])
+    """The number must be at least this."""
+    max: float | None = Field(default=None, examples=[8.0])
+    """The number must be at most this."""
+    by: Literal["value", "lower", "upper"] = "value"
+    """The number to compare: the metric itself, or the lower or upper end of its 95 % interval."""
+
+
 class EvalSection(Section):
     """Samples and their judge, in addition to the metrics of an evaluation."""
 
@@ -461,6 +496,8 @@ class EvalSection(Section):
     """Texts to generate. null: none."""
     judge: JudgeSection | None = None
     """The rule that counts samples by category. null: none."""
+    gates: list[GateSection] = []
+    """Bounds that `dpoctl eval` and `dpoctl compare` check, for scripts."""
 
 
 class Recipe(Section):
