@@ -169,6 +169,10 @@ CASES: dict[str, Case] = {
     "training.lr_scheduler_type": Case(
         "linear", "weights", {"training.global_batch_size": 2, "training.warmup_steps": 0}
     ),
+    "training.lr_scheduler_kwargs": Case(
+        {"num_cycles": 1.0}, "weights", {"training.global_batch_size": 2, "training.warmup_steps": 0}
+    ),
+    "training.warmup_from_zero": Case(True, "weights"),
     "training.warmup_ratio": Case(1.0, "weights"),
     "training.warmup_steps": Case(2, "weights"),
     "training.weight_decay": Case(0.5, "weights"),

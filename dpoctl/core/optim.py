@@ -1,7 +1,6 @@
-"""The optimizers of a recipe, and its learning rate as a pure function of the step number."""
+"""The optimizers of a recipe."""
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
 
@@ -55,37 +54,6 @@ def state_bytes(training: TrainingSection) -> tuple[int, int, int]:
     weight = 2 if training.param_dtype == "bfloat16" else 4
     moments = {"adamw": 2 * weight, "adamw_8bit": 2, "rmsprop": 4}.get(training.optim, 0)
     return weight, weight, moments
-
-
-def warmup_steps(training: TrainingSection, num_steps: int) -> int:
-    """Return the number of warm-up steps; a tenth of the run unless the recipe sets it."""
-    if training.warmup_steps is not None:
-        return training.warmup_steps
-    ratio = 0.1 if training.warmup_ratio is None else training.warmup_ratio
-    # 0.07 * 100 is a little more than 7 in floating point.
-    return math.ceil(round(ratio * num_steps, 6))
-
-
-def learning_rate(training: TrainingSection, num_steps: int) -> Callable[[int], float]:
-    """Return the learning rate of each step, counted from 0.
-
-    It rises linearly to its full value at the last step of the warm-up (the first step is not wasted on zero), then
-    is constant, falls linearly, or falls along a half cosine, to reach zero just after the last step.
-    """
-    warmup = warmup_steps(training, num_steps)
-
-    def rate(number: int) -> float:
-        if number < warmup:
-            return training.learning_rate * (number + 1) / warmup
-        progress = (number - warmup) / max(1, num_steps - warmup)
-        shape = {
-            "constant": 1.0,
-            "linear": 1 - progress,
-            "cosine": (1 + math.cos(math.pi * progress)) / 2,
-        }[training.lr_scheduler_type]
-        return training.learning_rate * shape
-
-    return rate
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from dpoctl.recipe.diagnostics import Diagnostic, KeyPath, dotted
 from dpoctl.recipe.document import write_yaml
+from dpoctl.recipe.library_arguments import schedule_errors
 from dpoctl.recipe.loss_section import NamedLoss
 from dpoctl.recipe.schema import LOSS, JudgeSection, Recipe
 
@@ -196,6 +197,11 @@ def _training(recipe: Recipe) -> Iterator[Diagnostic]:
     training = recipe.training
     if training.warmup_ratio is not None and training.warmup_steps is not None:
         yield Diagnostic.error(("training", "warmup_steps"), "set warmup_ratio or warmup_steps, not both")
+    yield from schedule_errors(training)
+    given = {"warmup_ratio": training.warmup_ratio, "warmup_steps": training.warmup_steps}
+    for key in (key for key, value in given.items() if value and training.lr_scheduler_type == "constant"):
+        message = f"{key}: lr_scheduler_type: constant has no warm-up; set constant_with_warmup"
+        yield Diagnostic.error(("training", key), message, related=(("training", "lr_scheduler_type"),))
     if training.param_dtype == "bfloat16":
         yield from _bfloat16_weights(recipe)
     if training.eval_steps is None and _has_eval_data(recipe):
@@ -320,6 +326,8 @@ def _unused_in_training(recipe: Recipe) -> dict[KeyPath, NoEffect]:
         unused["num_train_epochs"] = "max_steps sets the length of the run", "max_steps"
     if training.optim == "rmsprop":
         unused |= dict.fromkeys(("adam_beta1", "adam_beta2"), ("optim: rmsprop has no such parameter", "optim"))
+    if training.lr_scheduler_type == "constant":
+        unused["warmup_from_zero"] = "lr_scheduler_type: constant has no warm-up", "lr_scheduler_type"
     if training.sharding == "none":
         unused |= dict.fromkeys(("replicas", "cpu_offload"), ("sharding: none divides no model", "sharding"))
     if not TRACKERS_WITH_NAMES & set(training.report_to):

@@ -12,7 +12,8 @@ from dpoctl.core.collator import Collate, collate
 from dpoctl.core.loop import Metrics
 from dpoctl.core.meters import Total
 from dpoctl.core.objective import Report, TermValues
-from dpoctl.core.optim import build_optimizer, learning_rate
+from dpoctl.core.optim import build_optimizer
+from dpoctl.core.schedule import learning_rate
 from dpoctl.errors import UsageError
 from dpoctl.losses import Scores
 from dpoctl.model.source import read_json

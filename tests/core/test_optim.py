@@ -1,43 +1,17 @@
-"""The learning rate of every step, and what each optimizer key does."""
+"""The optimizers, and what each of their keys does."""
 
-import math
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from dpoctl.core.optim import build_optimizer, learning_rate, set_learning_rate, warmup_steps
+from dpoctl.core.optim import build_optimizer, set_learning_rate
 from dpoctl.recipe.schema import TrainingSection
 
 
 def settings(**changes: Any) -> TrainingSection:
     return TrainingSection.model_validate({"output_dir": "x", "learning_rate": 1.0} | changes)
-
-
-def rates(num_steps: int, **changes: Any) -> list[float]:
-    rate = learning_rate(settings(**changes), num_steps)
-    return [rate(number) for number in range(num_steps)]
-
-
-def test_linear_rises_then_falls_to_zero_after_the_last_step() -> None:
-    assert rates(6, lr_scheduler_type="linear", warmup_steps=2) == pytest.approx([0.5, 1.0, 1.0, 0.75, 0.5, 0.25])
-
-
-def test_cosine_falls_along_half_a_wave() -> None:
-    expected = [(1 + math.cos(math.pi * k / 4)) / 2 for k in range(4)]
-    assert rates(4, lr_scheduler_type="cosine", warmup_steps=0) == pytest.approx(expected)
-
-
-def test_constant_stays_after_warm_up() -> None:
-    assert rates(4, lr_scheduler_type="constant", warmup_ratio=0.5) == pytest.approx([0.5, 1.0, 1.0, 1.0])
-
-
-@pytest.mark.parametrize(
-    ("changes", "steps"), [({}, 10), ({"warmup_ratio": 0.25}, 25), ({"warmup_steps": 3}, 3), ({"warmup_ratio": 0.0}, 0)]
-)
-def test_warm_up_is_a_tenth_unless_said_otherwise(changes: dict[str, Any], steps: int) -> None:
-    assert warmup_steps(settings(**changes), 100) == steps
 
 
 def trained(optim: str, **changes: Any) -> nn.Linear:

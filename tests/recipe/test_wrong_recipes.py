@@ -269,8 +269,9 @@ FOREIGN = {
     "bf16: true": "did you mean 'model.dtype'? (for example dtype: bfloat16)",
     "optim: adamw_torch_fused": "got 'adamw_torch_fused', did you mean 'adamw'?",
     "optim: adamw_bnb_8bit": "did you mean 'adamw_8bit'?",
-    "lr_scheduler_type: constant_with_warmup": "did you mean 'constant'? (its warm-up is warmup_ratio or warmup_steps)",
-    "lr_scheduler_type: cosine_with_min_lr": "did you mean 'cosine'? (it ends at 0)",
+    "lr_scheduler_type: reduce_lr_on_plateau": "the learning rate is a function of the step alone",
+    "lr_scheduler_type: wsd": "did you mean 'warmup_stable_decay'?",
+    "min_lr_rate: 0.1": "it is an argument of the schedule: set it in training.lr_scheduler_kwargs",
 }
 
 
