@@ -181,6 +181,7 @@ CASES: dict[str, Case] = {
     "training.adam_epsilon": Case(0.1, "weights"),
     "training.max_grad_norm": Case(0.01, "weights", {"training.adam_epsilon": 0.1}),
     "training.optim": Case("rmsprop", "weights"),
+    "training.optim_args": Case({"momentum": 0.5}, "weights", {"training.optim": "muon"}),
     "training.param_dtype": Case("bfloat16", "weights", {"model.dtype": "bfloat16"}),
     "training.gradient_checkpointing": Case(
         True, lambda o: o.forwards["mlp"], {"training.gradient_checkpointing": False}

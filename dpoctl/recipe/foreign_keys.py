@@ -252,7 +252,7 @@ NOT_OFFERED: dict[str, tuple[str, ...]] = {
     ),
     "there is no schedule that stays at its lowest rate; cosine_with_min_lr ends at it": ("cosine_constant_lr_ratio",),
     "this optimizer setting is not offered": (
-        *("optim_args", "optim_target_modules", "use_galore", "use_badam", "use_apollo", "use_muon", "embedding_lr"),
+        *("optim_target_modules", "use_galore", "use_badam", "use_apollo", "use_muon", "embedding_lr"),
         *("lr_groups", "embedding_lr_scale"),
     ),
     "adapters are LoRA for a causal language model, without biases": (
@@ -309,13 +309,10 @@ NOT_OFFERED: dict[str, tuple[str, ...]] = {
 NOT_OFFERED_WHY = {key: why for why, keys in NOT_OFFERED.items() for key in keys}
 VALUES: dict[str, dict[str, tuple[str, str]]] = {
     "optim": {
-        "adamw_torch_fused": ("adamw", ""),
         "adamw_apex_fused": ("adamw", ""),
-        "adamw_hf": ("adamw", ""),
-        "adamw_bnb_8bit": ("adamw_8bit", ""),
         "adam": ("adamw", "with weight_decay 0 they are the same"),
-        "paged_adamw": ("paged_adamw_32bit", ""),
         "rmsprop_bnb": ("rmsprop", ""),
+        "ademamix": ("adamw", "AdEMAMix is not offered"),
     },
     "lr_scheduler_type": {
         "linear_with_warmup": ("linear", ""),

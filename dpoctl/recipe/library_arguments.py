@@ -3,13 +3,14 @@
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel, ValidationError
 
 from dpoctl.recipe.diagnostics import Diagnostic, KeyPath, dotted, shown
 from dpoctl.recipe.key_errors import describe, hints
-from dpoctl.recipe.schema import Count, Section, TrainingSection
+from dpoctl.recipe.schema import Count, Probability, Section, TrainingSection
 
+OPTIM: KeyPath = ("training", "optim")
 SCHEDULE: KeyPath = ("training", "lr_scheduler_type")
 KWARGS: KeyPath = ("training", "lr_scheduler_kwargs")
 Positive = Annotated[float, Gt(0)]
@@ -85,6 +86,34 @@ SCHEDULES: dict[str, type[Section]] = {
     "warmup_stable_decay": WarmupStableDecay,
 }
 """The values of `lr_scheduler_type`, and the arguments of each in `lr_scheduler_kwargs`."""
+
+
+class Adafactor(Section):
+    """Second moments as the product of a row and a column; no first moment."""
+
+    clip_threshold: Positive = 1.0
+    decay_rate: Annotated[float, Lt(0)] = -0.8
+    beta1: Probability | None = None
+    scale_parameter: bool = False
+
+
+class Muon(Section):
+    """Orthogonalised momentum."""
+
+    momentum: Probability = 0.95
+    nesterov: bool = True
+    ns_steps: Annotated[int, Ge(1), Lt(100)] = 5
+    adjust_lr_fn: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+
+
+OPTIMIZERS: dict[str, type[Section]] = {"adafactor": Adafactor, "muon": Muon}
+"""Optimizers that have arguments in `optim_args`, and these."""
+
+
+def optimizer_errors(training: TrainingSection) -> Iterator[Diagnostic]:
+    """Find arguments in `optim_args` that the optimizer does not take."""
+    known = OPTIMIZERS.get(training.optim, NoArguments)
+    yield from argument_errors(("training", "optim_args"), training.optim_args, known, OPTIM, training.optim)
 
 
 def schedule_errors(training: TrainingSection) -> Iterator[Diagnostic]:
