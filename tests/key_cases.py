@@ -181,6 +181,10 @@ CASES: dict[str, Case] = {
     "training.lr_scheduler_type": Case(
         "linear", "weights", {"training.global_batch_size": 2, "training.warmup_steps": 0}
     ),
+    "training.lr_scheduler_kwargs": Case(
+        {"num_cycles": 1.0}, "weights", {"training.global_batch_size": 2, "training.warmup_steps": 0}
+    ),
+    "training.warmup_from_zero": Case(True, "weights"),
     "training.warmup_ratio": Case(1.0, "weights"),
     "training.warmup_steps": Case(2, "weights"),
     "training.weight_decay": Case(0.5, "weights"),
@@ -189,6 +193,7 @@ CASES: dict[str, Case] = {
     "training.adam_epsilon": Case(0.1, "weights"),
     "training.max_grad_norm": Case(0.01, "weights", {"training.adam_epsilon": 0.1}),
     "training.optim": Case("rmsprop", "weights"),
+    "training.optim_args": Case({"momentum": 0.5}, "weights", {"training.optim": "muon"}),
     "training.param_dtype": Case("bfloat16", "weights", {"model.dtype": "bfloat16"}),
     "training.gradient_checkpointing": Case(
         True, lambda o: o.forwards["mlp"], {"training.gradient_checkpointing": False}

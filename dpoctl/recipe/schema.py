@@ -31,6 +31,22 @@ Tokens = Annotated[int, Ge(2), Le(100_000_000)]
 NewTokens = Annotated[int, Ge(1), Le(65_536)]
 Probability = Annotated[float, Ge(0), Lt(1)]
 Seed = Annotated[int, Ge(0), Lt(2**32)]
+LrScheduler = Literal[
+    "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "polynomial",
+    "constant", "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay",
+]  # fmt: skip
+Optim = Literal[
+    "adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "adafactor", "lion_32bit", "lion_8bit",
+    "paged_lion_32bit", "paged_lion_8bit", "muon", "rmsprop",
+]  # fmt: skip
+OPTIM_ALIASES = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw"),
+    "adamw_bnb_8bit": "adamw_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "lion": "lion_32bit",
+    "paged_lion": "paged_lion_32bit",
+}
+"""Other names of optimizers -> those of `Optim`."""
 AttnImplementation = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 HUB_REPOSITORY = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 PairMode = Literal["best-worst", "best-rest", "best-random", "adjacent", "all"]
@@ -107,6 +123,11 @@ def name_list(value: Any) -> Any:
     if value is None or value == "none":
         return []
     return [value] if isinstance(value, str) else value
+
+
+def optim_name(value: Any) -> Any:
+    """Read another name of an optimizer as its name here."""
+    return OPTIM_ALIASES.get(value, value) if isinstance(value, str) else value
 
 
 def hub_repository(value: str) -> str:
@@ -374,24 +395,30 @@ class TrainingSection(Section):
     """The number of optimizer steps, instead of `num_train_epochs`."""
     learning_rate: Annotated[float, Ge(0)] = Field(examples=[5e-6])
     """The highest learning rate, reached after warm-up."""
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
-    """The schedule of the learning rate after warm-up."""
+    lr_scheduler_type: LrScheduler = "cosine"
+    """The schedule of the learning rate, as in transformers. All but `constant` have a warm-up."""
+    lr_scheduler_kwargs: dict[str, Any] = Field(default={}, examples=[{"min_lr_rate": 0.1}])
+    """The [arguments of the schedule](training.md#learning-rate), as in transformers."""
     warmup_ratio: Annotated[float, Ge(0), Le(1)] | None = Field(default=None, examples=[0.1])
     """The fraction of steps in which the learning rate rises from 0. null: 0.1, unless `warmup_steps` is set."""
     warmup_steps: Annotated[int, Ge(0), Le(1_000_000_000)] | None = Field(default=None, examples=[100])
     """The number of warm-up steps, instead of `warmup_ratio`."""
+    warmup_from_zero: bool = False
+    """Give the first step of the warm-up a learning rate of 0, as transformers does. Otherwise it is one step ahead."""
     weight_decay: Annotated[float, Ge(0)] = 0.0
-    """Weight decay: decoupled for Adam, added to the gradient for rmsprop. Biases and norms have none."""
+    """Weight decay: added to the gradient for rmsprop, decoupled for all others. Biases and norms have none."""
     adam_beta1: Probability = 0.9
-    """The decay of Adam's first moment."""
+    """The decay of Adam's first moment; for Lion, the share of the moment in an update."""
     adam_beta2: Probability = 0.999
-    """The decay of Adam's second moment."""
+    """The decay of Adam's second moment; for Lion, that of its one moment."""
     adam_epsilon: Annotated[float, Gt(0)] = 1e-8
     """The constant added to the denominator of the update."""
     max_grad_norm: Annotated[float, Gt(0)] | None = 1.0
     """Clip gradients to this norm. null: no clipping."""
-    optim: Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "rmsprop"] = "adamw"
-    """The optimizer. `adamw_8bit` and the paged ones need bitsandbytes."""
+    optim: Annotated[Optim, BeforeValidator(optim_name)] = "adamw"
+    """The [optimizer](training.md#optimizers). The 8-bit and paged ones and Lion need bitsandbytes."""
+    optim_args: dict[str, Any] = Field(default={}, examples=[{"momentum": 0.9}])
+    """More arguments of the optimizer: `adafactor` and `muon` have some."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """The dtype of the trained weights in full fine-tuning. `bfloat16` needs half the memory for weights, gradients and
     optimizer state; updates are rounded stochastically, so that small ones are not lost."""

@@ -20,9 +20,9 @@ from dpoctl import __version__, console
 from dpoctl.core.guard import Guard, require_same, require_shared
 from dpoctl.core.loop import Cadence, EvalSet, fit
 from dpoctl.core.objective import Objective
-from dpoctl.core.optim import warmup_steps
 from dpoctl.core.planner import Lengths, Plan
 from dpoctl.core.reader import Reader
+from dpoctl.core.schedule import warmup_steps
 from dpoctl.core.step import LESS_MEMORY, MemoryRetry, Stepper
 from dpoctl.data.prepare import PreparedData
 from dpoctl.errors import LostRanksError, RunError, UsageError, writing
