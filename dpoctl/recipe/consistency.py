@@ -8,6 +8,7 @@ from typing import Any
 
 from dpoctl.recipe.diagnostics import Diagnostic, KeyPath, dotted
 from dpoctl.recipe.document import write_yaml
+from dpoctl.recipe.key_errors import closest
 from dpoctl.recipe.loss_section import NamedLoss
 from dpoctl.recipe.schema import LOSS, JudgeSection, Recipe
 
@@ -40,6 +41,11 @@ ROW_REMEDIES = {
     "rankings": "use data in the format ranking",
     "labels": "convert it with `dpoctl convert-data --to unpaired`",
 }
+METRICS = (
+    *("loss", "nll_loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected"),
+    *("logps/chosen", "logps/rejected"),
+)
+"""Metrics of training and, after a prefix, of evaluations; not all of them."""
 NO_EVAL_DATA = "there is no eval data; set data.eval or data.eval_size"
 EVAL_DATA: tuple[KeyPath, ...] = (("data", "eval"), ("data", "eval_size"))
 
@@ -79,6 +85,7 @@ def find_contradictions(
     yield from _quantization(recipe)
     yield from _data(recipe)
     yield from _training(recipe)
+    yield from _expected(recipe)
     if recipe.eval.judge is not None:
         yield from _judge(recipe.eval.judge)
     if losses:
@@ -202,6 +209,19 @@ def _training(recipe: Recipe) -> Iterator[Diagnostic]:
         key = "eval" if recipe.data.eval else "eval_size"
         message = f"data.{key} needs training.eval_steps, the number of steps between evaluations; e.g. eval_steps: 100"
         yield Diagnostic.error(("data", key), message, related=(EVAL_STEPS,))
+
+
+def _expected(recipe: Recipe) -> Iterator[Diagnostic]:
+    sets = {name: "eval_" if name == "eval" else f"eval_{name}_" for name in (*recipe.data.eval, "eval")}
+    for metric in recipe.expected:
+        path: KeyPath = ("expected", metric)
+        if metric.startswith("eval_") and not _has_eval_data(recipe):
+            yield Diagnostic.error(path, f"{metric} is never measured: {NO_EVAL_DATA}", related=EVAL_DATA)
+            continue
+        prefix = max((one for one in sets.values() if metric.startswith(one)), key=len, default="")
+        near = closest(metric.removeprefix(prefix), METRICS, cutoff=0.8)
+        if near is not None and prefix + near != metric:
+            yield Diagnostic.error(path, f"{metric} is no metric, did you mean {prefix + near!r}?")
 
 
 def _judge(judge: JudgeSection) -> Iterator[Diagnostic]:

@@ -22,6 +22,7 @@ from dpoctl.files import write_atomically
 from dpoctl.redact import redact, redact_text
 from dpoctl.runs import charts
 from dpoctl.runs.charts import History, figures, losses_of, number, observations, percent
+from dpoctl.runs.expected import read_comparisons
 from dpoctl.runs.metrics import STANDARD_ERROR, MetricsFile
 from dpoctl.runs.names import RESOLVED_RECIPE, require_run
 from dpoctl.runs.results import PROVENANCE, SAMPLES, fingerprint, in_words, read_results
@@ -205,7 +206,12 @@ def _contents(run: Path) -> dict[str, Any]:
         "subtitle": _describe(recipe, history),
         "written": _times(rows) or _day(run / "metrics.jsonl"),
         "tiles": list(_tiles(recipe, history, official)),
-        "observations": [*_unfinished(run), *observations(history, recipe), *_symptoms(run / "health.json")],
+        "observations": [
+            *_unfinished(run),
+            *map(str, read_comparisons(run)),
+            *observations(history, recipe),
+            *_symptoms(run / "health.json"),
+        ],
         "advice": _advice(run / "advice.json"),
         "figures": figures(history, recipe),
         "evaluations": _evaluations(history),
