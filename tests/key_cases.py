@@ -60,6 +60,12 @@ class Outcome:
         return {path.name for path in self.folder.iterdir()}
 
     @property
+    def expected(self) -> list[dict[str, Any]]:
+        """What became of the metrics that the recipe expects."""
+        found: list[dict[str, Any]] = json.loads((self.folder / "expected.json").read_text())
+        return found
+
+    @property
     def adapter(self) -> dict[str, Any]:
         settings: dict[str, Any] = json.loads((self.folder / "adapter_config.json").read_text())
         return settings
@@ -221,6 +227,7 @@ CASES: dict[str, Case] = {
         False, lambda o: o.asked["repository"][0]["private"], {"training.hub_model_id": "me/model"}
     ),
     "training.seed": Case(2, "weights"),
+    "expected": Case({"eval_loss": [0.0, 9.0]}, "expected", {"expected": {"eval_loss": [8.0, 9.0]}}),
 }
 """Every leaf key of the recipe, but for the keys of sources."""
 

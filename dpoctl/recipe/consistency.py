@@ -8,7 +8,12 @@ from typing import Any
 
 from dpoctl.recipe.diagnostics import Diagnostic, KeyPath, dotted
 from dpoctl.recipe.document import write_yaml
-from dpoctl.recipe.eval_metrics import find_unknown_metric
+from dpoctl.recipe.eval_metrics import (
+    EVAL_DATA,
+    NO_EVAL_DATA,
+    find_misspelt_expectation,
+    find_unknown_metric,
+)
 from dpoctl.recipe.library_arguments import optimizer_errors, schedule_errors
 from dpoctl.recipe.loss_section import NamedLoss
 from dpoctl.recipe.schema import LOSS, JudgeSection, Recipe
@@ -50,10 +55,8 @@ NOT_TAKEN: dict[str, tuple[str, ...]] = {
 """Keys of Adam that other optimizers do not have."""
 WHOLE_MATRICES = ("adafactor", "muon")
 """Optimizers whose update of a weight depends on its whole matrix."""
-NO_EVAL_DATA = "there is no eval data; set data.eval or data.eval_size"
 EVAL_KEYS = ("eval_steps", "eval_on_start", "keep_best", "early_stopping")
 """The keys of training that only evaluations read."""
-EVAL_DATA: tuple[KeyPath, ...] = (("data", "eval"), ("data", "eval_size"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,7 @@ def find_contradictions(
     yield from _gates(recipe)
     if losses or recipe.method == "sft":
         yield from find_unknown_metric(recipe, losses)
+        yield from find_misspelt_expectation(recipe, losses)
     if recipe.eval.judge is not None:
         yield from _judge(recipe.eval.judge)
     if losses:

@@ -130,6 +130,13 @@ def optim_name(value: Any) -> Any:
     return OPTIM_ALIASES.get(value, value) if isinstance(value, str) else value
 
 
+def rising(value: list[float]) -> list[float]:
+    """Accept two numbers, the smaller one first."""
+    if len(value) != 2 or not value[0] <= value[1]:
+        raise ValueError("not a range")
+    return value
+
+
 def hub_repository(value: str) -> str:
     """Accept the name of a hub repository together with its owner."""
     if not HUB_REPOSITORY.fullmatch(value):
@@ -188,6 +195,7 @@ class Source(Section):
     """Log separate metrics for the rows of this source, under this name. null: no separate metrics."""
 
 
+Range = Annotated[list[float], AfterValidator(rising), Expect("two numbers, the smaller one first")]
 Sources = Annotated[
     list[Annotated[Source, BeforeValidator(source_path)]],
     MinLen(1),
@@ -550,3 +558,6 @@ class Recipe(Section):
     """Samples and their judge."""
     training: TrainingSection = Field(examples=[{"output_dir": "runs/my-run", "learning_rate": 5e-6}])
     """The optimisation, and what a run writes."""
+    expected: dict[Text, Range] = Field(default={}, examples=[{"eval_loss": [0.47, 0.54]}])
+    """The metrics that the run should end with: the lowest and the highest value of each, by its name in
+    `metrics.jsonl`. The end of the run says whether they are met, and so does `expected.json`."""

@@ -238,7 +238,7 @@ def test_a_file_that_cannot_be_a_recipe_is_refused(
         ("mistral7b", "did you mean 'recipes/mistral7b.yaml'?"),
         ("recipes", "is a folder"),
         ("qqqqqqqq.yaml", "`dpoctl recipes` lists those"),
-        ("recipes/gpt2-smoke.yaml", "`dpoctl recipes gpt2-smoke -o gpt2-smoke.yaml` copies"),
+        ("recipes/gpt2-smoke.yaml", "`dpoctl recipes copy gpt2-smoke` copies"),
     ],
 )
 def test_a_missing_file_names_the_nearest(
