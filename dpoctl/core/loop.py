@@ -79,6 +79,9 @@ class Observer(Protocol):
     def should_stop(self) -> bool:
         """Whether the run shall end after this step, the same on all ranks."""
 
+    def wants_checkpoint(self, step: int) -> bool:
+        """Whether a step that was evaluated shall have a checkpoint, the same on all ranks."""
+
     def save(self, step: int, *, owes_evaluation: bool) -> None:
         """Begin to write the checkpoint of a step, whose evaluation may still have to be made."""
 
@@ -119,6 +122,8 @@ def fit(
     with StopRequest() as stop, Prefetcher(stepper.reader, accelerator.process_index) as prefetcher:
         if owes_evaluation and (signum := _evaluate_all(stepper, observer, evals, start, stop)):
             raise StoppedError(signum, start)
+        if start > 0 and observer.should_stop():
+            return start
         for done in range(start + 1, stepper.plan.num_steps + 1):
             step, batches = prefetcher.take(stepper.plan, done - 1)
             began = time.monotonic()
@@ -161,9 +166,10 @@ def _conclude(
         if not (signum or last):
             # It may have come while samples were drawn; the next step may take as long again.
             signum = _agreed(stop, stepper.objective.accelerator)
-    if signum and not is_logged:
+    saving = saving or last or signum or (evaluating and observer.wants_checkpoint(done))
+    if saving and not is_logged:
         _log(stepper, observer, meter, done, result)
-    if saving or last or signum:
+    if saving:
         observer.save(done, owes_evaluation=owes_evaluation)
     return last, signum
 

@@ -38,6 +38,13 @@ def embedding_and_head_names(model: PreTrainedModel) -> list[str]:
     return [name for name, module in model.named_modules() if any(module is one for one in modules)]
 
 
+def outside_of_layers(model: PreTrainedModel) -> frozenset[str]:
+    """Return the names of the weights of the head and of all embeddings."""
+    head = embedding_and_head(model)[1]
+    modules = model.named_modules()
+    return frozenset(f"{name}.weight" for name, m in modules if m is head or isinstance(m, nn.Embedding))
+
+
 def last_name(name: str) -> str:
     """Return the last component of a module's name, such as `q_proj`."""
     return name.rpartition(".")[2]

@@ -8,6 +8,13 @@ from typing import Any
 
 from dpoctl.recipe.diagnostics import Diagnostic, KeyPath, dotted
 from dpoctl.recipe.document import write_yaml
+from dpoctl.recipe.eval_metrics import (
+    EVAL_DATA,
+    NO_EVAL_DATA,
+    find_misspelt_expectation,
+    find_unknown_metric,
+)
+from dpoctl.recipe.library_arguments import optimizer_errors, schedule_errors
 from dpoctl.recipe.loss_section import NamedLoss
 from dpoctl.recipe.schema import LOSS, JudgeSection, Recipe
 
@@ -40,8 +47,16 @@ ROW_REMEDIES = {
     "rankings": "use data in the format ranking",
     "labels": "convert it with `dpoctl convert-data --to unpaired`",
 }
-NO_EVAL_DATA = "there is no eval data; set data.eval or data.eval_size"
-EVAL_DATA: tuple[KeyPath, ...] = (("data", "eval"), ("data", "eval_size"))
+NOT_TAKEN: dict[str, tuple[str, ...]] = {
+    "rmsprop": ("adam_beta1", "adam_beta2"),
+    "adafactor": ("adam_beta1", "adam_beta2", "adam_epsilon"),
+    **dict.fromkeys(("lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit"), ("adam_epsilon",)),
+}
+"""Keys of Adam that other optimizers do not have."""
+WHOLE_MATRICES = ("adafactor", "muon")
+"""Optimizers whose update of a weight depends on its whole matrix."""
+EVAL_KEYS = ("eval_steps", "eval_on_start", "keep_best", "early_stopping")
+"""The keys of training that only evaluations read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +94,10 @@ def find_contradictions(
     yield from _quantization(recipe)
     yield from _data(recipe)
     yield from _training(recipe)
+    yield from _gates(recipe)
+    if losses or recipe.method == "sft":
+        yield from find_unknown_metric(recipe, losses)
+        yield from find_misspelt_expectation(recipe, losses)
     if recipe.eval.judge is not None:
         yield from _judge(recipe.eval.judge)
     if losses:
@@ -177,8 +196,8 @@ def _bfloat16_weights(recipe: Recipe) -> Iterator[Diagnostic]:
     if recipe.model.dtype not in ("auto", "bfloat16"):
         message = f"param_dtype: bfloat16 needs model.dtype: auto or bfloat16, not {recipe.model.dtype}"
         yield Diagnostic.error(path, message, related=(("model", "dtype"),))
-    if recipe.training.optim == "rmsprop":
-        message = "param_dtype: bfloat16 needs one of the AdamW optimizers: rmsprop does not round stochastically"
+    if (optim := recipe.training.optim) in ("rmsprop", "adafactor", "muon"):
+        message = f"param_dtype: bfloat16 needs AdamW or Lion: {optim} does not round stochastically"
         yield Diagnostic.error(path, message, related=(("training", "optim"),))
 
 
@@ -196,12 +215,31 @@ def _training(recipe: Recipe) -> Iterator[Diagnostic]:
     training = recipe.training
     if training.warmup_ratio is not None and training.warmup_steps is not None:
         yield Diagnostic.error(("training", "warmup_steps"), "set warmup_ratio or warmup_steps, not both")
+    yield from schedule_errors(training)
+    yield from optimizer_errors(training)
+    yield from _whole_matrices(recipe)
+    given = {"warmup_ratio": training.warmup_ratio, "warmup_steps": training.warmup_steps}
+    for key in (key for key, value in given.items() if value and training.lr_scheduler_type == "constant"):
+        message = f"{key}: lr_scheduler_type: constant has no warm-up; set constant_with_warmup"
+        yield Diagnostic.error(("training", key), message, related=(("training", "lr_scheduler_type"),))
     if training.param_dtype == "bfloat16":
         yield from _bfloat16_weights(recipe)
     if training.eval_steps is None and _has_eval_data(recipe):
         key = "eval" if recipe.data.eval else "eval_size"
         message = f"data.{key} needs training.eval_steps, the number of steps between evaluations; e.g. eval_steps: 100"
         yield Diagnostic.error(("data", key), message, related=(EVAL_STEPS,))
+
+
+def _whole_matrices(recipe: Recipe) -> Iterator[Diagnostic]:
+    """Find what an optimizer does not work with that looks at a matrix as a whole."""
+    optim = recipe.training.optim
+    path, sharding = ("training", "optim"), ("training", "sharding")
+    if optim == "muon" and recipe.lora is not None:
+        message = "optim: muon is for full fine-tuning: the factors of an adapter are no weight matrices; use adamw"
+        yield Diagnostic.error(path, message, related=(("lora",),))
+    if optim in WHOLE_MATRICES and recipe.training.sharding == "full":
+        message = f"optim: {optim} needs whole matrices, and sharding: full divides them; use adamw, or sharding: none"
+        yield Diagnostic.error(path, message, related=(sharding,))
 
 
 def _judge(judge: JudgeSection) -> Iterator[Diagnostic]:
@@ -218,6 +256,16 @@ def _judge(judge: JudgeSection) -> Iterator[Diagnostic]:
             if (other := seen.setdefault(word.casefold(), name)) != name:
                 message = f"{word!r} is a word of the category {other!r} too; remove it from one of them"
                 yield Diagnostic.error((*path, name), message)
+
+
+def _gates(recipe: Recipe) -> Iterator[Diagnostic]:
+    for index, gate in enumerate(recipe.eval.gates):
+        at: KeyPath = ("eval", "gates", index)
+        if gate.min is None and gate.max is None:
+            yield Diagnostic.error(at, f"{dotted(at)}: the gate has no bound; set min, max or both")
+        elif gate.min is not None and gate.max is not None and gate.min > gate.max:
+            message = f"{dotted(at)}: min ({gate.min:g}) is above max ({gate.max:g}), so no value passes"
+            yield Diagnostic.error((*at, "min"), message, related=((*at, "max"),))
 
 
 def _batch(recipe: Recipe, losses: Sequence[NamedLoss]) -> Iterator[Diagnostic]:
@@ -318,8 +366,10 @@ def _unused_in_training(recipe: Recipe) -> dict[KeyPath, NoEffect]:
     unused: dict[str, tuple[str, str]] = {}
     if training.max_steps is not None:
         unused["num_train_epochs"] = "max_steps sets the length of the run", "max_steps"
-    if training.optim == "rmsprop":
-        unused |= dict.fromkeys(("adam_beta1", "adam_beta2"), ("optim: rmsprop has no such parameter", "optim"))
+    for key in NOT_TAKEN.get(training.optim, ()):
+        unused[key] = f"optim: {training.optim} has no such parameter", "optim"
+    if training.lr_scheduler_type == "constant":
+        unused["warmup_from_zero"] = "lr_scheduler_type: constant has no warm-up", "lr_scheduler_type"
     if training.sharding == "none":
         unused |= dict.fromkeys(("replicas", "cpu_offload"), ("sharding: none divides no model", "sharding"))
     if not TRACKERS_WITH_NAMES & set(training.report_to):
@@ -330,7 +380,7 @@ def _unused_in_training(recipe: Recipe) -> dict[KeyPath, NoEffect]:
         ("training", key): NoEffect(reason, (("training", cause),)) for key, (reason, cause) in unused.items()
     }
     if not _has_eval_data(recipe):
-        found |= {("training", key): NoEffect(NO_EVAL_DATA, EVAL_DATA) for key in ("eval_steps", "eval_on_start")}
+        found |= {("training", key): NoEffect(NO_EVAL_DATA, EVAL_DATA) for key in EVAL_KEYS}
     return found
 
 

@@ -31,6 +31,22 @@ Tokens = Annotated[int, Ge(2), Le(100_000_000)]
 NewTokens = Annotated[int, Ge(1), Le(65_536)]
 Probability = Annotated[float, Ge(0), Lt(1)]
 Seed = Annotated[int, Ge(0), Lt(2**32)]
+LrScheduler = Literal[
+    "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "polynomial",
+    "constant", "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay",
+]  # fmt: skip
+Optim = Literal[
+    "adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "adafactor", "lion_32bit", "lion_8bit",
+    "paged_lion_32bit", "paged_lion_8bit", "muon", "rmsprop",
+]  # fmt: skip
+OPTIM_ALIASES = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw"),
+    "adamw_bnb_8bit": "adamw_8bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "lion": "lion_32bit",
+    "paged_lion": "paged_lion_32bit",
+}
+"""Other names of optimizers -> those of `Optim`."""
 AttnImplementation = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 HUB_REPOSITORY = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 PairMode = Literal["best-worst", "best-rest", "best-random", "adjacent", "all"]
@@ -109,6 +125,18 @@ def name_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def optim_name(value: Any) -> Any:
+    """Read another name of an optimizer as its name here."""
+    return OPTIM_ALIASES.get(value, value) if isinstance(value, str) else value
+
+
+def rising(value: list[float]) -> list[float]:
+    """Accept two numbers, the smaller one first."""
+    if len(value) != 2 or not value[0] <= value[1]:
+        raise ValueError("not a range")
+    return value
+
+
 def hub_repository(value: str) -> str:
     """Accept the name of a hub repository together with its owner."""
     if not HUB_REPOSITORY.fullmatch(value):
@@ -167,6 +195,7 @@ class Source(Section):
     """Log separate metrics for the rows of this source, under this name. null: no separate metrics."""
 
 
+Range = Annotated[list[float], AfterValidator(rising), Expect("two numbers, the smaller one first")]
 Sources = Annotated[
     list[Annotated[Source, BeforeValidator(source_path)]],
     MinLen(1),
@@ -339,6 +368,24 @@ class DpoSection(Section):
         return [((*LOSS, index), spec) for index, spec in enumerate(self.loss)]
 
 
+class KeepBestSection(Section):
+    """The metric by which a run chooses the checkpoint that it exports."""
+
+    metric: Text = Field(examples=["eval_rewards/accuracies"])
+    """A metric of the evaluations, by its name in `metrics.jsonl`; of an eval set NAME it begins with `eval_NAME_`."""
+    mode: Literal["max", "min"] = Field(examples=["max"])
+    """`max`: the highest value is the best; `min`: the lowest."""
+
+
+class EarlyStoppingSection(Section):
+    """The end of a run whose `keep_best.metric` no longer improves."""
+
+    patience: Count = Field(examples=[3])
+    """Stop after this many evaluations in a row without an improvement."""
+    min_delta: Annotated[float, Ge(0)] = 0.0
+    """A change of at most this much is no improvement."""
+
+
 class TrainingSection(Section):
     """The optimisation, and what a run writes."""
 
@@ -356,24 +403,30 @@ class TrainingSection(Section):
     """The number of optimizer steps, instead of `num_train_epochs`."""
     learning_rate: Annotated[float, Ge(0)] = Field(examples=[5e-6])
     """The highest learning rate, reached after warm-up."""
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
-    """The schedule of the learning rate after warm-up."""
+    lr_scheduler_type: LrScheduler = "cosine"
+    """The schedule of the learning rate, as in transformers. All but `constant` have a warm-up."""
+    lr_scheduler_kwargs: dict[str, Any] = Field(default={}, examples=[{"min_lr_rate": 0.1}])
+    """The [arguments of the schedule](training.md#learning-rate), as in transformers."""
     warmup_ratio: Annotated[float, Ge(0), Le(1)] | None = Field(default=None, examples=[0.1])
     """The fraction of steps in which the learning rate rises from 0. null: 0.1, unless `warmup_steps` is set."""
     warmup_steps: Annotated[int, Ge(0), Le(1_000_000_000)] | None = Field(default=None, examples=[100])
     """The number of warm-up steps, instead of `warmup_ratio`."""
+    warmup_from_zero: bool = False
+    """Give the first step of the warm-up a learning rate of 0, as transformers does. Otherwise it is one step ahead."""
     weight_decay: Annotated[float, Ge(0)] = 0.0
-    """Weight decay: decoupled for Adam, added to the gradient for rmsprop. Biases and norms have none."""
+    """Weight decay: added to the gradient for rmsprop, decoupled for all others. Biases and norms have none."""
     adam_beta1: Probability = 0.9
-    """The decay of Adam's first moment."""
+    """The decay of Adam's first moment; for Lion, the share of the moment in an update."""
     adam_beta2: Probability = 0.999
-    """The decay of Adam's second moment."""
+    """The decay of Adam's second moment; for Lion, that of its one moment."""
     adam_epsilon: Annotated[float, Gt(0)] = 1e-8
     """The constant added to the denominator of the update."""
     max_grad_norm: Annotated[float, Gt(0)] | None = 1.0
     """Clip gradients to this norm. null: no clipping."""
-    optim: Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "rmsprop"] = "adamw"
-    """The optimizer. `adamw_8bit` and the paged ones need bitsandbytes."""
+    optim: Annotated[Optim, BeforeValidator(optim_name)] = "adamw"
+    """The [optimizer](training.md#optimizers). The 8-bit and paged ones and Lion need bitsandbytes."""
+    optim_args: dict[str, Any] = Field(default={}, examples=[{"momentum": 0.9}])
+    """More arguments of the optimizer: `adafactor` and `muon` have some."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """The dtype of the trained weights in full fine-tuning. `bfloat16` needs half the memory for weights, gradients and
     optimizer state; updates are rounded stochastically, so that small ones are not lost."""
@@ -398,6 +451,10 @@ class TrainingSection(Section):
     """The number of steps between checkpoints. null: no checkpoints during the run."""
     save_total_limit: Annotated[int, Ge(2), Le(1_000_000)] | None = 2
     """The number of checkpoints to keep; at least 2, in case the newest is damaged. null: keep all."""
+    keep_best: KeepBestSection | None = None
+    """Keep the checkpoint of the best evaluation, and export it at the end. null: export the last step."""
+    early_stopping: EarlyStoppingSection | None = None
+    """Stop when evaluations no longer improve. null: train to the end."""
     resume: Literal["never", "auto"] = "never"
     """`auto`: continue the run in `output_dir` if there is one, like --resume; for job schedulers that restart runs."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -454,6 +511,19 @@ class JudgeSection(Section):
     """The category that training should make more frequent. Its share is logged as a metric."""
 
 
+class GateSection(Section):
+    """A bound on a metric of `dpoctl eval`, which exits with 4 if it is not kept."""
+
+    metric: Text = Field(examples=["rewards/accuracies"])
+    """The path of a number in the result, with dots: `rewards/accuracies`, `samples.finished_policy`."""
+    min: float | None = Field(default=None, examples=[0.55])
+    """The number must be at least this."""
+    max: float | None = Field(default=None, examples=[8.0])
+    """The number must be at most this."""
+    by: Literal["value", "lower", "upper"] = "value"
+    """The number to compare: the metric itself, or the lower or upper end of its 95 % interval."""
+
+
 class EvalSection(Section):
     """Samples and their judge, in addition to the metrics of an evaluation."""
 
@@ -461,6 +531,8 @@ class EvalSection(Section):
     """Texts to generate. null: none."""
     judge: JudgeSection | None = None
     """The rule that counts samples by category. null: none."""
+    gates: list[GateSection] = []
+    """Bounds that `dpoctl eval` and `dpoctl compare` check, for scripts."""
 
 
 class Recipe(Section):
@@ -486,3 +558,6 @@ class Recipe(Section):
     """Samples and their judge."""
     training: TrainingSection = Field(examples=[{"output_dir": "runs/my-run", "learning_rate": 5e-6}])
     """The optimisation, and what a run writes."""
+    expected: dict[Text, Range] = Field(default={}, examples=[{"eval_loss": [0.47, 0.54]}])
+    """The metrics that the run should end with: the lowest and the highest value of each, by its name in
+    `metrics.jsonl`. The end of the run says whether they are met, and so does `expected.json`."""

@@ -21,7 +21,9 @@ from dpoctl.errors import UsageError, writing
 from dpoctl.files import write_atomically
 from dpoctl.redact import redact, redact_text
 from dpoctl.runs import charts
+from dpoctl.runs.best import NAME as BEST
 from dpoctl.runs.charts import History, figures, losses_of, number, observations, percent
+from dpoctl.runs.expected import read_comparisons
 from dpoctl.runs.metrics import STANDARD_ERROR, MetricsFile
 from dpoctl.runs.names import RESOLVED_RECIPE, require_run
 from dpoctl.runs.results import PROVENANCE, SAMPLES, fingerprint, in_words, read_results
@@ -205,7 +207,13 @@ def _contents(run: Path) -> dict[str, Any]:
         "subtitle": _describe(recipe, history),
         "written": _times(rows) or _day(run / "metrics.jsonl"),
         "tiles": list(_tiles(recipe, history, official)),
-        "observations": [*_unfinished(run), *observations(history, recipe), *_symptoms(run / "health.json")],
+        "observations": [
+            *_unfinished(run),
+            *_best(run),
+            *map(str, read_comparisons(run)),
+            *observations(history, recipe),
+            *_symptoms(run / "health.json"),
+        ],
         "advice": _advice(run / "advice.json"),
         "figures": figures(history, recipe),
         "evaluations": _evaluations(history),
@@ -244,6 +252,16 @@ def _unfinished(run: Path) -> Iterator[str]:
     # The report of a run is written before it records that it has finished.
     if status is not None and status["state"] not in ("finished", "running"):
         yield f"The run {describe_status(status)}."
+
+
+def _best(run: Path) -> Iterator[str]:
+    """Yield which evaluation was the best one, if the run has the model of that one."""
+    if (best := _json(run / BEST)) is not None:
+        last = "not finite" if best["last_value"] is None else number(best["last_value"])
+        yield (
+            f"The exported model is of step {best['step']:,}, the best evaluation: {best['metric']} is "
+            f"{number(best['value'])} there, and {last} at step {best['last_step']:,}, the last one."
+        )
 
 
 def _symptoms(path: Path) -> Iterator[str]:

@@ -25,12 +25,14 @@ from dpoctl.model.load import compute_dtype, load_policy, weight_dtype
 from dpoctl.model.source import read_json
 from dpoctl.recipe import Recipe
 from dpoctl.recipe.schema import Source
-from dpoctl.runs.directory import RunDirectory
-from dpoctl.runs.metrics import STANDARD_ERROR, MetricsFile
+from dpoctl.runs.best import model_step
+from dpoctl.runs.gates import check_gates
+from dpoctl.runs.metrics import STANDARD_ERROR
 from dpoctl.runs.names import RESOLVED_RECIPE
 from dpoctl.runs.report import NAME as REPORT
 from dpoctl.runs.report import refresh_report
 from dpoctl.runs.results import Provenance, fingerprint, in_words, write_result
+from dpoctl.runs.statistics import Z, wilson_interval
 from dpoctl.tasks.earlier_step import with_model
 from dpoctl.tasks.finished_run import (
     STEP,
@@ -43,7 +45,7 @@ from dpoctl.tasks.finished_run import (
     require_model,
 )
 from dpoctl.tasks.reference import Columns, Reference, with_columns
-from dpoctl.tasks.samples import Sample, Z, sample_finished, show, to_lines, wilson_interval
+from dpoctl.tasks.samples import Sample, sample_finished, show, to_lines
 from dpoctl.tasks.setup import Setup, build_accelerator, quiet_libraries, read_data
 from dpoctl.tasks.task import build_task
 
@@ -54,7 +56,7 @@ DEMONSTRATIONS = {
 """Formats without pairs: a model without a recipe is measured by its likelihood on them."""
 
 
-def run(run: Path, *, data: str | None = None, limit: int | None = None, json_output: bool = False) -> None:
+def run(run: Path, *, data: str | None = None, limit: int | None = None, json_output: bool = False) -> bool:
     """Evaluate a finished run on its own eval sets, or on other data.
 
     Args:
@@ -62,6 +64,9 @@ def run(run: Path, *, data: str | None = None, limit: int | None = None, json_ou
         data: a file, folder or hub id to use instead of the recipe's eval sets.
         limit: use only the first rows of each set.
         json_output: print one JSON object.
+
+    Returns:
+        Whether all gates of the recipe passed; True on ranks that print nothing.
     """
     quiet_libraries()
     run = with_model(run)
@@ -80,20 +85,26 @@ def run(run: Path, *, data: str | None = None, limit: int | None = None, json_ou
     results = _evaluate(setup, prepared.evals, tables, limit)
     sampled, samples = sample_finished(setup, finished, prepared.evals, limit)
     if not accelerator.is_main_process:
-        return
+        return True
     origin = _origin(run, recipe, prepared, limit, is_own=data is None, is_compared=bool(tables) or bool(samples))
     main = results.pop("eval", {})
     report: dict[str, Any] = {**origin.to_dict(), **main, **({"sets": results} if results else {}), **sampled}
+    gates = check_gates(report, recipe.eval.gates)
+    report |= {"gates": [gate.to_dict() for gate in gates]} if gates else {}
+    passed = all(gate.passed for gate in gates)
     where = _keep(run, origin, report, to_lines(samples))
     if json_output:
         console.emit(json.dumps(report))
-        return
+        return passed
     console.say(in_words(report))
     _show({**({"eval": main} if main else {}), **results})
     _show_samples(samples, sampled)
     for line in verdicts({**({"eval": main} if main else {}), **results}, sampled.get("judge")):
         console.say(line)
+    for gate in gates:
+        console.say(str(gate))
     console.say(where)
+    return passed
 
 
 def _keep(run: Path, origin: Provenance, report: Mapping[str, Any], samples: str) -> str:
@@ -112,7 +123,6 @@ def _origin(
 ) -> Provenance:
     """Return the origin of the numbers; the run's own data are those that its training evaluated on."""
     trained_on = _data_report(home_of(run)).get("evals") or {}
-    steps = (row["step"] for row in MetricsFile(RunDirectory(run).metrics).rows())
     earlier = STEP.fullmatch(run.name)
     data = {}
     for name, store in prepared.evals.items():
@@ -125,7 +135,7 @@ def _origin(
     return Provenance(
         run=str(run),
         model=fingerprint(run),
-        step=int(earlier[1]) if earlier else max(steps, default=None),
+        step=int(earlier[1]) if earlier else model_step(run),
         data=data,
         limit=limit,
         baseline=_baseline(recipe) if is_compared else None,

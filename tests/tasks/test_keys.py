@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from huggingface_hub import HfApi, constants
-from key_cases import CASES, SOURCE_CASES, Outcome
+from key_cases import CASES, GATE_CASES, REPORT, SOURCE_CASES, Outcome
 from loss_samples import random_scores
 from pydantic import BaseModel
 from tiny_runs import merge, pair_rows
@@ -30,8 +30,9 @@ from dpoctl.losses import LOSSES
 from dpoctl.recipe import parse_recipe
 from dpoctl.recipe.document import write_yaml
 from dpoctl.recipe.key_errors import hints, unwrap
-from dpoctl.recipe.schema import Recipe
+from dpoctl.recipe.schema import GateSection, Recipe
 from dpoctl.runs import trackers
+from dpoctl.runs.gates import check_gates
 from dpoctl.tasks import train as training
 from dpoctl.tasks.sharding import choose_sharding
 from dpoctl.tasks.task import build_terms
@@ -69,6 +70,7 @@ def section_in(hint: Any) -> type[BaseModel] | None:
 
 def test_the_table_has_every_key_of_the_schema_and_no_other() -> None:
     of_sources = {f"data.{where}.{key}" for where in ("train", "eval") for key in SOURCE_CASES}
+    of_sources |= {f"eval.gates.{key}" for key in GATE_CASES}
     keys = set(leaves(Recipe))
     assert keys - CASES.keys() - of_sources == set(), "a key without a case: say here what it changes"
     assert CASES.keys() | of_sources == keys
@@ -184,6 +186,13 @@ def test_a_changed_key_of_a_source_changes_what_it_promises(key: str, where: str
     assert after.refused is None
     views = [sees(o.account if where == "train" else o.eval_account, o) for o in (before, after)]
     assert views[0] != views[1]
+
+
+@pytest.mark.parametrize("key", GATE_CASES)
+def test_a_changed_key_of_a_gate_changes_its_verdict(key: str) -> None:
+    given, change = GATE_CASES[key]
+    gates = [GateSection(**given), GateSection(**given | change)]
+    assert [gate.passed for gate in check_gates(REPORT, gates)] == [True, False]
 
 
 JUDGED_ROWS = {"rankings": ["{rankings.jsonl}"], "labels": ["{labels.jsonl}"]}
