@@ -476,6 +476,26 @@ class JudgeSection(Section):
     """The category that training should make more frequent. Its share is logged as a metric."""
 
 
+def benchmark_task(value: Any) -> Any:
+    """Read a string as the name of a benchmark's task."""
+    return {"task": value} if isinstance(value, str) else value
+
+
+class BenchmarkSection(Section):
+    """A task of lm-eval that `dpoctl eval` runs on policy and reference. A string is the name of a `task`."""
+
+    task: Text = Field(examples=["arc_easy"])
+    """The name of a task or of a group of tasks; `lm-eval ls tasks` lists them."""
+    num_fewshot: Annotated[int, Ge(0), Le(1000)] | None = Field(default=None, examples=[5])
+    """The number of examples in the prompt. null: as the task says."""
+    limit: Count | None = Field(default=None, examples=[100])
+    """Use only the first items of each task. null: all."""
+    include_path: Text | None = Field(default=None, examples=["benchmarks"])
+    """A folder with task files of your own."""
+    chat_template: bool = False
+    """Put the prompts into the chat template of the model."""
+
+
 class GateSection(Section):
     """A bound on a metric of `dpoctl eval`, which exits with 4 if it is not kept."""
 
@@ -496,6 +516,8 @@ class EvalSection(Section):
     """Texts to generate. null: none."""
     judge: JudgeSection | None = None
     """The rule that counts samples by category. null: none."""
+    benchmarks: list[Annotated[BenchmarkSection, BeforeValidator(benchmark_task)]] = []
+    """Benchmarks to run in `dpoctl eval`, with the extra `bench`."""
     gates: list[GateSection] = []
     """Bounds that `dpoctl eval` and `dpoctl compare` check, for scripts."""
 
