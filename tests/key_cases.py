@@ -60,6 +60,12 @@ class Outcome:
         return {path.name for path in self.folder.iterdir()}
 
     @property
+    def expected(self) -> list[dict[str, Any]]:
+        """What became of the metrics that the recipe expects."""
+        found: list[dict[str, Any]] = json.loads((self.folder / "expected.json").read_text())
+        return found
+
+    @property
     def adapter(self) -> dict[str, Any]:
         settings: dict[str, Any] = json.loads((self.folder / "adapter_config.json").read_text())
         return settings
@@ -147,6 +153,11 @@ CASES: dict[str, Case] = {
     "lora.target_modules": Case(["q_proj", "v_proj"], lambda o: sorted(o.adapter["target_modules"]), LORA),
     "lora.modules_to_save": Case(["lm_head"], given=LORA),
     "lora.use_rslora": Case(True, given=LORA),
+    "lora.use_dora": Case(True, given=LORA),
+    "lora.rank_pattern": Case({"layers.0.*": 1}, lambda o: o.adapter["rank_pattern"], LORA),
+    "lora.alpha_pattern": Case({"layers.0.*": 1}, given=LORA),
+    "lora.layers_to_transform": Case([0], given=LORA),
+    "lora.loraplus_lr_ratio": Case(16, "weights", LORA),
     "data.eval_size": Case(3, lambda o: o.account["held_out"], {"data.eval": None, "data.eval_size": 1}),
     "data.max_length": Case(60, lambda o: o.account["rejected"]),
     "data.max_prompt_length": Case(30, lambda o: o.account["rejected"]),
@@ -181,6 +192,10 @@ CASES: dict[str, Case] = {
     "training.lr_scheduler_type": Case(
         "linear", "weights", {"training.global_batch_size": 2, "training.warmup_steps": 0}
     ),
+    "training.lr_scheduler_kwargs": Case(
+        {"num_cycles": 1.0}, "weights", {"training.global_batch_size": 2, "training.warmup_steps": 0}
+    ),
+    "training.warmup_from_zero": Case(True, "weights"),
     "training.warmup_ratio": Case(1.0, "weights"),
     "training.warmup_steps": Case(2, "weights"),
     "training.weight_decay": Case(0.5, "weights"),
@@ -189,6 +204,7 @@ CASES: dict[str, Case] = {
     "training.adam_epsilon": Case(0.1, "weights"),
     "training.max_grad_norm": Case(0.01, "weights", {"training.adam_epsilon": 0.1}),
     "training.optim": Case("rmsprop", "weights"),
+    "training.optim_args": Case({"momentum": 0.5}, "weights", {"training.optim": "muon"}),
     "training.param_dtype": Case("bfloat16", "weights", {"model.dtype": "bfloat16"}),
     "training.gradient_checkpointing": Case(
         True, lambda o: o.forwards["mlp"], {"training.gradient_checkpointing": False}
@@ -216,6 +232,7 @@ CASES: dict[str, Case] = {
         False, lambda o: o.asked["repository"][0]["private"], {"training.hub_model_id": "me/model"}
     ),
     "training.seed": Case(2, "weights"),
+    "expected": Case({"eval_loss": [0.0, 9.0]}, "expected", {"expected": {"eval_loss": [8.0, 9.0]}}),
 }
 """Every leaf key of the recipe, but for the keys of sources."""
 

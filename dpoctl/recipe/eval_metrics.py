@@ -10,6 +10,8 @@ from dpoctl.recipe.schema import Recipe
 
 KEEP_BEST: KeyPath = ("training", "keep_best")
 EARLY_STOPPING: KeyPath = ("training", "early_stopping")
+NO_EVAL_DATA = "there is no eval data; set data.eval or data.eval_size"
+EVAL_DATA: tuple[KeyPath, ...] = (("data", "eval"), ("data", "eval_size"))
 MAIN_SET = "eval"
 SIDES = ("chosen", "rejected")
 OF_PAIRS = (
@@ -65,6 +67,18 @@ def find_unknown_metric(recipe: Recipe, losses: Sequence[NamedLoss]) -> Iterator
     hint = f"did you mean {match!r}?" if match else f"the evaluations of this run report {', '.join(known[:12])}"
     message = f"training.keep_best.metric: no evaluation reports {given!r}, {hint}"
     yield Diagnostic.error((*KEEP_BEST, "metric"), message)
+
+
+def find_misspelt_expectation(recipe: Recipe, losses: Sequence[NamedLoss]) -> Iterator[Diagnostic]:
+    """Find an expected metric that nothing measures, or whose name is nearly that of a metric."""
+    evals = eval_metrics(recipe, losses)
+    known = ["loss", *_of_task(recipe, losses), *evals]
+    for metric in recipe.expected:
+        path: KeyPath = ("expected", metric)
+        if metric.startswith("eval_") and not evals:
+            yield Diagnostic.error(path, f"{metric} is never measured: {NO_EVAL_DATA}", related=EVAL_DATA)
+        elif metric not in known and (near := closest(metric, known, cutoff=0.8)) is not None:
+            yield Diagnostic.error(path, f"{metric} is no metric, did you mean {near!r}?")
 
 
 def _of_task(recipe: Recipe, losses: Sequence[NamedLoss]) -> tuple[str, ...]:

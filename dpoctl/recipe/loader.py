@@ -246,7 +246,7 @@ def _where_it_is(file: Path) -> str:
     if near := _nearest(file):
         return f"did you mean {near!r}?"
     if file.stem in shipped_recipes():
-        return f"`dpoctl recipes {file.stem} -o {file.stem}.yaml` copies the one that comes with dpoctl"
+        return f"`dpoctl recipes copy {file.stem}` copies the one that comes with dpoctl"
     return "`dpoctl recipes` lists those that come with dpoctl"
 
 

@@ -23,6 +23,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from dpoctl.losses.base import STRICT
 from dpoctl.recipe.diagnostics import KeyPath
+from dpoctl.recipe.library_names import LrScheduler, ModulePattern, Optim, module_expression, optim_name
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Text = Annotated[str, MinLen(1)]
@@ -109,6 +110,13 @@ def name_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def rising(value: list[float]) -> list[float]:
+    """Accept two numbers, the smaller one first."""
+    if len(value) != 2 or not value[0] <= value[1]:
+        raise ValueError("not a range")
+    return value
+
+
 def hub_repository(value: str) -> str:
     """Accept the name of a hub repository together with its owner."""
     if not HUB_REPOSITORY.fullmatch(value):
@@ -167,6 +175,7 @@ class Source(Section):
     """Log separate metrics for the rows of this source, under this name. null: no separate metrics."""
 
 
+Range = Annotated[list[float], AfterValidator(rising), Expect("two numbers, the smaller one first")]
 Sources = Annotated[
     list[Annotated[Source, BeforeValidator(source_path)]],
     MinLen(1),
@@ -281,14 +290,33 @@ class LoraSection(Section):
     """The scale: updates are multiplied by lora_alpha / r."""
     lora_dropout: Probability = 0.0
     """Dropout on the input of the adapter. It needs `model.disable_dropout: false`."""
+    rank_pattern: dict[ModulePattern, Annotated[int, Ge(1), Le(65_536)]] = Field(default={}, examples=[{"o_proj": 4}])
+    """Other ranks for some modules: the end of their names, or a regular expression for it."""
+    alpha_pattern: dict[ModulePattern, Annotated[float, Gt(0)]] = Field(default={}, examples=[{"o_proj": 8}])
+    """Other values of `lora_alpha` for some modules, in the same way."""
     target_modules: Annotated[
-        Literal["all-linear"] | Annotated[list[Text], MinLen(1)], OneOf("all-linear, or a list of module names")
-    ] = "all-linear"
-    """The linear layers that get an adapter."""
+        Literal["all-linear"] | Annotated[list[Text], MinLen(1)] | Annotated[str, AfterValidator(module_expression)],
+        OneOf("all-linear, a list of module names, or a regular expression for whole names"),
+    ] = Field(default="all-linear", examples=[["q_proj", "v_proj"]])
+    """The layers that get an adapter: all linear ones but the head, those with these last names, or those whose whole
+    names match a regular expression such as `.*layers.[0-3].*q_proj`."""
+    layers_to_transform: Annotated[list[Annotated[int, Ge(0), Le(100_000)]], MinLen(1)] | None = Field(
+        default=None, examples=[[0, 1]]
+    )
+    """The numbers of the decoder layers that get adapters, from 0. null: all."""
     modules_to_save: list[Text] | None = Field(default=None, examples=[["lm_head"]])
     """Modules to train in full, and to save with the adapter."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead."""
+    use_dora: bool = False
+    """DoRA: train the norm of each row of a weight matrix too, beside its direction."""
+    loraplus_lr_ratio: Annotated[float, Ge(1)] | None = Field(default=None, examples=[16])
+    """LoRA+: the learning rate of the factor B, and of DoRA's norms, in relation to that of A. null: the same."""
+
+    @property
+    def adapts_all(self) -> bool:
+        """Whether all linear layers get an adapter, but for the head."""
+        return self.target_modules == "all-linear"
 
 
 class SftSection(Section):
@@ -374,24 +402,30 @@ class TrainingSection(Section):
     """The number of optimizer steps, instead of `num_train_epochs`."""
     learning_rate: Annotated[float, Ge(0)] = Field(examples=[5e-6])
     """The highest learning rate, reached after warm-up."""
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
-    """The schedule of the learning rate after warm-up."""
+    lr_scheduler_type: LrScheduler = "cosine"
+    """The schedule of the learning rate, as in transformers. All but `constant` have a warm-up."""
+    lr_scheduler_kwargs: dict[str, Any] = Field(default={}, examples=[{"min_lr_rate": 0.1}])
+    """The [arguments of the schedule](training.md#learning-rate), as in transformers."""
     warmup_ratio: Annotated[float, Ge(0), Le(1)] | None = Field(default=None, examples=[0.1])
     """The fraction of steps in which the learning rate rises from 0. null: 0.1, unless `warmup_steps` is set."""
     warmup_steps: Annotated[int, Ge(0), Le(1_000_000_000)] | None = Field(default=None, examples=[100])
     """The number of warm-up steps, instead of `warmup_ratio`."""
+    warmup_from_zero: bool = False
+    """Give the first step of the warm-up a learning rate of 0, as transformers does. Otherwise it is one step ahead."""
     weight_decay: Annotated[float, Ge(0)] = 0.0
-    """Weight decay: decoupled for Adam, added to the gradient for rmsprop. Biases and norms have none."""
+    """Weight decay: added to the gradient for rmsprop, decoupled for all others. Biases and norms have none."""
     adam_beta1: Probability = 0.9
-    """The decay of Adam's first moment."""
+    """The decay of Adam's first moment; for Lion, the share of the moment in an update."""
     adam_beta2: Probability = 0.999
-    """The decay of Adam's second moment."""
+    """The decay of Adam's second moment; for Lion, that of its one moment."""
     adam_epsilon: Annotated[float, Gt(0)] = 1e-8
     """The constant added to the denominator of the update."""
     max_grad_norm: Annotated[float, Gt(0)] | None = 1.0
     """Clip gradients to this norm. null: no clipping."""
-    optim: Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "rmsprop"] = "adamw"
-    """The optimizer. `adamw_8bit` and the paged ones need bitsandbytes."""
+    optim: Annotated[Optim, BeforeValidator(optim_name)] = "adamw"
+    """The [optimizer](training.md#optimizers). The 8-bit and paged ones and Lion need bitsandbytes."""
+    optim_args: dict[str, Any] = Field(default={}, examples=[{"momentum": 0.9}])
+    """More arguments of the optimizer: `adafactor` and `muon` have some."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """The dtype of the trained weights in full fine-tuning. `bfloat16` needs half the memory for weights, gradients and
     optimizer state; updates are rounded stochastically, so that small ones are not lost."""
@@ -545,3 +579,6 @@ class Recipe(Section):
     """Samples and their judge."""
     training: TrainingSection = Field(examples=[{"output_dir": "runs/my-run", "learning_rate": 5e-6}])
     """The optimisation, and what a run writes."""
+    expected: dict[Text, Range] = Field(default={}, examples=[{"eval_loss": [0.47, 0.54]}])
+    """The metrics that the run should end with: the lowest and the highest value of each, by its name in
+    `metrics.jsonl`. The end of the run says whether they are met, and so does `expected.json`."""

@@ -26,7 +26,7 @@ MODEL_FILES = (
 OWN_FILES = (
     *MODEL_FILES,
     *("recipe.yaml", RESOLVED_RECIPE, "env.json", "data_report.json", "rejects.jsonl"),
-    *("advice.json", "health.json", "report.html"),
+    *("advice.json", "health.json", "expected.json", "report.html"),
     *("metrics.jsonl", "best.json", "trackers.json", "error.log", checkpoint.LATEST),
 )
 OWN_FOLDERS = (CHECKPOINTS, "evals", "logs", "merged", "samples", "step-[0-9]*", "tensorboard")

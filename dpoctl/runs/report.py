@@ -21,6 +21,7 @@ from dpoctl.redact import redact, redact_text
 from dpoctl.runs import charts
 from dpoctl.runs.best import NAME as BEST
 from dpoctl.runs.charts import History, figures, losses_of, number, observations, percent
+from dpoctl.runs.expected import read_comparisons
 from dpoctl.runs.metrics import STANDARD_ERROR, MetricsFile
 from dpoctl.runs.names import RESOLVED_RECIPE, require_run
 from dpoctl.runs.pages import TEMPLATES, template
@@ -191,6 +192,7 @@ def _contents(run: Path) -> dict[str, Any]:
         "observations": [
             *_unfinished(run),
             *_best(run),
+            *map(str, read_comparisons(run)),
             *observations(history, recipe),
             *_symptoms(run / "health.json"),
         ],

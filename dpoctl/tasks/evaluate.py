@@ -33,6 +33,7 @@ from dpoctl.runs.record_values import RecordValues
 from dpoctl.runs.report import NAME as REPORT
 from dpoctl.runs.report import refresh_report
 from dpoctl.runs.results import Provenance, fingerprint, in_words, write_result
+from dpoctl.runs.statistics import Z, wilson_interval
 from dpoctl.tasks.benchmarks import check_benchmarks, run_benchmarks
 from dpoctl.tasks.earlier_step import with_model
 from dpoctl.tasks.finished_run import (
@@ -47,7 +48,7 @@ from dpoctl.tasks.finished_run import (
 )
 from dpoctl.tasks.record_values import RecordWatch
 from dpoctl.tasks.reference import Columns, Reference, with_columns
-from dpoctl.tasks.samples import Sample, Z, sample_finished, show, to_lines, wilson_interval
+from dpoctl.tasks.samples import Sample, sample_finished, show, to_lines
 from dpoctl.tasks.setup import Setup, build_accelerator, quiet_libraries, read_data
 from dpoctl.tasks.task import build_task
 

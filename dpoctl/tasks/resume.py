@@ -28,7 +28,7 @@ from dpoctl.tasks.task import build_task
 
 # Keys that do not change the result: evaluation, logging, micro-batches.
 FREE = {
-    *("eval", "data.eval", "training.output_dir", "training.logging_steps", "training.eval_steps"),
+    *("eval", "expected", "data.eval", "training.output_dir", "training.logging_steps", "training.eval_steps"),
     *("training.eval_on_start", "training.save_steps", "training.save_total_limit", "training.report_to"),
     *("training.run_name", "training.max_tokens_per_device", "training.gradient_checkpointing"),
     *("training.sharding", "training.replicas", "training.cpu_offload"),

@@ -20,9 +20,9 @@ from dpoctl import __version__, console
 from dpoctl.core.guard import Guard, require_same, require_shared
 from dpoctl.core.loop import Cadence, EvalSet, fit
 from dpoctl.core.objective import Objective
-from dpoctl.core.optim import warmup_steps
 from dpoctl.core.planner import Lengths, Plan
 from dpoctl.core.reader import Reader
+from dpoctl.core.schedule import warmup_steps
 from dpoctl.core.step import LESS_MEMORY, MemoryRetry, Stepper
 from dpoctl.data.prepare import PreparedData
 from dpoctl.errors import LostRanksError, RunError, UsageError, writing
@@ -42,7 +42,10 @@ from dpoctl.runs.best import write_best
 from dpoctl.runs.checkpoint import Checkpoint
 from dpoctl.runs.directory import RunDirectory
 from dpoctl.runs.environment import describe_environment
+from dpoctl.runs.expected import NAME as EXPECTED
+from dpoctl.runs.expected import compare, to_dicts
 from dpoctl.runs.health import Expectation
+from dpoctl.runs.metrics import MetricsFile
 from dpoctl.runs.report import NAME as REPORT
 from dpoctl.runs.report import refresh_report
 from dpoctl.runs.signals import terminable
@@ -151,8 +154,7 @@ def run(
             _write_data_report(directory, data)
         summary = _train(job, directory, status, tokenizer, data)
         if accelerator.is_main_process:
-            refresh_report(directory.path)
-            upload(directory.path, recipe.training)
+            summary |= _finish(directory, recipe)
     if json_output:
         console.emit(json.dumps(summary))
     else:
@@ -172,6 +174,18 @@ def _prepare_cpu(recipe: Recipe, cpu: torch.device) -> None:
             hint="set model.dtype: bfloat16, or leave it out, which is float32 on a CPU",
         )
     keep_freed_memory()
+
+
+def _finish(directory: RunDirectory, recipe: Recipe) -> dict[str, Any]:
+    """Compare the run with what its recipe expects, write its report, and upload it; return the comparison."""
+    found = compare(recipe.expected, MetricsFile(directory.metrics).rows())
+    for one in found:
+        (console.say if one.is_met else console.warn)(str(one))
+    if found:
+        directory.write_json(EXPECTED, to_dicts(found))
+    refresh_report(directory.path)
+    upload(directory.path, recipe.training)
+    return {"expected": to_dicts(found)} if found else {}
 
 
 def _say_done(run: Path, recipe: Recipe, *, has_evals: bool, seconds: float) -> None:

@@ -11,10 +11,10 @@ from tiny_runs import metrics_of, pair_rows, write_rows
 
 from dpoctl.errors import DataError, UsageError
 from dpoctl.runs.results import PROVENANCE
+from dpoctl.runs.statistics import wilson_interval
 from dpoctl.tasks import merge
 from dpoctl.tasks.evaluate import run as evaluate
 from dpoctl.tasks.evaluate import verdicts
-from dpoctl.tasks.samples import wilson_interval
 
 Run = Callable[..., dict[str, Any]]
 Report = Callable[..., dict[str, Any]]
