@@ -5,31 +5,22 @@ know it then.
 """
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
-    GetCoreSchemaHandler,
-    ValidationError,
 )
-from pydantic_core import CoreSchema, core_schema
 
-from dpoctl.losses.base import STRICT
 from dpoctl.recipe.diagnostics import KeyPath
+from dpoctl.recipe.eval_sections import BenchmarkSection, GateSection, benchmark_task
 from dpoctl.recipe.library_names import LrScheduler, ModulePattern, Optim, module_expression, optim_name
+from dpoctl.recipe.section import Count, Expect, NewTokens, OneOf, Section, Text
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-Text = Annotated[str, MinLen(1)]
-Count = Annotated[int, Ge(1), Le(1_000_000_000)]
 Tokens = Annotated[int, Ge(2), Le(100_000_000)]
-NewTokens = Annotated[int, Ge(1), Le(65_536)]
 Probability = Annotated[float, Ge(0), Lt(1)]
 Seed = Annotated[int, Ge(0), Lt(2**32)]
 AttnImplementation = Literal["auto", "sdpa", "eager", "flash_attention_2"]
@@ -49,34 +40,6 @@ SOURCE_FORMATS = (
 MOST_EVAL_SETS = 200
 """Each set keeps its files open."""
 LOSS: KeyPath = ("dpo", "loss")
-
-
-@dataclass(frozen=True)
-class Expect:
-    """The words for the values of a key, where those made from its type are not clear; metadata of `Annotated`."""
-
-    words: str
-
-
-@dataclass(frozen=True)
-class OneOf(Expect):
-    """The words for a union of types: pydantic reports an error for each type, and this makes them one."""
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Wrap the validation of the union."""
-        return core_schema.no_info_wrap_validator_function(self._validate, handler(source))
-
-    def _validate(self, value: Any, validate: Callable[[Any], Any]) -> Any:
-        try:
-            return validate(value)
-        except ValidationError:
-            raise ValueError(self.words) from None
-
-
-class Section(BaseModel):
-    """A part of the recipe: unknown keys are refused, values are not converted, and nothing changes after loading."""
-
-    model_config = ConfigDict(**STRICT, use_attribute_docstrings=True)
 
 
 def exactly_one(value: Any) -> Any:
@@ -510,39 +473,6 @@ class JudgeSection(Section):
     """The category that training should make more frequent. Its share is logged as a metric."""
 
 
-def benchmark_task(value: Any) -> Any:
-    """Read a string as the name of a benchmark's task."""
-    return {"task": value} if isinstance(value, str) else value
-
-
-class BenchmarkSection(Section):
-    """A task of lm-eval that `dpoctl eval` runs on policy and reference. A string is the name of a `task`."""
-
-    task: Text = Field(examples=["arc_easy"])
-    """The name of a task or of a group of tasks; `lm-eval ls tasks` lists them."""
-    num_fewshot: Annotated[int, Ge(0), Le(1000)] | None = Field(default=None, examples=[5])
-    """The number of examples in the prompt. null: as the task says."""
-    limit: Count | None = Field(default=None, examples=[100])
-    """Use only the first items of each task. null: all."""
-    include_path: Text | None = Field(default=None, examples=["benchmarks"])
-    """A folder with task files of your own."""
-    chat_template: bool = False
-    """Put the prompts into the chat template of the model."""
-
-
-class GateSection(Section):
-    """A bound on a metric of `dpoctl eval`, which exits with 4 if it is not kept."""
-
-    metric: Text = Field(examples=["rewards/accuracies"])
-    """The path of a number in the result, with dots: `rewards/accuracies`, `samples.finished_policy`."""
-    min: float | None = Field(default=None, examples=[0.55])
-    """The number must be at least this."""
-    max: float | None = Field(default=None, examples=[8.0])
-    """The number must be at most this."""
-    by: Literal["value", "lower", "upper"] = "value"
-    """The number to compare: the metric itself, or the lower or upper end of its 95 % interval."""
-
-
 class EvalSection(Section):
     """Samples and their judge, in addition to the metrics of an evaluation."""
 
@@ -550,9 +480,9 @@ class EvalSection(Section):
     """Texts to generate. null: none."""
     judge: JudgeSection | None = None
     """The rule that counts samples by category. null: none."""
-    benchmarks: list[Annotated[BenchmarkSection, BeforeValidator(benchmark_task)]] = []
+    benchmarks: list[Annotated[BenchmarkSection, BeforeValidator(benchmark_task)]] = Field(default=[])
     """Benchmarks to run in `dpoctl eval`, with the extra `bench`."""
-    gates: list[GateSection] = []
+    gates: list[GateSection] = Field(default=[])
     """Bounds that `dpoctl eval` and `dpoctl compare` check, for scripts."""
 
 

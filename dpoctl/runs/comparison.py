@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dpoctl.errors import UsageError
 from dpoctl.recipe.document import flatten
-from dpoctl.recipe.schema import GateSection
+from dpoctl.recipe.eval_sections import GateSection
 from dpoctl.runs.gates import GateResult, check_gates, find_metric, metric_paths
 from dpoctl.runs.names import RESOLVED_RECIPE, require_run
 from dpoctl.runs.record_values import SUFFIX, RecordValues, read_record_values
@@ -105,7 +105,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RunComparison:
     """Several runs beside each other, all compared with the first.
 
     Attributes:

@@ -16,7 +16,7 @@ from dpoctl import console
 from dpoctl.errors import SetupError, UsageError
 from dpoctl.model.generate import library_forward
 from dpoctl.model.packages import is_installed, needs
-from dpoctl.recipe.schema import BenchmarkSection
+from dpoctl.recipe.eval_sections import BenchmarkSection
 from dpoctl.runs.comparison import paired_difference
 
 PACKAGE = "lm-eval"

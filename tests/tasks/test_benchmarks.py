@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpoctl.errors import SetupError, UsageError
 from dpoctl.model import packages
-from dpoctl.recipe.schema import BenchmarkSection
+from dpoctl.recipe.eval_sections import BenchmarkSection
 from dpoctl.tasks.benchmarks import check_benchmarks, run_benchmarks
 from dpoctl.tasks.evaluate import run as evaluate
 

@@ -29,8 +29,9 @@ from dpoctl.errors import UserError
 from dpoctl.losses import LOSSES
 from dpoctl.recipe import parse_recipe
 from dpoctl.recipe.document import write_yaml
+from dpoctl.recipe.eval_sections import GateSection
 from dpoctl.recipe.key_errors import hints, unwrap
-from dpoctl.recipe.schema import GateSection, Recipe
+from dpoctl.recipe.schema import Recipe
 from dpoctl.runs import trackers
 from dpoctl.runs.gates import check_gates
 from dpoctl.tasks import train as training
