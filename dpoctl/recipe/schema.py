@@ -16,6 +16,7 @@ from pydantic import (
 
 from dpoctl.recipe.data_section import DataSection
 from dpoctl.recipe.diagnostics import KeyPath
+from dpoctl.recipe.eval_sections import BenchmarkSection, GateSection, benchmark_task
 from dpoctl.recipe.library_names import LrScheduler, ModulePattern, Optim, module_expression, optim_name
 from dpoctl.recipe.section import Count, Expect, NewTokens, OneOf, Probability, Range, Section, Seed, Text
 
@@ -338,19 +339,6 @@ class JudgeSection(Section):
     """The category that training should make more frequent. Its share is logged as a metric."""
 
 
-class GateSection(Section):
-    """A bound on a metric of `dpoctl eval`, which exits with 4 if it is not kept."""
-
-    metric: Text = Field(examples=["rewards/accuracies"])
-    """The path of a number in the result, with dots: `rewards/accuracies`, `samples.finished_policy`."""
-    min: float | None = Field(default=None, examples=[0.55])
-    """The number must be at least this."""
-    max: float | None = Field(default=None, examples=[8.0])
-    """The number must be at most this."""
-    by: Literal["value", "lower", "upper"] = "value"
-    """The number to compare: the metric itself, or the lower or upper end of its 95 % interval."""
-
-
 class EvalSection(Section):
     """Samples and their judge, in addition to the metrics of an evaluation."""
 
@@ -358,6 +346,8 @@ class EvalSection(Section):
     """Texts to generate. null: none."""
     judge: JudgeSection | None = None
     """The rule that counts samples by category. null: none."""
+    benchmarks: list[Annotated[BenchmarkSection, BeforeValidator(benchmark_task)]] = Field(default=[])
+    """Benchmarks to run in `dpoctl eval`, with the extra `bench`."""
     gates: list[GateSection] = Field(default=[])
     """Bounds that `dpoctl eval` and `dpoctl compare` check, for scripts."""
 
