@@ -12,18 +12,8 @@ from dpoctl.recipe.diagnostics import Diagnostic, KeyPath, RecipeError, dotted, 
 from dpoctl.recipe.document import apply_overrides
 from dpoctl.recipe.key_errors import Suggester, closest
 from dpoctl.recipe.loader import explain_all, find_variables, keys_of, read_mapping, read_text
-from dpoctl.recipe.schema import (
-    AttnImplementation,
-    Count,
-    DType,
-    Expect,
-    NewTokens,
-    QuantizationSection,
-    Section,
-    Seed,
-    Text,
-    source_path,
-)
+from dpoctl.recipe.schema import AttnImplementation, DType, QuantizationSection, Seed, source_path
+from dpoctl.recipe.section import Count, Expect, NewTokens, Section, Text
 
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 SIDES = ("negative", "positive")

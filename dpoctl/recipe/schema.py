@@ -5,30 +5,21 @@ know it then.
 """
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
-    GetCoreSchemaHandler,
-    ValidationError,
 )
-from pydantic_core import CoreSchema, core_schema
 
-from dpoctl.losses.base import STRICT
 from dpoctl.recipe.diagnostics import KeyPath
+from dpoctl.recipe.judge_section import JudgeSection
+from dpoctl.recipe.section import Count, Expect, NewTokens, OneOf, Section, Text
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-Text = Annotated[str, MinLen(1)]
-Count = Annotated[int, Ge(1), Le(1_000_000_000)]
 Tokens = Annotated[int, Ge(2), Le(100_000_000)]
-NewTokens = Annotated[int, Ge(1), Le(65_536)]
 Probability = Annotated[float, Ge(0), Lt(1)]
 Seed = Annotated[int, Ge(0), Lt(2**32)]
 LrScheduler = Literal[
@@ -61,37 +52,14 @@ SOURCE_FORMATS = (
     *("sharegpt", "alpaca", "capybara-conversation", "prompt-completion", "prompt-response", "text"),
 )
 """The values of a source's `format`: auto, or a name of `dpoctl.data.formats.FORMATS`."""
+REFUSALS = (
+    *("I can't", "I cannot", "I can not", "I won't", "I will not", "I'm unable", "I am unable", "I'm not able"),
+    *("I am not able", "I'm sorry", "I am sorry", "I apologize", "as an AI"),
+)
+"""The words of refusals, unless a recipe has its own."""
 MOST_EVAL_SETS = 200
 """Each set keeps its files open."""
 LOSS: KeyPath = ("dpo", "loss")
-
-
-@dataclass(frozen=True)
-class Expect:
-    """The words for the values of a key, where those made from its type are not clear; metadata of `Annotated`."""
-
-    words: str
-
-
-@dataclass(frozen=True)
-class OneOf(Expect):
-    """The words for a union of types: pydantic reports an error for each type, and this makes them one."""
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Wrap the validation of the union."""
-        return core_schema.no_info_wrap_validator_function(self._validate, handler(source))
-
-    def _validate(self, value: Any, validate: Callable[[Any], Any]) -> Any:
-        try:
-            return validate(value)
-        except ValidationError:
-            raise ValueError(self.words) from None
-
-
-class Section(BaseModel):
-    """A part of the recipe: unknown keys are refused, values are not converted, and nothing changes after loading."""
-
-    model_config = ConfigDict(**STRICT, use_attribute_docstrings=True)
 
 
 def exactly_one(value: Any) -> Any:
@@ -496,19 +464,8 @@ class SamplesSection(Section):
     """The seed of the texts. Training does not depend on it."""
     per_prompt: Annotated[int, Ge(1), Le(1000)] = 1
     """The number of texts per prompt and model."""
-
-
-class JudgeSection(Section):
-    """A rule that sorts samples into categories, and counts them."""
-
-    type: Literal["keywords"] = "keywords"
-    """`keywords`: a text gets the category whose words it contains, and none if it has words of several categories."""
-    categories: Annotated[
-        dict[Text, Annotated[list[Text], MinLen(1)]], MinLen(1), Expect("a mapping from categories to lists of words")
-    ] = Field(examples=[{"kind": ["accept"]}])
-    """The words of each category. They match whole words, in upper or lower case."""
-    target: Text = Field(examples=["kind"])
-    """The category that training should make more frequent. Its share is logged as a metric."""
+    refusals: list[Text] = Field(default=[*REFUSALS])
+    """The words that make a text a refusal, whose share `dpoctl eval` reports. They match as a judge's words do."""
 
 
 class GateSection(Section):
@@ -530,8 +487,8 @@ class EvalSection(Section):
     samples: SamplesSection | None = None
     """Texts to generate. null: none."""
     judge: JudgeSection | None = None
-    """The rule that counts samples by category. null: none."""
-    gates: list[GateSection] = []
+    """The judge of the samples. null: none."""
+    gates: list[GateSection] = Field(default=[])
     """Bounds that `dpoctl eval` and `dpoctl compare` check, for scripts."""
 
 
