@@ -17,12 +17,18 @@ from pydantic import (
 from dpoctl.recipe.data_section import DataSection
 from dpoctl.recipe.diagnostics import KeyPath
 from dpoctl.recipe.eval_sections import BenchmarkSection, GateSection, benchmark_task
+from dpoctl.recipe.judge_section import JudgeSection
 from dpoctl.recipe.library_names import LrScheduler, ModulePattern, Optim, module_expression, optim_name
 from dpoctl.recipe.section import Count, Expect, NewTokens, OneOf, Probability, Range, Section, Seed, Text
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 AttnImplementation = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 HUB_REPOSITORY = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
+REFUSALS = (
+    *("I can't", "I cannot", "I can not", "I won't", "I will not", "I'm unable", "I am unable", "I'm not able"),
+    *("I am not able", "I'm sorry", "I am sorry", "I apologize", "as an AI"),
+)
+"""The words of refusals, unless a recipe has its own."""
 LOSS: KeyPath = ("dpo", "loss")
 
 
@@ -324,19 +330,8 @@ class SamplesSection(Section):
     """The seed of the texts. Training does not depend on it."""
     per_prompt: Annotated[int, Ge(1), Le(1000)] = 1
     """The number of texts per prompt and model."""
-
-
-class JudgeSection(Section):
-    """A rule that sorts samples into categories, and counts them."""
-
-    type: Literal["keywords"] = "keywords"
-    """`keywords`: a text gets the category whose words it contains, and none if it has words of several categories."""
-    categories: Annotated[
-        dict[Text, Annotated[list[Text], MinLen(1)]], MinLen(1), Expect("a mapping from categories to lists of words")
-    ] = Field(examples=[{"kind": ["accept"]}])
-    """The words of each category. They match whole words, in upper or lower case."""
-    target: Text = Field(examples=["kind"])
-    """The category that training should make more frequent. Its share is logged as a metric."""
+    refusals: list[Text] = Field(default=[*REFUSALS])
+    """The words that make a text a refusal, whose share `dpoctl eval` reports. They match as a judge's words do."""
 
 
 class EvalSection(Section):
@@ -345,7 +340,7 @@ class EvalSection(Section):
     samples: SamplesSection | None = None
     """Texts to generate. null: none."""
     judge: JudgeSection | None = None
-    """The rule that counts samples by category. null: none."""
+    """The judge of the samples. null: none."""
     benchmarks: list[Annotated[BenchmarkSection, BeforeValidator(benchmark_task)]] = Field(default=[])
     """Benchmarks to run in `dpoctl eval`, with the extra `bench`."""
     gates: list[GateSection] = Field(default=[])
