@@ -225,6 +225,9 @@ def _training(recipe: Recipe) -> Iterator[Diagnostic]:
     for key in (key for key, value in given.items() if value and training.lr_scheduler_type == "constant"):
         message = f"{key}: lr_scheduler_type: constant has no warm-up; set constant_with_warmup"
         yield Diagnostic.error(("training", key), message, related=(("training", "lr_scheduler_type"),))
+    if training.trainable is not None and recipe.lora is not None:
+        message = "trainable is for full fine-tuning; lora.target_modules and modules_to_save say what is trained here"
+        yield Diagnostic.error(("training", "trainable"), message, related=(("lora",),))
     if training.param_dtype == "bfloat16":
         yield from _bfloat16_weights(recipe)
     if training.eval_steps is None and _has_eval_data(recipe):

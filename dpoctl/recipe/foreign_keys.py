@@ -160,6 +160,7 @@ KEYS: dict[str, str] = {
     "mix_strategy": "data.train",
     "additional_target": "lora.modules_to_save",
     "peft_use_rslora": "lora.use_rslora",
+    "unfrozen_parameters": "training.trainable",
     "peft_use_dora": "lora.use_dora",
     "dora": "lora.use_dora",
     "lora_rank_pattern": "lora.rank_pattern",
@@ -269,8 +270,8 @@ NOT_OFFERED: dict[str, tuple[str, ...]] = {
         *("dataset_text_field", "field_messages", "field_chosen", "field_rejected", "message_property_mappings"),
         *("text_column", "prompt_column", "chosen_column", "rejected_column", "columns"),
     ),
-    "all layers are trained, or those with an adapter": (
-        *("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules", "unfrozen_parameters"),
+    "training.trainable names the weights that are trained": (
+        *("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules"),
         *("freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model"),
     ),
     "every run writes metrics.jsonl and report.html": (

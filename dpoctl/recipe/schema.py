@@ -403,6 +403,8 @@ class TrainingSection(Section):
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """The dtype of the trained weights in full fine-tuning. `bfloat16` needs half the memory for weights, gradients and
     optimizer state; updates are rounded stochastically, so that small ones are not lost."""
+    trainable: Annotated[list[ModulePattern], MinLen(1)] | None = Field(default=None, examples=[["layers.3.", "norm"]])
+    """Train the weights only in whose name one of these regular expressions occurs, in full fine-tuning. null: all."""
     gradient_checkpointing: Annotated[Literal["auto"] | bool, OneOf("auto, true or false")] = "auto"
     """Recompute activations in the backward pass, to save memory. `auto`: in as few layers as possible."""
     sharding: Literal["none", "full", "auto"] = "auto"

@@ -30,7 +30,7 @@ NUMERICS: dict[str, dict[str, Any]] = {
         "training.lr_scheduler_type": "warmup_stable_decay",
         "training.lr_scheduler_kwargs": {"num_decay_steps": 3},
     },
-    "adafactor": {"training.optim": "adafactor"},
+    "adafactor, some weights": {"training.optim": "adafactor", "training.trainable": ["layers.1", "norm"]},
     "lion, dora, lora+, 4 bits": FOUR_BITS
     | {"training.optim": "lion_8bit", "lora": {"r": 4, "use_dora": True, "loraplus_lr_ratio": 4.0}},
 }
