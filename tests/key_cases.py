@@ -136,6 +136,7 @@ CASES: dict[str, Case] = {
     "lora.modules_to_save": Case(["lm_head"], given=LORA),
     "lora.use_rslora": Case(True, given=LORA),
     "lora.use_dora": Case(True, given=LORA),
+    "lora.init_lora_weights": Case("pissa", given=LORA),
     "lora.rank_pattern": Case({"layers.0.*": 1}, lambda o: o.adapter["rank_pattern"], LORA),
     "lora.alpha_pattern": Case({"layers.0.*": 1}, given=LORA),
     "lora.layers_to_transform": Case([0], given=LORA),

@@ -321,6 +321,7 @@ def _lora_policy(
     else:
         peft_model, saved = adapters.stack_adapter(model, adapter, lora, seed=seed)
         active = (FROZEN, TRAINED)
+    changes_base = lora.start == "new" and lora.changes_base
     adapters.cast_trainable_to_float32(model, dtype)
     fuse_lora(model)
     return Policy(
@@ -329,7 +330,8 @@ def _lora_policy(
         dtype=dtype,
         kind="lora",
         active=active,
-        reference_adapters=() if adapter is None else (FROZEN,),
+        reference_adapters=() if adapter is None and not changes_base else (FROZEN,),
+        taken_out=(FROZEN,) if changes_base else (),
         saved_modules=saved,
         original_config=original_config,
         base=_absolute(base),

@@ -170,9 +170,17 @@ def _lora(recipe: Recipe) -> Iterator[Diagnostic]:
     lora, sharding = recipe.lora, ("training", "sharding")
     if lora is None:
         return
-    if lora.use_dora and recipe.training.sharding == "full":
-        message = "use_dora needs whole weight matrices, and sharding: full divides them; set sharding: none"
-        yield Diagnostic.error(("lora", "use_dora"), message, related=(sharding,))
+    whole = "use_dora" if lora.use_dora else "init_lora_weights" if lora.changes_base else None
+    if whole is not None and recipe.training.sharding == "full":
+        message = f"{whole} needs whole weight matrices, and sharding: full divides them; set sharding: none"
+        yield Diagnostic.error(("lora", whole), message, related=(sharding,))
+    init: KeyPath = ("lora", "init_lora_weights")
+    if lora.changes_base and recipe.quantization is not None:
+        message = f"init_lora_weights: {lora.init_lora_weights} changes the weights, so these cannot be quantised"
+        yield Diagnostic.error(init, message, related=(QUANTIZATION,))
+    if lora.changes_base and lora.use_dora:
+        message = f"init_lora_weights: {lora.init_lora_weights} cannot be exported with use_dora; remove one of them"
+        yield Diagnostic.error(init, message, related=(("lora", "use_dora"),))
     if lora.layers_to_transform is not None and isinstance(lora.target_modules, str) and not lora.adapts_all:
         message = "layers_to_transform has no effect: target_modules is a regular expression, which names the layers"
         yield Diagnostic.error(("lora", "layers_to_transform"), message, related=(("lora", "target_modules"),))

@@ -247,9 +247,9 @@ NOT_OFFERED: dict[str, tuple[str, ...]] = {
         *("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_fused_linear_cross_entropy", "use_kernels"),
         *("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "xformers_attention", "use_unsloth_gc"),
     ),
-    "this variant of LoRA is not offered; use_rslora, use_dora and loraplus_lr_ratio are": (
+    "this variant of LoRA is not offered; use_rslora, use_dora, loraplus_lr_ratio and init_lora_weights are": (
         *("loftq_config", "lora_bias", "fan_in_fan_out", "lora_fan_in_fan_out", "relora_steps"),
-        *("pissa_init", "pissa_convert", "init_lora_weights"),
+        *("pissa_init", "pissa_convert"),
     ),
     "lora.start: new puts another adapter on top of one": ("create_new_adapter",),
     "adapters of embeddings learn as all others do": ("loraplus_lr_embedding",),
@@ -326,6 +326,13 @@ VALUES: dict[str, dict[str, tuple[str, str]]] = {
         "wsd": ("warmup_stable_decay", ""),
         "reduce_lr_on_plateau": ("cosine", "the learning rate is a function of the step alone"),
         "greedy": ("cosine", "the learning rate is a function of the step alone"),
+    },
+    "init_lora_weights": {
+        "eva": ("pissa", "EVA needs activations of the data, which there are not when an adapter is made"),
+        "corda": ("pissa", "CorDA needs activations of the data, which there are not when an adapter is made"),
+        "loftq": ("default", "LoftQ quantises the weights anew"),
+        "false": ("default", "a random start would change the model"),
+        **{f"pissa_niter_{number}": ("pissa", "it is exact") for number in (4, 8, 16, 32)},
     },
     "dtype": {
         "bf16": ("bfloat16", ""),

@@ -23,7 +23,15 @@ from pydantic_core import CoreSchema, core_schema
 
 from dpoctl.losses.base import STRICT
 from dpoctl.recipe.diagnostics import KeyPath
-from dpoctl.recipe.library_names import LrScheduler, ModulePattern, Optim, module_expression, optim_name
+from dpoctl.recipe.library_names import (
+    InitLoraWeights,
+    LrScheduler,
+    ModulePattern,
+    Optim,
+    init_name,
+    module_expression,
+    optim_name,
+)
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Text = Annotated[str, MinLen(1)]
@@ -302,8 +310,16 @@ class LoraSection(Section):
     """Scale by lora_alpha / sqrt(r) instead."""
     use_dora: bool = False
     """DoRA: train the norm of each row of a weight matrix too, beside its direction."""
+    init_lora_weights: Annotated[InitLoraWeights, BeforeValidator(init_name)] = "default"
+    """How adapters start, as in peft. `default` and `gaussian`: at zero. `pissa` and `olora`: with the largest singular
+    values of the weights, or with their QR decomposition, which is then taken out of the frozen weights."""
     loraplus_lr_ratio: Annotated[float, Ge(1)] | None = Field(default=None, examples=[16])
     """LoRA+: the learning rate of the factor B, and of DoRA's norms, in relation to that of A. null: the same."""
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether adapters start with a part of the weights, which is taken out of these."""
+        return self.init_lora_weights in ("pissa", "olora")
 
     @property
     def adapts_all(self) -> bool:

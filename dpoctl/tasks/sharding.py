@@ -102,10 +102,12 @@ def _refuse(recipe: Recipe, ranks: int, dtype: torch.dtype) -> None:
             f"training.optim: {training.optim} needs whole matrices, and a sharded model has parts of them",
             hint="set training.optim: adamw, or training.sharding: none",
         )
-    if recipe.lora is not None and recipe.lora.use_dora:
+    lora = recipe.lora
+    if lora is not None and (lora.use_dora or lora.changes_base):
+        key = "use_dora" if lora.use_dora else "init_lora_weights"
         raise UsageError(
-            "lora.use_dora needs whole weight matrices, and a sharded model has parts of them",
-            hint="set lora.use_dora: false, or training.sharding: none",
+            f"lora.{key} needs whole weight matrices, and a sharded model has parts of them",
+            hint=f"remove lora.{key}, or set training.sharding: none",
         )
     if dtype == torch.float16:
         raise UsageError("a sharded model cannot compute in float16", hint="set model.dtype: bfloat16")

@@ -31,6 +31,11 @@ NUMERICS: dict[str, dict[str, Any]] = {
         "training.lr_scheduler_kwargs": {"num_decay_steps": 3},
     },
     "adafactor, some weights": {"training.optim": "adafactor", "training.trainable": ["layers.1", "norm"]},
+    "pissa, moving reference": {
+        "lora": {"r": 4, "init_lora_weights": "pissa"},
+        "dpo.reference.sync_steps": 2,
+        "training.lr_scheduler_type": "polynomial",
+    },
     "lion, dora, lora+, 4 bits": FOUR_BITS
     | {"training.optim": "lion_8bit", "lora": {"r": 4, "use_dora": True, "loraplus_lr_ratio": 4.0}},
 }
