@@ -151,6 +151,7 @@ CASES: dict[str, Case] = {
     "sft.loss_on": Case("last", given={"method": "sft", "data.train": ["{turns.jsonl}"]}),
     "dpo.loss_on": Case("assistant", given={"data.train": ["{sides.jsonl}"]}),
     "sft.average": Case("responses", given={"method": "sft", "data.train": ["{turns.jsonl}"]}),
+    "sft.neftune_noise_alpha": Case(50.0, given={"method": "sft", "data.train": ["{turns.jsonl}"]}),
     "dpo.loss": Case([{"type": "sigmoid"}, {"type": "sft", "weight": 0.5}]),
     "dpo.reference.sync_steps": Case(1, given={"training.num_train_epochs": 2}),
     "dpo.reference.sync_alpha": Case(0.3, given={"training.num_train_epochs": 2, "dpo.reference.sync_steps": 1}),

@@ -161,6 +161,9 @@ KEYS: dict[str, str] = {
     "additional_target": "lora.modules_to_save",
     "peft_use_rslora": "lora.use_rslora",
     "unfrozen_parameters": "training.trainable",
+    "neftune_noise_alpha": "sft.neftune_noise_alpha",
+    "neft_alpha": "sft.neftune_noise_alpha",
+    "noise_alpha": "sft.neftune_noise_alpha",
     "peft_use_dora": "lora.use_dora",
     "dora": "lora.use_dora",
     "lora_rank_pattern": "lora.rank_pattern",
@@ -215,7 +218,6 @@ NOT_OFFERED: dict[str, tuple[str, ...]] = {
         *("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "early_stopping_patience"),
         *("early_stopping_steps", "early_stopping_threshold", "save_best_model"),
     ),
-    "noise on embeddings is not offered": ("neftune_noise_alpha", "neft_alpha", "noise_alpha"),
     "the command decides: `dpoctl sft`, `dpoctl dpo`, `dpoctl eval`": (
         *("do_train", "do_eval", "do_predict", "predict_with_generate"),
     ),
