@@ -154,6 +154,7 @@ CASES: dict[str, Case] = {
     "lora.modules_to_save": Case(["lm_head"], given=LORA),
     "lora.use_rslora": Case(True, given=LORA),
     "lora.use_dora": Case(True, given=LORA),
+    "lora.init_lora_weights": Case("pissa", given=LORA),
     "lora.rank_pattern": Case({"layers.0.*": 1}, lambda o: o.adapter["rank_pattern"], LORA),
     "lora.alpha_pattern": Case({"layers.0.*": 1}, given=LORA),
     "lora.layers_to_transform": Case([0], given=LORA),
@@ -168,6 +169,7 @@ CASES: dict[str, Case] = {
     "sft.loss_on": Case("last", given={"method": "sft", "data.train": ["{turns.jsonl}"]}),
     "dpo.loss_on": Case("assistant", given={"data.train": ["{sides.jsonl}"]}),
     "sft.average": Case("responses", given={"method": "sft", "data.train": ["{turns.jsonl}"]}),
+    "sft.neftune_noise_alpha": Case(50.0, given={"method": "sft", "data.train": ["{turns.jsonl}"]}),
     "dpo.loss": Case([{"type": "sigmoid"}, {"type": "sft", "weight": 0.5}]),
     "dpo.reference.sync_steps": Case(1, given={"training.num_train_epochs": 2}),
     "dpo.reference.sync_alpha": Case(0.3, given={"training.num_train_epochs": 2, "dpo.reference.sync_steps": 1}),
@@ -207,6 +209,7 @@ CASES: dict[str, Case] = {
     "training.optim": Case("rmsprop", "weights"),
     "training.optim_args": Case({"momentum": 0.5}, "weights", {"training.optim": "muon"}),
     "training.param_dtype": Case("bfloat16", "weights", {"model.dtype": "bfloat16"}),
+    "training.trainable": Case([r"layers\.0\."], "weights"),
     "training.gradient_checkpointing": Case(
         True, lambda o: o.forwards["mlp"], {"training.gradient_checkpointing": False}
     ),
