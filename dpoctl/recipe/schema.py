@@ -51,6 +51,7 @@ AttnImplementation = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 HUB_REPOSITORY = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 PairMode = Literal["best-worst", "best-rest", "best-random", "adjacent", "all"]
 Overlong = Literal["drop", "truncate"]
+TrainOnThink = Literal["all", "nonempty", "none"]
 PromptTruncation = Literal["keep_end", "keep_start"]
 SOURCE_FORMATS = (
     *("auto", "openai-preference", "arena-140k", "arena-100k", "arena-55k", "helpsteer3", "helpsteer2-preference"),
@@ -325,6 +326,8 @@ class SftSection(Section):
 
     loss_on: Literal["assistant", "last"] = "assistant"
     """`assistant`: train on all assistant turns; `last`: train on the last one only."""
+    train_on_think: TrainOnThink = "all"
+    """The thinking blocks in the loss: `all`; `nonempty`: not the empty ones that some chat templates write; `none`."""
     average: Literal["tokens", "responses"] = "tokens"
     """`tokens`: the mean over all tokens; `responses`: the mean over rows of summed losses: long answers weigh more."""
 
@@ -357,6 +360,8 @@ class DpoSection(Section):
     """A [loss](#losses): its `type` and its keys. Or a list of losses, which are added up, each with a `weight`."""
     loss_on: Literal["last", "assistant"] = "last"
     """`last`: the loss sees the last assistant turn only; `assistant`: all assistant turns after the shared ones."""
+    train_on_think: TrainOnThink = "all"
+    """`sft.train_on_think` for the turns that the loss sees."""
     reference: ReferenceSection = ReferenceSection()
     """The reference model."""
 
