@@ -3,6 +3,7 @@
 peft is not imported here, because it takes as long as torch.
 """
 
+import re
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -48,6 +49,12 @@ def outside_of_layers(model: PreTrainedModel) -> frozenset[str]:
 def last_name(name: str) -> str:
     """Return the last component of a module's name, such as `q_proj`."""
     return name.rpartition(".")[2]
+
+
+def layer_number(name: str) -> int | None:
+    """Return the number of the decoder layer that a module belongs to by its name, as peft reads it."""
+    match = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+    return int(match[1]) if match else None
 
 
 def linear_layers(model: PreTrainedModel) -> tuple[str, ...]:

@@ -92,6 +92,7 @@ def find_contradictions(
     unusable = list(_names(recipe))
     yield from unusable or _model(recipe)
     yield from _quantization(recipe)
+    yield from _lora(recipe)
     yield from _data(recipe)
     yield from _training(recipe)
     yield from _gates(recipe)
@@ -173,6 +174,18 @@ def _quantization(recipe: Recipe) -> Iterator[Diagnostic]:
         at = flags[0] if four else flags[1]
         message = f"{at[1]} needs a lora section: quantised weights cannot be trained"
         yield Diagnostic.error(at, message, related=(("lora",), QUANTIZATION))
+
+
+def _lora(recipe: Recipe) -> Iterator[Diagnostic]:
+    lora, sharding = recipe.lora, ("training", "sharding")
+    if lora is None:
+        return
+    if lora.use_dora and recipe.training.sharding == "full":
+        message = "use_dora needs whole weight matrices, and sharding: full divides them; set sharding: none"
+        yield Diagnostic.error(("lora", "use_dora"), message, related=(sharding,))
+    if lora.layers_to_transform is not None and isinstance(lora.target_modules, str) and not lora.adapts_all:
+        message = "layers_to_transform has no effect: target_modules is a regular expression, which names the layers"
+        yield Diagnostic.error(("lora", "layers_to_transform"), message, related=(("lora", "target_modules"),))
 
 
 def _data(recipe: Recipe) -> Iterator[Diagnostic]:
@@ -358,7 +371,8 @@ def _unused_in_lora(recipe: Recipe) -> dict[KeyPath, NoEffect]:
     if recipe.lora is None or recipe.lora.start == "new":
         return {}
     why = NoEffect("start: continue keeps the settings of the existing adapter", (("lora", "start"),))
-    return {("lora", key): why for key in type(recipe.lora).model_fields if key != "start"}
+    kept = ("start", "loraplus_lr_ratio")
+    return {("lora", key): why for key in type(recipe.lora).model_fields if key not in kept}
 
 
 def _unused_in_training(recipe: Recipe) -> dict[KeyPath, NoEffect]:

@@ -160,6 +160,10 @@ KEYS: dict[str, str] = {
     "mix_strategy": "data.train",
     "additional_target": "lora.modules_to_save",
     "peft_use_rslora": "lora.use_rslora",
+    "peft_use_dora": "lora.use_dora",
+    "dora": "lora.use_dora",
+    "lora_rank_pattern": "lora.rank_pattern",
+    "peft_layers_to_transform": "lora.layers_to_transform",
     "compute_dtype": "model.dtype",
     "train_on_prompt": "sft.loss_on",
     "mask_history": "sft.loss_on",
@@ -242,11 +246,12 @@ NOT_OFFERED: dict[str, tuple[str, ...]] = {
         *("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_fused_linear_cross_entropy", "use_kernels"),
         *("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "xformers_attention", "use_unsloth_gc"),
     ),
-    "this variant of LoRA is not offered; use_rslora is": (
-        *("use_dora", "dora", "peft_use_dora", "pissa_init", "pissa_convert", "init_lora_weights", "loraplus_lr_ratio"),
-        *("loftq_config", "lora_bias", "fan_in_fan_out", "lora_fan_in_fan_out", "layers_to_transform"),
-        *("rank_pattern", "alpha_pattern", "create_new_adapter", "loraplus_lr_embedding", "relora_steps"),
+    "this variant of LoRA is not offered; use_rslora, use_dora and loraplus_lr_ratio are": (
+        *("loftq_config", "lora_bias", "fan_in_fan_out", "lora_fan_in_fan_out", "relora_steps"),
+        *("pissa_init", "pissa_convert", "init_lora_weights"),
     ),
+    "lora.start: new puts another adapter on top of one": ("create_new_adapter",),
+    "adapters of embeddings learn as all others do": ("loraplus_lr_embedding",),
     "it is an argument of the schedule: set it in training.lr_scheduler_kwargs": (
         *("cosine_min_lr_ratio", "min_lr", "min_lr_ratio", "min_lr_rate", "num_cycles", "num_decay_steps", "lr_end"),
     ),

@@ -23,6 +23,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from dpoctl.losses.base import STRICT
 from dpoctl.recipe.diagnostics import KeyPath
+from dpoctl.recipe.library_names import LrScheduler, ModulePattern, Optim, module_expression, optim_name
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Text = Annotated[str, MinLen(1)]
@@ -31,22 +32,6 @@ Tokens = Annotated[int, Ge(2), Le(100_000_000)]
 NewTokens = Annotated[int, Ge(1), Le(65_536)]
 Probability = Annotated[float, Ge(0), Lt(1)]
 Seed = Annotated[int, Ge(0), Lt(2**32)]
-LrScheduler = Literal[
-    "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "polynomial",
-    "constant", "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay",
-]  # fmt: skip
-Optim = Literal[
-    "adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "adafactor", "lion_32bit", "lion_8bit",
-    "paged_lion_32bit", "paged_lion_8bit", "muon", "rmsprop",
-]  # fmt: skip
-OPTIM_ALIASES = {
-    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw"),
-    "adamw_bnb_8bit": "adamw_8bit",
-    "paged_adamw": "paged_adamw_32bit",
-    "lion": "lion_32bit",
-    "paged_lion": "paged_lion_32bit",
-}
-"""Other names of optimizers -> those of `Optim`."""
 AttnImplementation = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 HUB_REPOSITORY = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 PairMode = Literal["best-worst", "best-rest", "best-random", "adjacent", "all"]
@@ -124,11 +109,6 @@ def name_list(value: Any) -> Any:
     if value is None or value == "none":
         return []
     return [value] if isinstance(value, str) else value
-
-
-def optim_name(value: Any) -> Any:
-    """Read another name of an optimizer as its name here."""
-    return OPTIM_ALIASES.get(value, value) if isinstance(value, str) else value
 
 
 def rising(value: list[float]) -> list[float]:
@@ -311,14 +291,33 @@ class LoraSection(Section):
     """The scale: updates are multiplied by lora_alpha / r."""
     lora_dropout: Probability = 0.0
     """Dropout on the input of the adapter. It needs `model.disable_dropout: false`."""
+    rank_pattern: dict[ModulePattern, Annotated[int, Ge(1), Le(65_536)]] = Field(default={}, examples=[{"o_proj": 4}])
+    """Other ranks for some modules: the end of their names, or a regular expression for it."""
+    alpha_pattern: dict[ModulePattern, Annotated[float, Gt(0)]] = Field(default={}, examples=[{"o_proj": 8}])
+    """Other values of `lora_alpha` for some modules, in the same way."""
     target_modules: Annotated[
-        Literal["all-linear"] | Annotated[list[Text], MinLen(1)], OneOf("all-linear, or a list of module names")
-    ] = "all-linear"
-    """The linear layers that get an adapter."""
+        Literal["all-linear"] | Annotated[list[Text], MinLen(1)] | Annotated[str, AfterValidator(module_expression)],
+        OneOf("all-linear, a list of module names, or a regular expression for whole names"),
+    ] = Field(default="all-linear", examples=[["q_proj", "v_proj"]])
+    """The layers that get an adapter: all linear ones but the head, those with these last names, or those whose whole
+    names match a regular expression such as `.*layers.[0-3].*q_proj`."""
+    layers_to_transform: Annotated[list[Annotated[int, Ge(0), Le(100_000)]], MinLen(1)] | None = Field(
+        default=None, examples=[[0, 1]]
+    )
+    """The numbers of the decoder layers that get adapters, from 0. null: all."""
     modules_to_save: list[Text] | None = Field(default=None, examples=[["lm_head"]])
     """Modules to train in full, and to save with the adapter."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead."""
+    use_dora: bool = False
+    """DoRA: train the norm of each row of a weight matrix too, beside its direction."""
+    loraplus_lr_ratio: Annotated[float, Ge(1)] | None = Field(default=None, examples=[16])
+    """LoRA+: the learning rate of the factor B, and of DoRA's norms, in relation to that of A. null: the same."""
+
+    @property
+    def adapts_all(self) -> bool:
+        """Whether all linear layers get an adapter, but for the head."""
+        return self.target_modules == "all-linear"
 
 
 class SftSection(Section):

@@ -29,6 +29,7 @@ from dpoctl.runs.best import model_step
 from dpoctl.runs.gates import check_gates
 from dpoctl.runs.metrics import STANDARD_ERROR
 from dpoctl.runs.names import RESOLVED_RECIPE
+from dpoctl.runs.record_values import RecordValues
 from dpoctl.runs.report import NAME as REPORT
 from dpoctl.runs.report import refresh_report
 from dpoctl.runs.results import Provenance, fingerprint, in_words, write_result
@@ -44,6 +45,7 @@ from dpoctl.tasks.finished_run import (
     require_known_start,
     require_model,
 )
+from dpoctl.tasks.record_values import RecordWatch
 from dpoctl.tasks.reference import Columns, Reference, with_columns
 from dpoctl.tasks.samples import Sample, sample_finished, show, to_lines
 from dpoctl.tasks.setup import Setup, build_accelerator, quiet_libraries, read_data
@@ -82,7 +84,7 @@ def run(run: Path, *, data: str | None = None, limit: int | None = None, json_ou
     dtype = weight_dtype(recipe, compute_dtype(recipe, accelerator.device))
     finished = FinishedRun.load(run, accelerator.device, dtype)
     setup = Setup.of(recipe, accelerator, finished.tokenizer, finished.policy)
-    results = _evaluate(setup, prepared.evals, tables, limit)
+    results, values = _evaluate(setup, prepared.evals, tables, limit)
     sampled, samples = sample_finished(setup, finished, prepared.evals, limit)
     if not accelerator.is_main_process:
         return True
@@ -92,7 +94,7 @@ def run(run: Path, *, data: str | None = None, limit: int | None = None, json_ou
     gates = check_gates(report, recipe.eval.gates)
     report |= {"gates": [gate.to_dict() for gate in gates]} if gates else {}
     passed = all(gate.passed for gate in gates)
-    where = _keep(run, origin, report, to_lines(samples))
+    where = _keep(run, origin, report, to_lines(samples), values)
     if json_output:
         console.emit(json.dumps(report))
         return passed
@@ -107,13 +109,15 @@ def run(run: Path, *, data: str | None = None, limit: int | None = None, json_ou
     return passed
 
 
-def _keep(run: Path, origin: Provenance, report: Mapping[str, Any], samples: str) -> str:
+def _keep(
+    run: Path, origin: Provenance, report: Mapping[str, Any], samples: str, values: Mapping[str, RecordValues]
+) -> str:
     """Write a result into its run, and say where; a model that no run describes keeps none."""
     if is_model_only(run):
         return f"{run} belongs to no run, so the result is kept nowhere; --json prints all of it"
     home = home_of(run)
     with writing(home):
-        path = write_result(home, origin, report, samples)
+        path = write_result(home, origin, report, samples, values)
     refresh_report(home)
     return f"result: {path}; report: {home / REPORT}"
 
@@ -194,17 +198,19 @@ def _reference_tables(
 
 def _evaluate(
     setup: Setup, stores: Stores, tables: Mapping[str, Columns], limit: int | None
-) -> dict[str, dict[str, Any]]:
-    """Return the metrics of every eval set."""
-    results = {}
+) -> tuple[dict[str, dict[str, Any]], dict[str, RecordValues]]:
+    """Return the metrics of every eval set, and those of each of its records."""
+    results, values = {}, {}
     with setup.accelerator.autocast():
         objective = setup.objective(setup.scorer())
         for name, store in stores.items():
             lengths = Lengths.of(store).first(limit)
             reader = with_columns(setup.reader(store, name), tables.get(name))
             counts = {item: int(numbers.sum()) for item, numbers in lengths.items.items()}
-            results[name] = _describe(evaluate(objective, reader, setup.plan(lengths).one_pass(lengths)), counts)
-    return results
+            watch, one_pass = RecordWatch(setup.task), setup.plan(lengths).one_pass(lengths)
+            results[name] = _describe(evaluate(objective, reader, one_pass, watch=watch), counts)
+            values[name] = watch.values(store)
+    return results, values
 
 
 def _describe(metrics: Mapping[str, Any], counts: Mapping[Item, int]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from dpoctl import console
 from dpoctl.core.guard import require_same, tensor_checksum
 from dpoctl.core.logps import Result, Scorer
 from dpoctl.core.objective import Objective, RunningReference
-from dpoctl.core.optim import state_bytes
+from dpoctl.core.optim import rate_scales, state_bytes
 from dpoctl.core.planner import Lengths, Plan
 from dpoctl.core.reader import Reader
 from dpoctl.data.cache import cache_dir
@@ -231,7 +231,10 @@ class Setup:
         """Return the scorer and the optimizer, wrapped for all ranks, and what clips the gradient to a norm."""
         policy, training = self.policy, self.recipe.training
         parameters = [(name, p) for name, p in policy.model.named_parameters() if p.requires_grad]
-        special: Any = {"outside": outside_of_layers(policy.causal), "scales": {}}
+        special: Any = {
+            "outside": outside_of_layers(policy.causal),
+            "scales": rate_scales(self.recipe.lora, parameters),
+        }
         if self.sharding is None:
             optimizer = self.extensions.build_optimizer(parameters, training, **special)
             scorer, optimizer = self.accelerator.prepare(self.scorer().train(), optimizer)

@@ -101,6 +101,11 @@ def _refuse(recipe: Recipe, ranks: int, dtype: torch.dtype) -> None:
             f"training.optim: {training.optim} needs whole matrices, and a sharded model has parts of them",
             hint="set training.optim: adamw, or training.sharding: none",
         )
+    if recipe.lora is not None and recipe.lora.use_dora:
+        raise UsageError(
+            "lora.use_dora needs whole weight matrices, and a sharded model has parts of them",
+            hint="set lora.use_dora: false, or training.sharding: none",
+        )
     if dtype == torch.float16:
         raise UsageError("a sharded model cannot compute in float16", hint="set model.dtype: bfloat16")
     if quantization is not None and quantization.load_in_8bit:

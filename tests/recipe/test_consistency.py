@@ -133,6 +133,17 @@ CONTRADICTIONS = {
         3,
         "lora.target_modules has no effect",
     ),
+    "divided matrices of DoRA": (
+        GOOD.replace("{}", "{use_dora: true}") + "  sharding: full\n",
+        3,
+        "use_dora needs whole weight matrices",
+    ),
+    "layers beside an expression": (
+        GOOD.replace("{}", "{target_modules: '.*q_proj', layers_to_transform: [1]}"),
+        3,
+        "target_modules is a regular expression, which names the layers",
+    ),
+    "one name as an expression": (GOOD.replace("{}", "{target_modules: q_proj}"), 3, "a list of module names"),
     "no reference where one is needed": (
         GOOD + DPO.format("{type: ipo}", "{mode: none}"),
         11,
