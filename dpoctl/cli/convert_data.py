@@ -145,8 +145,7 @@ def convert_data(
 
     Convert data of any known format to canonical JSONL, and count the rows that cannot be used.
 
-    With --format contrastive, SRC is a recipe: a model writes the pairs, two answers under opposite instructions.
-    With --format sampled, it is one too: answers of a model are scored, and the best and the worst become a pair.
+    With --format contrastive or --format sampled, SRC is a recipe by which a model writes the answers of pairs.
     """  # noqa: D415 - the help shows an example first
     choices = {
         "option": option,

@@ -56,7 +56,9 @@ def test_every_key_has_a_row_in_the_table_of_its_section(root: type, prefix: str
     for path in keys_of(root):
         *section, key = map(str, path)
         title = f"{prefix}{'.'.join(section)}" if section else tops[prefix]
-        assert key in TABLES.get(title, TABLES.get(".".join(section), {})), path
+        # A section that several kinds of recipes have stands on the page once.
+        shared = (title, ".".join(section), f"Contrastive: {'.'.join(section)}")
+        assert any(key in TABLES.get(name, {}) for name in shared[: 1 if title in TABLES else 3]), path
     assert list(TABLES["data.train"]) == list(Source.model_fields)
 
 
