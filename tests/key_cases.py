@@ -168,6 +168,8 @@ CASES: dict[str, Case] = {
     "data.chat_template_kwargs": Case({"greeting": "hello"}, given={"model.model_name_or_path": "{greeting}"}),
     "sft.loss_on": Case("last", given={"method": "sft", "data.train": ["{turns.jsonl}"]}),
     "dpo.loss_on": Case("assistant", given={"data.train": ["{sides.jsonl}"]}),
+    "sft.train_on_think": Case("none", given={"method": "sft", "data.train": ["{thinking.jsonl}"]}),
+    "dpo.train_on_think": Case("none", given={"data.train": ["{thinking.jsonl}"]}),
     "sft.average": Case("responses", given={"method": "sft", "data.train": ["{turns.jsonl}"]}),
     "sft.neftune_noise_alpha": Case(50.0, given={"method": "sft", "data.train": ["{turns.jsonl}"]}),
     "dpo.loss": Case([{"type": "sigmoid"}, {"type": "sft", "weight": 0.5}]),

@@ -415,8 +415,8 @@ def recognise(data: Mapping[str, Any], known: Iterable[str]) -> tuple[str, str, 
     Returns:
         The key that shows it, the error message, and lines about the other keys; None for a recipe.
     """
-    if data.get("method") == "contrastive":
-        return "method", "this recipe makes pairs; run `dpoctl convert-data --format contrastive` on it", []
+    if (method := data.get("method")) in ("contrastive", "sampled"):
+        return "method", f"this recipe makes pairs; run `dpoctl convert-data --format {method}` on it", []
     if any(isinstance(data.get(section), dict) for section in SECTIONS):
         return None
     signs = ((tool, key) for tool, keys in SIGNATURES for key in data if key in keys)

@@ -32,6 +32,7 @@ from dpoctl.recipe.section import Count, Expect, NewTokens, OneOf, Probability, 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 AttnImplementation = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 HUB_REPOSITORY = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
+TrainOnThink = Literal["all", "nonempty", "none"]
 REFUSALS = (
     *("I can't", "I cannot", "I can not", "I won't", "I will not", "I'm unable", "I am unable", "I'm not able"),
     *("I am not able", "I'm sorry", "I am sorry", "I apologize", "as an AI"),
@@ -175,6 +176,8 @@ class SftSection(Section):
 
     loss_on: Literal["assistant", "last"] = "assistant"
     """`assistant`: train on all assistant turns; `last`: train on the last one only."""
+    train_on_think: TrainOnThink = "all"
+    """The thinking blocks in the loss: `all`; `nonempty`: not the empty ones that some chat templates write; `none`."""
     average: Literal["tokens", "responses"] = "tokens"
     """`tokens`: the mean over all tokens; `responses`: the mean over rows of summed losses: long answers weigh more."""
     neftune_noise_alpha: Annotated[float, Gt(0), Le(1000)] | None = Field(default=None, examples=[5])
@@ -209,6 +212,8 @@ class DpoSection(Section):
     """A [loss](#losses): its `type` and its keys. Or a list of losses, which are added up, each with a `weight`."""
     loss_on: Literal["last", "assistant"] = "last"
     """`last`: the loss sees the last assistant turn only; `assistant`: all assistant turns after the shared ones."""
+    train_on_think: TrainOnThink = "all"
+    """`sft.train_on_think` for the turns that the loss sees."""
     reference: ReferenceSection = ReferenceSection()
     """The reference model."""
 

@@ -335,6 +335,7 @@ def test_the_same_recipe_gives_the_same_bits(number: int, watch: Watch, whole: b
         ("adam_beta2", {"training.adam_beta2": 0.5, "training.optim": "rmsprop"}),
         ("eval_on_start", {"training.eval_on_start": True, "data.eval": None, "training.eval_steps": None}),
         ("loss_on", {"sft.loss_on": "last"}),
+        ("train_on_think", {"dpo.train_on_think": "nonempty"}),
         ("prompt_truncation", {"data.train": [{"path": "{pairs.jsonl}", "prompt_truncation": "keep_start"}]}),
         ("pairs", {"data.train": [{"path": "{pairs.jsonl}", "pairs": "all"}]}),
         ("min_margin", {"data.train": [{"path": "{pairs.jsonl}", "min_margin": 1.0}]}),
