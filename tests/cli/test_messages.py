@@ -187,6 +187,7 @@ def command_line(shell: Shell) -> None:
         ("recipes", "copy", "gpt2-smoke", "new.yaml"),
         ("recipes", "copy"),
         ("recipes", "gpt2-smoke", "new.yaml"),
+        ("import", "gone.yaml"),
         ("recipes", "gpt2-smoke", "--key", "beta"),
         ("recipes", "--key", "eval_steps"),
         ("recipes", "--key", "eval_step"),

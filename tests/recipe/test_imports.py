@@ -56,7 +56,7 @@ TABLE: dict[str, tuple[dict[str, Any], str]] = {
             "data.train": [{"path": "trl-lib/ultrafeedback_binarized", "split": "train"}, {"path": "data/own.jsonl"}],
             "dpo.loss": [
                 {"type": "sigmoid", "beta": 0.1, "weight": 0.8},
-                {"type": "bco_pair", "beta": 0.1, "weight": 0.2},
+                {"type": "bco_pair", "beta": 0.1, "running_mean": False, "weight": 0.2},
                 {"type": "sft", "weight": 1.0},
             ],
         },

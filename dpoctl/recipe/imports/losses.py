@@ -81,6 +81,10 @@ def _variant(job: Translation) -> str | None:
 
 def _options_of(job: Translation, kind: str) -> dict[str, Any]:
     """Return the hyperparameters of one loss that TRL has as keys of their own."""
+    if kind == "bco_pair":
+        return {"running_mean": False}
+    if kind == "wpo":
+        return {"clamp": False}
     if kind == "discopop":
         return {"tau": float(job.take("discopop_tau", default=0.05))}
     if kind == "ld_dpo":

@@ -1,4 +1,4 @@
-"""What the tools around transformers' Trainer share: batches, schedules, precision, adapters, cadence."""
+"""Keys of the tools around transformers' Trainer: batches, schedules, precision, adapters, cadence."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from dpoctl.recipe.imports.translation import OFF, Translation, fits, short
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
+FIRST_STEP = "the rate rises from 1/n in the first of n steps, there from 0: a step earlier"
 WHOLE = 1_000_000
 """A length that keeps every row whole."""
 
@@ -72,10 +73,10 @@ def carry_schedule(job: Translation, key: str, *, default: str, warmup: tuple[st
         steps, ratio, name = None, steps, "warmup_steps"
     if steps:
         job.put("training.warmup_steps", int(steps))
-        job.note(f"warmup_steps: {steps}", f"training.warmup_steps: {int(steps)}")
+        job.alter(f"warmup_steps: {steps}", f"training.warmup_steps: {int(steps)}", FIRST_STEP)
     elif ratio:
         job.put("training.warmup_ratio", float(ratio))
-        job.note(f"{name}: {ratio}", f"training.warmup_ratio: {float(ratio)}")
+        job.alter(f"{name}: {ratio}", f"training.warmup_ratio: {float(ratio)}", FIRST_STEP)
     else:
         ours, value = ("warmup_steps", 0) if steps == 0 or ratio == 0 else warmup
         said = (

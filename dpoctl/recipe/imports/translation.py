@@ -29,8 +29,8 @@ UNKNOWN = "dpoctl does not know this key: look up what it does"
 
 
 @dataclass
-class Line:
-    """A line of the report.
+class Fate:
+    """The fate of a key, a line of the report.
 
     Attributes:
         theirs: the key of the other tool, with its value.
@@ -61,10 +61,10 @@ class Report:
     """
 
     tool: str
-    carried: list[Line] = field(default_factory=list)
-    changed: list[Line] = field(default_factory=list)
-    lost: list[Line] = field(default_factory=list)
-    needless: list[Line] = field(default_factory=list)
+    carried: list[Fate] = field(default_factory=list)
+    changed: list[Fate] = field(default_factory=list)
+    lost: list[Fate] = field(default_factory=list)
+    needless: list[Fate] = field(default_factory=list)
     unset: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -153,7 +153,7 @@ class Translation:
 
     def note(self, theirs: str, ours: str) -> None:
         """Report something that is carried over."""
-        self.report.carried.append(Line(theirs, ours))
+        self.report.carried.append(Fate(theirs, ours))
 
     def carry(self, key: str, path: str, *, default: Any = None, also: Iterable[str] = ()) -> None:
         """Carry a key over under its name here, with the tool's default if it is not set.
@@ -174,28 +174,28 @@ class Translation:
         if not fits(path, value):
             meant, remark = translate_value(path.rpartition(".")[2], str(value)) or (value, "")
         if not fits(path, meant):
-            self.report.lost.append(Line(theirs, why=f"{path} does not take this value"))
+            self.report.lost.append(Fate(theirs, why=f"{path} does not take this value"))
             return
         self.put(path, meant)
         lines = self.report.changed if remark else self.report.carried
-        lines.append(Line(theirs, f"{path}: {short(meant)}", remark))
+        lines.append(Fate(theirs, f"{path}: {short(meant)}", remark))
 
     def change(self, theirs: str, path: str, value: Any, why: str) -> None:
         """Set a key of the recipe to something that is not what the other tool has."""
         self.put(path, value)
-        self.report.changed.append(Line(theirs, f"{path}: {short(value)}", why))
+        self.report.changed.append(Fate(theirs, f"{path}: {short(value)}", why))
 
     def alter(self, theirs: str, ours: str, why: str) -> None:
         """Report something whose form or meaning changes, and that the caller sets."""
-        self.report.changed.append(Line(theirs, ours, why))
+        self.report.changed.append(Fate(theirs, ours, why))
 
     def lose(self, theirs: str, why: str) -> None:
         """Report something without equivalent that changes the result."""
-        self.report.lost.append(Line(theirs, why=why))
+        self.report.lost.append(Fate(theirs, why=why))
 
     def drop(self, theirs: str, why: str) -> None:
         """Report something without equivalent that does not change the result."""
-        self.report.needless.append(Line(theirs, why=why))
+        self.report.needless.append(Fate(theirs, why=why))
 
     def finish(self) -> None:
         """Carry over what is left and has a key of its name here, and report the rest."""
