@@ -75,7 +75,7 @@ parity: $(STAMP)  ## Compare every loss with TRL's
 
 faults: $(STAMP)  ## Kill, cut and flood runs in every way that is known, and print what they survived
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --all-faults tests/faults tests/tasks/test_resume.py tests/tasks/test_sharding.py \
-		tests/core/test_invariance.py
+		tests/core/test_invariance.py tests/tasks/test_keys.py
 
 bench: $(STAMP)  ## Compare a training step with TRL's, in turns, and plan ten million records
 	$(BIN)/python tests/benchmarks/step_speed.py

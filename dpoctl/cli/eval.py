@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from dpoctl.cli import options
+from dpoctl.errors import GATE_FAILED
 from dpoctl.tasks import import_libraries, launchers
 
 Data = Annotated[
@@ -31,7 +32,8 @@ def evaluate(
     """[bold]dpoctl eval runs/mistral7b-dpo --json[/]
 
     Evaluate a finished run on held-out data: loss, reward margins, and reward accuracy with its confidence interval.
-    A folder with any other model is measured on --data, without a reference.
+    It exits with 4 if a gate of the recipe fails. A folder with any other model is measured on --data, without a
+    reference.
     """  # noqa: D415 - the help shows an example first
     from dpoctl.recipe.secrets import refuse_secret_argument
 
@@ -40,4 +42,5 @@ def evaluate(
     import_libraries()
     from dpoctl.tasks.evaluate import run as evaluate_run
 
-    evaluate_run(run, data=data, limit=limit, json_output=json_output)
+    if not evaluate_run(run, data=data, limit=limit, json_output=json_output):
+        raise typer.Exit(GATE_FAILED)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dpoctl.data import formats
 from dpoctl.data.formats.detect import Detection, check_options, detect
@@ -222,6 +222,9 @@ def open_source(source: "Source", *, method: str = "dpo") -> OpenedSource:
         check_options(name, source.format_options)
     except UsageError as error:
         raise UsageError(f"{source.path}: {error.message}", hint=error.hint) from error
+    if source.format_options.get(formats.AS) == "messages" and not _any_text(name, opened.sound, source.format_options):
+        why = f"the first rows of format {name} are messages already"
+        raise UsageError(f"{source.path}: option as: messages would do nothing: {why}", hint="leave it out")
     return SourceStats(source.path, name, evidence, opened.json_columns), opened.rows
 
 
@@ -251,6 +254,23 @@ def detect_format(path: str, opened: OpenedRows) -> Detection:
         return detect(opened.sound, places)
     except DataError as error:
         raise DataError(f"{path}: {error.message}", hint=error.hint) from error
+
+
+def _any_text(name: str, rows: list[Row], options: Mapping[str, Any]) -> bool:
+    """Return whether messages would be made of any of these rows, or none of them can be read."""
+    any_sound = False
+    for row in rows:
+        try:
+            plain = formats.read(name, row, {key: value for key, value in options.items() if key != formats.AS})
+        except Reject:
+            continue
+        any_sound = True
+        try:
+            if formats.as_messages(plain) != plain:
+                return True
+        except Reject:
+            return True
+    return not any_sound
 
 
 def _head(rows: Iterator[SourceRow]) -> list[SourceRow]:

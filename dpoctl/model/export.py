@@ -203,6 +203,8 @@ def _save_adapter(policy: Policy, folder: Path, tensors: Mapping[str, Tensor]) -
             adapted = {name for name, m in policy.causal.named_modules() if is_adapted(m) and trained in m.scaling}
             config.target_modules = _shortest_names(policy.causal, adapted)
         state = _adapter_state(policy, tensors)
+    # The names say it all.
+    config.layers_to_transform = None
     config.inference_mode = True
     config.init_lora_weights = True
     config.base_model_name_or_path = policy.base

@@ -26,6 +26,7 @@ from dpoctl.model.modules import (
 from dpoctl.model.policy import FROZEN, TRAINED, Policy
 from dpoctl.model.quantize import check_quantised_checkpoint, prepare_quantised_layers, quantization_config
 from dpoctl.model.source import (
+    ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     GENERATION_CONFIG,
     Decoder,
@@ -179,6 +180,7 @@ def load_run(
     adapter = find_adapter(source)
     if adapter is not None:
         verify_export(source)
+        _refuse_division(adapter, lazy=lazy)
     base = source if adapter is None else base_of(adapter, trust_remote_code=trust_remote_code)
     is_adapter = adapter is not None
     model = _load_weights(base, attn_implementation, dtype, device, quantization, keep=[], lora=is_adapter, lazy=lazy)
@@ -243,6 +245,7 @@ def _policy_from_source(
         verify_export(source)
         base = base_of(adapter, trust_remote_code=source.trust_remote_code)
         saved += check_adapter(adapter).get("modules_to_save") or []
+        _refuse_division(adapter, lazy=lazy)
     model = _load_weights(
         base,
         recipe.model.attn_implementation,
@@ -259,6 +262,15 @@ def _policy_from_source(
     trained = lora is None or set(_vocabulary_layers(model)) <= {last_name(name) for name in saved}
     _resize_embedding(model, len(tokenizer), trained=trained, seed=seed)
     return _full_policy(model, base, dtype) if lora is None else _lora_policy(model, base, adapter, lora, dtype, seed)
+
+
+def _refuse_division(adapter: Path, *, lazy: bool) -> None:
+    """Refuse to divide an adapter over the ranks that computes with whole weight matrices."""
+    if lazy and read_json(adapter / ADAPTER_CONFIG).get("use_dora"):
+        raise UsageError(
+            f"adapter '{adapter}' is a DoRA, which needs whole weight matrices, and a sharded model has parts of them",
+            hint="set training.sharding: none, or merge it into its base model first",
+        )
 
 
 def _full_policy(model: PreTrainedModel, base: ModelSource | None, dtype: torch.dtype) -> Policy:

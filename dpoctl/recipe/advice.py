@@ -398,7 +398,8 @@ def wording(run: PlannedRun) -> Advice:
     elif facts.plain_text:
         message = (
             "the rows are text, so the chat template of the tokenizer is not applied; "
-            "use messages to train the model for chat (of transcripts, convert-data --transcripts messages makes them)"
+            "to train the model as in a chat, set format_options: {as: messages}: turns of transcripts become "
+            "messages, other prompts the user's and answers the assistant's"
         )
         yield note("plain-text", TRAIN, message)
 

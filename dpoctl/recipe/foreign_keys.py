@@ -158,6 +158,10 @@ KEYS: dict[str, str] = {
     "mix_strategy": "data.train",
     "additional_target": "lora.modules_to_save",
     "peft_use_rslora": "lora.use_rslora",
+    "peft_use_dora": "lora.use_dora",
+    "dora": "lora.use_dora",
+    "lora_rank_pattern": "lora.rank_pattern",
+    "peft_layers_to_transform": "lora.layers_to_transform",
     "compute_dtype": "model.dtype",
     "train_on_prompt": "sft.loss_on",
     "mask_history": "sft.loss_on",
@@ -240,17 +244,18 @@ NOT_OFFERED: dict[str, tuple[str, ...]] = {
         *("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_fused_linear_cross_entropy", "use_kernels"),
         *("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "xformers_attention", "use_unsloth_gc"),
     ),
-    "this variant of LoRA is not offered; use_rslora is": (
-        *("use_dora", "dora", "peft_use_dora", "pissa_init", "pissa_convert", "init_lora_weights", "loraplus_lr_ratio"),
-        *("loftq_config", "lora_bias", "fan_in_fan_out", "lora_fan_in_fan_out", "layers_to_transform"),
-        *("rank_pattern", "alpha_pattern", "create_new_adapter", "loraplus_lr_embedding", "relora_steps"),
+    "this variant of LoRA is not offered; use_rslora, use_dora and loraplus_lr_ratio are": (
+        *("loftq_config", "lora_bias", "fan_in_fan_out", "lora_fan_in_fan_out", "relora_steps"),
+        *("pissa_init", "pissa_convert", "init_lora_weights"),
     ),
-    "the schedules have no settings of their own beside the warm-up": (
-        *("lr_scheduler_kwargs", "cosine_min_lr_ratio", "min_lr", "min_lr_ratio", "cosine_constant_lr_ratio"),
-        "num_cycles",
+    "lora.start: new puts another adapter on top of one": ("create_new_adapter",),
+    "adapters of embeddings learn as all others do": ("loraplus_lr_embedding",),
+    "it is an argument of the schedule: set it in training.lr_scheduler_kwargs": (
+        *("cosine_min_lr_ratio", "min_lr", "min_lr_ratio", "min_lr_rate", "num_cycles", "num_decay_steps", "lr_end"),
     ),
+    "there is no schedule that stays at its lowest rate; cosine_with_min_lr ends at it": ("cosine_constant_lr_ratio",),
     "this optimizer setting is not offered": (
-        *("optim_args", "optim_target_modules", "use_galore", "use_badam", "use_apollo", "use_muon", "embedding_lr"),
+        *("optim_target_modules", "use_galore", "use_badam", "use_apollo", "use_muon", "embedding_lr"),
         *("lr_groups", "embedding_lr_scale"),
     ),
     "adapters are LoRA for a causal language model, without biases": (
@@ -305,29 +310,25 @@ NOT_OFFERED: dict[str, tuple[str, ...]] = {
 }
 """Keys of other tools that have no counterpart, by what does their job here or why they are not offered."""
 MATTERING = (
-    *("load_best_model_at_end", "neftune_noise_alpha", "use_dora", "lr_scheduler_kwargs", "optim_args", "bias"),
+    *("load_best_model_at_end", "neftune_noise_alpha", "loftq_config", "cosine_min_lr_ratio", "bias"),
+    *("cosine_constant_lr_ratio", "optim_target_modules", "loraplus_lr_embedding"),
     *("image_max_pixels", "freeze_trainable_layers", "special_tokens", "model_adapter_name", "max_completion_length"),
 )
 """One key of each group above that changes the result where it is set."""
 NOT_OFFERED_WHY = {key: why for why, keys in NOT_OFFERED.items() for key in keys}
-WITH_WARMUP = "its warm-up is warmup_ratio or warmup_steps"
 VALUES: dict[str, dict[str, tuple[str, str]]] = {
     "optim": {
-        "adamw_torch": ("adamw", ""),
-        "adamw_torch_fused": ("adamw", ""),
         "adamw_apex_fused": ("adamw", ""),
-        "adamw_hf": ("adamw", ""),
-        "adamw_bnb_8bit": ("adamw_8bit", ""),
         "adam": ("adamw", "with weight_decay 0 they are the same"),
-        "paged_adamw": ("paged_adamw_32bit", ""),
         "rmsprop_bnb": ("rmsprop", ""),
+        "ademamix": ("adamw", "AdEMAMix is not offered"),
     },
     "lr_scheduler_type": {
-        "constant_with_warmup": ("constant", WITH_WARMUP),
-        "linear_with_warmup": ("linear", WITH_WARMUP),
-        "cosine_with_warmup": ("cosine", WITH_WARMUP),
-        "cosine_with_min_lr": ("cosine", "it ends at 0"),
-        "cosine_with_restarts": ("cosine", "it has no restarts"),
+        "linear_with_warmup": ("linear", ""),
+        "cosine_with_warmup": ("cosine", ""),
+        "wsd": ("warmup_stable_decay", ""),
+        "reduce_lr_on_plateau": ("cosine", "the learning rate is a function of the step alone"),
+        "greedy": ("cosine", "the learning rate is a function of the step alone"),
     },
     "dtype": {
         "bf16": ("bfloat16", ""),

@@ -23,6 +23,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from dpoctl.losses.base import STRICT
 from dpoctl.recipe.diagnostics import KeyPath
+from dpoctl.recipe.library_names import LrScheduler, ModulePattern, Optim, module_expression, optim_name
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Text = Annotated[str, MinLen(1)]
@@ -289,14 +290,33 @@ class LoraSection(Section):
     """The scale: updates are multiplied by lora_alpha / r."""
     lora_dropout: Probability = 0.0
     """Dropout on the input of the adapter. It needs `model.disable_dropout: false`."""
+    rank_pattern: dict[ModulePattern, Annotated[int, Ge(1), Le(65_536)]] = Field(default={}, examples=[{"o_proj": 4}])
+    """Other ranks for some modules: the end of their names, or a regular expression for it."""
+    alpha_pattern: dict[ModulePattern, Annotated[float, Gt(0)]] = Field(default={}, examples=[{"o_proj": 8}])
+    """Other values of `lora_alpha` for some modules, in the same way."""
     target_modules: Annotated[
-        Literal["all-linear"] | Annotated[list[Text], MinLen(1)], OneOf("all-linear, or a list of module names")
-    ] = "all-linear"
-    """The linear layers that get an adapter."""
+        Literal["all-linear"] | Annotated[list[Text], MinLen(1)] | Annotated[str, AfterValidator(module_expression)],
+        OneOf("all-linear, a list of module names, or a regular expression for whole names"),
+    ] = Field(default="all-linear", examples=[["q_proj", "v_proj"]])
+    """The layers that get an adapter: all linear ones but the head, those with these last names, or those whose whole
+    names match a regular expression such as `.*layers.[0-3].*q_proj`."""
+    layers_to_transform: Annotated[list[Annotated[int, Ge(0), Le(100_000)]], MinLen(1)] | None = Field(
+        default=None, examples=[[0, 1]]
+    )
+    """The numbers of the decoder layers that get adapters, from 0. null: all."""
     modules_to_save: list[Text] | None = Field(default=None, examples=[["lm_head"]])
     """Modules to train in full, and to save with the adapter."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead."""
+    use_dora: bool = False
+    """DoRA: train the norm of each row of a weight matrix too, beside its direction."""
+    loraplus_lr_ratio: Annotated[float, Ge(1)] | None = Field(default=None, examples=[16])
+    """LoRA+: the learning rate of the factor B, and of DoRA's norms, in relation to that of A. null: the same."""
+
+    @property
+    def adapts_all(self) -> bool:
+        """Whether all linear layers get an adapter, but for the head."""
+        return self.target_modules == "all-linear"
 
 
 class SftSection(Section):
@@ -347,6 +367,24 @@ class DpoSection(Section):
         return [((*LOSS, index), spec) for index, spec in enumerate(self.loss)]
 
 
+class KeepBestSection(Section):
+    """The metric by which a run chooses the checkpoint that it exports."""
+
+    metric: Text = Field(examples=["eval_rewards/accuracies"])
+    """A metric of the evaluations, by its name in `metrics.jsonl`; of an eval set NAME it begins with `eval_NAME_`."""
+    mode: Literal["max", "min"] = Field(examples=["max"])
+    """`max`: the highest value is the best; `min`: the lowest."""
+
+
+class EarlyStoppingSection(Section):
+    """The end of a run whose `keep_best.metric` no longer improves."""
+
+    patience: Count = Field(examples=[3])
+    """Stop after this many evaluations in a row without an improvement."""
+    min_delta: Annotated[float, Ge(0)] = 0.0
+    """A change of at most this much is no improvement."""
+
+
 class TrainingSection(Section):
     """The optimisation, and what a run writes."""
 
@@ -364,24 +402,30 @@ class TrainingSection(Section):
     """The number of optimizer steps, instead of `num_train_epochs`."""
     learning_rate: Annotated[float, Ge(0)] = Field(examples=[5e-6])
     """The highest learning rate, reached after warm-up."""
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
-    """The schedule of the learning rate after warm-up."""
+    lr_scheduler_type: LrScheduler = "cosine"
+    """The schedule of the learning rate, as in transformers. All but `constant` have a warm-up."""
+    lr_scheduler_kwargs: dict[str, Any] = Field(default={}, examples=[{"min_lr_rate": 0.1}])
+    """The [arguments of the schedule](training.md#learning-rate), as in transformers."""
     warmup_ratio: Annotated[float, Ge(0), Le(1)] | None = Field(default=None, examples=[0.1])
     """The fraction of steps in which the learning rate rises from 0. null: 0.1, unless `warmup_steps` is set."""
     warmup_steps: Annotated[int, Ge(0), Le(1_000_000_000)] | None = Field(default=None, examples=[100])
     """The number of warm-up steps, instead of `warmup_ratio`."""
+    warmup_from_zero: bool = False
+    """Give the first step of the warm-up a learning rate of 0, as transformers does. Otherwise it is one step ahead."""
     weight_decay: Annotated[float, Ge(0)] = 0.0
-    """Weight decay: decoupled for Adam, added to the gradient for rmsprop. Biases and norms have none."""
+    """Weight decay: added to the gradient for rmsprop, decoupled for all others. Biases and norms have none."""
     adam_beta1: Probability = 0.9
-    """The decay of Adam's first moment."""
+    """The decay of Adam's first moment; for Lion, the share of the moment in an update."""
     adam_beta2: Probability = 0.999
-    """The decay of Adam's second moment."""
+    """The decay of Adam's second moment; for Lion, that of its one moment."""
     adam_epsilon: Annotated[float, Gt(0)] = 1e-8
     """The constant added to the denominator of the update."""
     max_grad_norm: Annotated[float, Gt(0)] | None = 1.0
     """Clip gradients to this norm. null: no clipping."""
-    optim: Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "rmsprop"] = "adamw"
-    """The optimizer. `adamw_8bit` and the paged ones need bitsandbytes."""
+    optim: Annotated[Optim, BeforeValidator(optim_name)] = "adamw"
+    """The [optimizer](training.md#optimizers). The 8-bit and paged ones and Lion need bitsandbytes."""
+    optim_args: dict[str, Any] = Field(default={}, examples=[{"momentum": 0.9}])
+    """More arguments of the optimizer: `adafactor` and `muon` have some."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """The dtype of the trained weights in full fine-tuning. `bfloat16` needs half the memory for weights, gradients and
     optimizer state; updates are rounded stochastically, so that small ones are not lost."""
@@ -406,6 +450,10 @@ class TrainingSection(Section):
     """The number of steps between checkpoints. null: no checkpoints during the run."""
     save_total_limit: Annotated[int, Ge(2), Le(1_000_000)] | None = 2
     """The number of checkpoints to keep; at least 2, in case the newest is damaged. null: keep all."""
+    keep_best: KeepBestSection | None = None
+    """Keep the checkpoint of the best evaluation, and export it at the end. null: export the last step."""
+    early_stopping: EarlyStoppingSection | None = None
+    """Stop when evaluations no longer improve. null: train to the end."""
     resume: Literal["never", "auto"] = "never"
     """`auto`: continue the run in `output_dir` if there is one, like --resume; for job schedulers that restart runs."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -462,6 +510,19 @@ class JudgeSection(Section):
     """The category that training should make more frequent. Its share is logged as a metric."""
 
 
+class GateSection(Section):
+    """A bound on a metric of `dpoctl eval`, which exits with 4 if it is not kept."""
+
+    metric: Text = Field(examples=["rewards/accuracies"])
+    """The path of a number in the result, with dots: `rewards/accuracies`, `samples.finished_policy`."""
+    min: float | None = Field(default=None, examples=[0.55])
+    """The number must be at least this."""
+    max: float | None = Field(default=None, examples=[8.0])
+    """The number must be at most this."""
+    by: Literal["value", "lower", "upper"] = "value"
+    """The number to compare: the metric itself, or the lower or upper end of its 95 % interval."""
+
+
 class EvalSection(Section):
     """Samples and their judge, in addition to the metrics of an evaluation."""
 
@@ -469,6 +530,8 @@ class EvalSection(Section):
     """Texts to generate. null: none."""
     judge: JudgeSection | None = None
     """The rule that counts samples by category. null: none."""
+    gates: list[GateSection] = []
+    """Bounds that `dpoctl eval` and `dpoctl compare` check, for scripts."""
 
 
 class Recipe(Section):

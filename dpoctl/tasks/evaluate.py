@@ -25,12 +25,15 @@ from dpoctl.model.load import compute_dtype, load_policy, weight_dtype
 from dpoctl.model.source import read_json
 from dpoctl.recipe import Recipe
 from dpoctl.recipe.schema import Source
-from dpoctl.runs.directory import RunDirectory
-from dpoctl.runs.metrics import STANDARD_ERROR, MetricsFile
+from dpoctl.runs.best import model_step
+from dpoctl.runs.gates import check_gates
+from dpoctl.runs.metrics import STANDARD_ERROR
 from dpoctl.runs.names import RESOLVED_RECIPE
+from dpoctl.runs.record_values import RecordValues
 from dpoctl.runs.report import NAME as REPORT
 from dpoctl.runs.report import refresh_report
 from dpoctl.runs.results import Provenance, fingerprint, in_words, write_result
+from dpoctl.runs.statistics import Z, wilson_interval
 from dpoctl.tasks.earlier_step import with_model
 from dpoctl.tasks.finished_run import (
     STEP,
@@ -42,8 +45,9 @@ from dpoctl.tasks.finished_run import (
     require_known_start,
     require_model,
 )
+from dpoctl.tasks.record_values import RecordWatch
 from dpoctl.tasks.reference import Columns, Reference, with_columns
-from dpoctl.tasks.samples import Sample, Z, sample_finished, show, to_lines, wilson_interval
+from dpoctl.tasks.samples import Sample, sample_finished, show, to_lines
 from dpoctl.tasks.setup import Setup, build_accelerator, quiet_libraries, read_data
 from dpoctl.tasks.task import build_task
 
@@ -54,7 +58,7 @@ DEMONSTRATIONS = {
 """Formats without pairs: a model without a recipe is measured by its likelihood on them."""
 
 
-def run(run: Path, *, data: str | None = None, limit: int | None = None, json_output: bool = False) -> None:
+def run(run: Path, *, data: str | None = None, limit: int | None = None, json_output: bool = False) -> bool:
     """Evaluate a finished run on its own eval sets, or on other data.
 
     Args:
@@ -62,6 +66,9 @@ def run(run: Path, *, data: str | None = None, limit: int | None = None, json_ou
         data: a file, folder or hub id to use instead of the recipe's eval sets.
         limit: use only the first rows of each set.
         json_output: print one JSON object.
+
+    Returns:
+        Whether all gates of the recipe passed; True on ranks that print nothing.
     """
     quiet_libraries()
     run = with_model(run)
@@ -77,32 +84,40 @@ def run(run: Path, *, data: str | None = None, limit: int | None = None, json_ou
     dtype = weight_dtype(recipe, compute_dtype(recipe, accelerator.device))
     finished = FinishedRun.load(run, accelerator.device, dtype)
     setup = Setup.of(recipe, accelerator, finished.tokenizer, finished.policy)
-    results = _evaluate(setup, prepared.evals, tables, limit)
+    results, values = _evaluate(setup, prepared.evals, tables, limit)
     sampled, samples = sample_finished(setup, finished, prepared.evals, limit)
     if not accelerator.is_main_process:
-        return
+        return True
     origin = _origin(run, recipe, prepared, limit, is_own=data is None, is_compared=bool(tables) or bool(samples))
     main = results.pop("eval", {})
     report: dict[str, Any] = {**origin.to_dict(), **main, **({"sets": results} if results else {}), **sampled}
-    where = _keep(run, origin, report, to_lines(samples))
+    gates = check_gates(report, recipe.eval.gates)
+    report |= {"gates": [gate.to_dict() for gate in gates]} if gates else {}
+    passed = all(gate.passed for gate in gates)
+    where = _keep(run, origin, report, to_lines(samples), values)
     if json_output:
         console.emit(json.dumps(report))
-        return
+        return passed
     console.say(in_words(report))
     _show({**({"eval": main} if main else {}), **results})
     _show_samples(samples, sampled)
     for line in verdicts({**({"eval": main} if main else {}), **results}, sampled.get("judge")):
         console.say(line)
+    for gate in gates:
+        console.say(str(gate))
     console.say(where)
+    return passed
 
 
-def _keep(run: Path, origin: Provenance, report: Mapping[str, Any], samples: str) -> str:
+def _keep(
+    run: Path, origin: Provenance, report: Mapping[str, Any], samples: str, values: Mapping[str, RecordValues]
+) -> str:
     """Write a result into its run, and say where; a model that no run describes keeps none."""
     if is_model_only(run):
         return f"{run} belongs to no run, so the result is kept nowhere; --json prints all of it"
     home = home_of(run)
     with writing(home):
-        path = write_result(home, origin, report, samples)
+        path = write_result(home, origin, report, samples, values)
     refresh_report(home)
     return f"result: {path}; report: {home / REPORT}"
 
@@ -112,7 +127,6 @@ def _origin(
 ) -> Provenance:
     """Return the origin of the numbers; the run's own data are those that its training evaluated on."""
     trained_on = _data_report(home_of(run)).get("evals") or {}
-    steps = (row["step"] for row in MetricsFile(RunDirectory(run).metrics).rows())
     earlier = STEP.fullmatch(run.name)
     data = {}
     for name, store in prepared.evals.items():
@@ -125,7 +139,7 @@ def _origin(
     return Provenance(
         run=str(run),
         model=fingerprint(run),
-        step=int(earlier[1]) if earlier else max(steps, default=None),
+        step=int(earlier[1]) if earlier else model_step(run),
         data=data,
         limit=limit,
         baseline=_baseline(recipe) if is_compared else None,
@@ -184,17 +198,19 @@ def _reference_tables(
 
 def _evaluate(
     setup: Setup, stores: Stores, tables: Mapping[str, Columns], limit: int | None
-) -> dict[str, dict[str, Any]]:
-    """Return the metrics of every eval set."""
-    results = {}
+) -> tuple[dict[str, dict[str, Any]], dict[str, RecordValues]]:
+    """Return the metrics of every eval set, and those of each of its records."""
+    results, values = {}, {}
     with setup.accelerator.autocast():
         objective = setup.objective(setup.scorer())
         for name, store in stores.items():
             lengths = Lengths.of(store).first(limit)
             reader = with_columns(setup.reader(store, name), tables.get(name))
             counts = {item: int(numbers.sum()) for item, numbers in lengths.items.items()}
-            results[name] = _describe(evaluate(objective, reader, setup.plan(lengths).one_pass(lengths)), counts)
-    return results
+            watch, one_pass = RecordWatch(setup.task), setup.plan(lengths).one_pass(lengths)
+            results[name] = _describe(evaluate(objective, reader, one_pass, watch=watch), counts)
+            values[name] = watch.values(store)
+    return results, values
 
 
 def _describe(metrics: Mapping[str, Any], counts: Mapping[Item, int]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from dpoctl.model.generate import Generation, SamplingParams, generate
 from dpoctl.recipe.consistency import UNDECIDED
 from dpoctl.recipe.schema import SamplesSection
 from dpoctl.runs.names import own_folder
+from dpoctl.runs.statistics import wilson_interval
 from dpoctl.tasks.finished_run import FinishedRun
 from dpoctl.tasks.setup import Setup
 
@@ -38,8 +39,6 @@ SHOWN = 3
 # Limits of a batch, prompts included: the KV cache of a 7B model stays small, and tiny models get full batches.
 TOKENS, MOST_ROWS = 16384, 64
 STEP_FILE = re.compile(r"step-(\d+)\.jsonl")
-# Two-sided 95 %.
-Z = 1.959964
 
 
 @dataclass(frozen=True)
@@ -289,18 +288,6 @@ class KeywordJudge:
         counts, total = Counter(map(self.category, texts)), len(texts)
         shares = {name: counts[name] / total for name in (*self._patterns, UNDECIDED)}
         return {name: {"share": share, "ci": list(wilson_interval(share, total))} for name, share in shares.items()}
-
-
-def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """Return the 95 % confidence interval of a share (Wilson, 1927).
-
-    Args:
-        share: share of successes.
-        count: number of independent trials.
-    """
-    centre = (share + Z * Z / (2 * count)) / (1 + Z * Z / count)
-    spread = Z * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count)) / (1 + Z * Z / count)
-    return max(0.0, centre - spread), min(1.0, centre + spread)
 
 
 def _first(samples: Sequence[Sample]) -> list[Sample]:

@@ -31,7 +31,7 @@ from dpoctl import console
 from dpoctl.core.guard import require_same, tensor_checksum
 from dpoctl.core.logps import Result, Scorer
 from dpoctl.core.objective import Objective, RunningReference
-from dpoctl.core.optim import state_bytes
+from dpoctl.core.optim import rate_scales, state_bytes
 from dpoctl.core.planner import Lengths, Plan
 from dpoctl.core.reader import Reader
 from dpoctl.data.cache import cache_dir
@@ -42,6 +42,7 @@ from dpoctl.errors import SetupError
 from dpoctl.model.lazy_weights import is_lazy
 from dpoctl.model.load import compute_dtype
 from dpoctl.model.memory import activation_bytes_per_token, checkpointing_choices, free_bytes
+from dpoctl.model.modules import outside_of_layers
 from dpoctl.model.policy import Policy
 from dpoctl.model.probe import ProbeResult, probe
 from dpoctl.model.sharding import Gradients, Sharding, gathered_bytes, part
@@ -228,13 +229,18 @@ class Setup:
 
     def prepare(self) -> tuple[nn.Module, Any, Callable[[float], Tensor]]:
         """Return the scorer and the optimizer, wrapped for all ranks, and what clips the gradient to a norm."""
-        parameters = [(name, p) for name, p in self.policy.model.named_parameters() if p.requires_grad]
+        policy, training = self.policy, self.recipe.training
+        parameters = [(name, p) for name, p in policy.model.named_parameters() if p.requires_grad]
+        special: Any = {
+            "outside": outside_of_layers(policy.causal),
+            "scales": rate_scales(self.recipe.lora, parameters),
+        }
         if self.sharding is None:
-            optimizer = self.extensions.build_optimizer(parameters, self.recipe.training)
+            optimizer = self.extensions.build_optimizer(parameters, training, **special)
             scorer, optimizer = self.accelerator.prepare(self.scorer().train(), optimizer)
             return scorer, optimizer, lambda bound: self.accelerator.clip_grad_norm_(scorer.parameters(), bound)
         gradients = Gradients(self.sharding, parameters)
-        optimizer = self.extensions.build_optimizer(gradients.parts(), self.recipe.training)
+        optimizer = self.extensions.build_optimizer(gradients.parts(), training, **special)
         # Offloaded parts stay in host memory.
         optimizer = self.accelerator.prepare_optimizer(optimizer, device_placement=False)
         return self.scorer().train(), optimizer, gradients.clip

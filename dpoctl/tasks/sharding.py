@@ -14,6 +14,7 @@ from dpoctl.model.from_config import build_skeleton
 from dpoctl.model.load import compute_dtype, weight_dtype
 from dpoctl.model.memory import free_bytes
 from dpoctl.model.sharding import Sharding
+from dpoctl.recipe.consistency import WHOLE_MATRICES
 from dpoctl.recipe.schema import Recipe, TrainingSection
 from dpoctl.tasks import fsdp_options
 
@@ -94,6 +95,16 @@ def _refuse(recipe: Recipe, ranks: int, dtype: torch.dtype) -> None:
         raise UsageError(
             f"training.replicas is {training.replicas}, which does not divide {ranks} processes",
             hint="set it to the number of machines, or to 1",
+        )
+    if training.optim in WHOLE_MATRICES:
+        raise UsageError(
+            f"training.optim: {training.optim} needs whole matrices, and a sharded model has parts of them",
+            hint="set training.optim: adamw, or training.sharding: none",
+        )
+    if recipe.lora is not None and recipe.lora.use_dora:
+        raise UsageError(
+            "lora.use_dora needs whole weight matrices, and a sharded model has parts of them",
+            hint="set lora.use_dora: false, or training.sharding: none",
         )
     if dtype == torch.float16:
         raise UsageError("a sharded model cannot compute in float16", hint="set model.dtype: bfloat16")

@@ -20,9 +20,9 @@ from dpoctl import __version__, console
 from dpoctl.core.guard import Guard, require_same, require_shared
 from dpoctl.core.loop import Cadence, EvalSet, fit
 from dpoctl.core.objective import Objective
-from dpoctl.core.optim import warmup_steps
 from dpoctl.core.planner import Lengths, Plan
 from dpoctl.core.reader import Reader
+from dpoctl.core.schedule import warmup_steps
 from dpoctl.core.step import LESS_MEMORY, MemoryRetry, Stepper
 from dpoctl.data.prepare import PreparedData
 from dpoctl.errors import LostRanksError, RunError, UsageError, writing
@@ -38,6 +38,7 @@ from dpoctl.recipe.document import Document
 from dpoctl.recipe.schema import Recipe, TrainingSection
 from dpoctl.recipe.secrets import without_secrets
 from dpoctl.runs import checkpoint
+from dpoctl.runs.best import write_best
 from dpoctl.runs.checkpoint import Checkpoint
 from dpoctl.runs.directory import RunDirectory
 from dpoctl.runs.environment import describe_environment
@@ -50,6 +51,7 @@ from dpoctl.runs.report import refresh_report
 from dpoctl.runs.signals import terminable
 from dpoctl.runs.status import Status, recorded_status
 from dpoctl.runs.trackers import check_installed
+from dpoctl.tasks.best_model import take_best
 from dpoctl.tasks.check import facts_of
 from dpoctl.tasks.extensions import ENVIRONMENT, NO_EXTENSIONS, RECORD, Extensions
 from dpoctl.tasks.inspect import show_plan
@@ -301,9 +303,15 @@ def _train(
     ) as recorder:
         cadence = _cadence(recipe.training)
         done = fit(stepper, recorder, cadence, evals, start=max(start, 0), owes_evaluation=owed)
+    best = recorder.best
+    if best is not None:
+        take_best(setup, directory.checkpoints, best, done, plan.num_steps)
     _write_model(setup, directory, inputs)
+    if accelerator.is_main_process:
+        write_best(directory.path, best)
     accelerator.wait_for_everyone()
-    return {"output_dir": str(directory.path), "steps": done, "metrics": recorder.last}
+    summary = {"output_dir": str(directory.path), "steps": done, "metrics": recorder.last}
+    return summary if best is None else summary | {"best": {"step": best.step, best.metric: best.value}}
 
 
 def _evals(

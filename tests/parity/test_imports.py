@@ -70,8 +70,8 @@ def shrunk(config: Row, world: World, batch: tuple[int, int]) -> Row:
         kept.pop(key, None)
     for key in ("deepspeed", "torch_dtype", "push_to_hub", "run_name", "hub_model_id", "fp16", "optim", "do_eval"):
         kept.pop(key, None)
-    for key in ("warmup_ratio", "warmup_steps"):
-        kept.pop(key, None)  # dpoctl is a step ahead of transformers in a warm-up
+    if kept.pop("warmup_ratio", None):
+        kept["warmup_steps"] = 2  # TRL 1.16 has no ratio
     return kept | {
         "model_name_or_path": str(world.model),
         "output_dir": str(world.root / "theirs"),

@@ -52,6 +52,7 @@ TABLE: dict[str, tuple[dict[str, Any], str]] = {
             "training.max_steps": 500,
             "training.num_train_epochs": None,
             "training.warmup_steps": 50,
+            "training.lr_scheduler_type": "constant_with_warmup",
             "model.dtype": "float16",
             "data.train": [{"path": "trl-lib/ultrafeedback_binarized", "split": "train"}, {"path": "data/own.jsonl"}],
             "dpo.loss": [
@@ -143,6 +144,9 @@ TABLE: dict[str, tuple[dict[str, Any], str]] = {
     "handbook-apo.yaml": (
         {
             "dpo.loss": {"type": "apo_zero", "beta": 0.05},
+            "training.lr_scheduler_type": "cosine_with_min_lr",
+            "training.lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+            "training.warmup_from_zero": True,
             "training.max_grad_norm": 0.2,
             "model.revision": "it-SFT",
             "data.max_length": 24576,

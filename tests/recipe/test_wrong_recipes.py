@@ -45,7 +45,7 @@ WRONG = {
     "out of range": (with_lines("warmup_ratio: 1.5"), "7:17", "at most 1"),
     "zero batch": (with_lines("global_batch_size: 0"), "7:22", "at least 1, got 0"),
     "budget of nothing": (with_lines("max_tokens_per_device: 0"), "7:26", "auto, or a whole number"),
-    "unknown choice": (with_lines("optim: adamw_torch"), "7:10", "did you mean 'adamw'"),
+    "unknown choice": (with_lines("optim: adamw_apex"), "7:10", "did you mean 'adamw'"),
     "unknown loss": (GOOD + "dpo: {loss: {type: sigmod}}\n", "9:20", "did you mean 'sigmoid'"),
     "loss as a word": (GOOD + "dpo: {loss: ipo}\n", "9:13", "{type: sigmoid, beta: 0.1}"),
     "hyperparameter out of range": (GOOD + "dpo: {loss: {beta: 0}}\n", "9:20", "above 0"),
@@ -267,10 +267,11 @@ FOREIGN = {
     "use_liger_kernel: true": "fused kernels are used where the model allows; there is nothing to set",
     "gradient_accumulation_steps: 4": "did you mean 'global_batch_size'? (it counts the rows of a step over",
     "bf16: true": "did you mean 'model.dtype'? (for example dtype: bfloat16)",
-    "optim: adamw_torch_fused": "got 'adamw_torch_fused', did you mean 'adamw'?",
-    "optim: adamw_bnb_8bit": "did you mean 'adamw_8bit'?",
-    "lr_scheduler_type: constant_with_warmup": "did you mean 'constant'? (its warm-up is warmup_ratio or warmup_steps)",
-    "lr_scheduler_type: cosine_with_min_lr": "did you mean 'cosine'? (it ends at 0)",
+    "optim: adamw_apex_fused": "got 'adamw_apex_fused', did you mean 'adamw'?",
+    "optim: rmsprop_bnb": "did you mean 'rmsprop'?",
+    "lr_scheduler_type: reduce_lr_on_plateau": "the learning rate is a function of the step alone",
+    "lr_scheduler_type: wsd": "did you mean 'warmup_stable_decay'?",
+    "min_lr_rate: 0.1": "it is an argument of the schedule: set it in training.lr_scheduler_kwargs",
 }
 
 

@@ -88,7 +88,7 @@ def _adapter(job: Translation) -> None:
     if kind not in ("lora", "full"):
         raise UsageError(f"finetuning_type: {kind} is not offered", hint="full and lora are")
     bits, start = job.take("quantization_bit"), job.take("adapter_name_or_path")
-    target, ratio = job.take("lora_target"), job.take("loraplus_lr_ratio")
+    target = job.take("lora_target")
     double, quant = job.take("double_quantization", default=True), job.take("quantization_type", default="nf4")
     if kind == "full":
         job.note("finetuning_type: full", "no section lora")
@@ -105,27 +105,12 @@ def _adapter(job: Translation) -> None:
     rank = job.peek("lora_rank", 8)
     trainer.carry_lora(job, LORA, r=8, alpha=2.0 * rank, dropout=0.0)
     trainer.carry_targets(job, "lora_target", target, everything=("all",), default="all")
-    if ratio is not None:
-        job.lose(f"loraplus_lr_ratio: {ratio}", "this variant of LoRA is not offered") if not _ratio(
-            job, ratio
-        ) else None
     if bits in (4, 8):
         job.put(f"quantization.load_in_{bits}bit", True)
         job.note(f"quantization_bit: {bits}", f"quantization.load_in_{bits}bit: true")
     if bits == 4:
         job.put("quantization.bnb_4bit_quant_type", quant)
         job.put("quantization.bnb_4bit_use_double_quant", bool(double))
-
-
-def _ratio(job: Translation, ratio: Any) -> bool:
-    from dpoctl.recipe.foreign_keys import known_target  # noqa: PLC0415
-
-    target = known_target("loraplus_lr_ratio")
-    if target is None:
-        return False
-    job.put(target, float(ratio))
-    job.note(f"loraplus_lr_ratio: {ratio}", f"{target}: {ratio}")
-    return True
 
 
 def _data(job: Translation, foreign: Foreign) -> bool:

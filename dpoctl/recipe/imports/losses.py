@@ -31,8 +31,8 @@ def carry_loss(
     theirs = f"{name}: {', '.join(names)}" if given is not None else f"{name}: sigmoid (its default)"
     theirs += f", {key}: {beta if beta is not None else '0.1 (its default)'}"
     beta = 0.1 if beta is None else float(beta)
-    specs = [_spec(job, name, beta, smoothing) for name in names]
-    specs = [spec for spec in specs if spec is not None] or [{"type": "sigmoid", "beta": beta}]
+    found = [_spec(job, one, beta, smoothing) for one in names]
+    specs = [spec for spec in found if spec is not None] or [{"type": "sigmoid", "beta": beta}]
     imitation = float(job.take("rpo_alpha", default=0) or 0)
     if imitation:
         specs[0]["sft_weight"] = imitation

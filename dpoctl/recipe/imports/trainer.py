@@ -6,7 +6,6 @@ from typing import Any
 from dpoctl.recipe.imports.translation import OFF, Translation, fits, short
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
-FIRST_STEP = "the rate rises from 1/n in the first of n steps, there from 0: a step earlier"
 WHOLE = 1_000_000
 """A length that keeps every row whole."""
 
@@ -56,8 +55,6 @@ def carry_schedule(job: Translation, key: str, *, default: str, warmup: tuple[st
     if fits("training.lr_scheduler_type", kind):
         job.put("training.lr_scheduler_type", kind)
         job.note(theirs, f"training.lr_scheduler_type: {kind}")
-    elif kind == "constant_with_warmup":
-        job.change(theirs, "training.lr_scheduler_type", "constant", "it has a warm-up here")
     else:
         simpler = next((name for name in ("cosine", "linear") if kind.startswith(name)), None)
         job.put("training.lr_scheduler_type", simpler or "cosine")
@@ -73,16 +70,20 @@ def carry_schedule(job: Translation, key: str, *, default: str, warmup: tuple[st
         steps, ratio, name = None, steps, "warmup_steps"
     if steps:
         job.put("training.warmup_steps", int(steps))
-        job.alter(f"warmup_steps: {steps}", f"training.warmup_steps: {int(steps)}", FIRST_STEP)
+        job.note(f"warmup_steps: {steps}", f"training.warmup_steps: {int(steps)}")
+        job.put("training.warmup_from_zero", True)
     elif ratio:
         job.put("training.warmup_ratio", float(ratio))
-        job.alter(f"{name}: {ratio}", f"training.warmup_ratio: {float(ratio)}", FIRST_STEP)
+        job.note(f"{name}: {ratio}", f"training.warmup_ratio: {float(ratio)}")
+        job.put("training.warmup_from_zero", True)
     else:
         ours, value = ("warmup_steps", 0) if steps == 0 or ratio == 0 else warmup
         said = (
             f"warm-up: {value or 'none'}" if steps == 0 or ratio == 0 else f"warm-up: {value or 'none'} (its default)"
         )
         job.change(said, f"training.{ours}", value, "without this key a recipe warms up over 10 %")
+        if value:
+            job.put("training.warmup_from_zero", True)
 
 
 def _carry_schedule_options(job: Translation, options: Any) -> None:
@@ -242,11 +243,32 @@ def carry_rest(job: Translation) -> None:
         if job.has(key):
             value = short(job.take(key))
             job.drop(f"{key}: {value}", "training.sharding: auto divides a model that does not fit on each device")
-    if job.take("load_best_model_at_end"):
-        job.lose("load_best_model_at_end: true", "the model of the last step is the result")
+    _carry_best(job)
     _carry_trackers(job)
     _carry_upload(job)
     job.finish()
+
+
+def _carry_best(job: Translation) -> None:
+    """Carry the choice of the best checkpoint over."""
+    wanted, given = job.take("load_best_model_at_end"), job.take("metric_for_best_model")
+    greater, patience = job.take("greater_is_better"), job.take("early_stopping_patience")
+    if not wanted:
+        for key, value in (("metric_for_best_model", given), ("early_stopping_patience", patience)):
+            if value not in OFF:
+                job.drop(f"{key}: {value}", "load_best_model_at_end is not true")
+        return
+    metric = f"eval_{str(given or 'loss').removeprefix('eval_')}"
+    mode = "min" if (metric.endswith("loss") if greater is None else not greater) else "max"
+    said = f"load_best_model_at_end: true, metric_for_best_model: {given or 'loss (its default)'}"
+    if job.get("training.eval_steps") is None:
+        job.lose(said, "there is no data to evaluate on")
+        return
+    job.put("training.keep_best", {"metric": metric, "mode": mode})
+    job.note(said, f"training.keep_best: {short(job.get('training.keep_best'))}")
+    if patience not in OFF:
+        job.put("training.early_stopping", {"patience": int(patience)})
+        job.note(f"early_stopping_patience: {patience}", f"training.early_stopping.patience: {patience}")
 
 
 def _carry_trackers(job: Translation) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, PydanticUserError, TypeAdapter
 
 from dpoctl.recipe.diagnostics import dotted
 from dpoctl.recipe.document import write_yaml
@@ -176,6 +176,7 @@ class Translation:
         if not fits(path, meant):
             self.report.lost.append(Fate(theirs, why=f"{path} does not take this value"))
             return
+        meant = validated(path, meant)
         self.put(path, meant)
         lines = self.report.changed if remark else self.report.carried
         lines.append(Fate(theirs, f"{path}: {short(meant)}", remark))
@@ -203,6 +204,8 @@ class Translation:
             target = known_target(key)
             if value in OFF and not isinstance(value, int | float):
                 self.report.unset.append(key)
+            elif target is not None and target.startswith("lora.") and "lora" not in self.recipe:
+                self.drop(f"{key}: {short(value)}", "there is no adapter")
             elif target is not None and self.get(target) is None and is_taken(target, value):
                 self.carry(key, target)
             elif value is False:
@@ -226,17 +229,27 @@ def known_target(key: str) -> str | None:
     return found[0] if len(found) == 1 else None
 
 
+def validated(path: str, value: Any) -> Any:
+    """Return the value of a key as the schema reads it.
+
+    Raises:
+        ValueError: The schema has no such key, or does not take the value.
+    """
+    *above, key = path.split(".")
+    section, _ = unwrap(hint_at(Recipe, above))
+    if not (isinstance(section, type) and issubclass(section, BaseModel) and key in hints(section)):
+        raise ValueError(path)
+    try:
+        return TypeAdapter(hints(section)[key], config=ConfigDict(strict=True)).validate_python(value)
+    except PydanticUserError:  # a section, whose own settings count
+        return TypeAdapter(hints(section)[key]).validate_python(value)
+
+
 def fits(path: str, value: Any) -> bool:
     """Whether the schema has a key, and takes a value for it."""
-    *above, key = path.split(".")
-    section = hint_at(Recipe, above)
-    if not isinstance(section := unwrap(section)[0], type) or not issubclass(section, BaseModel):
-        return False
-    if key not in hints(section):
-        return False
     try:
-        TypeAdapter(hints(section)[key], config=ConfigDict(strict=True)).validate_python(value)
-    except (ValidationError, PydanticUserError):
+        validated(path, value)
+    except ValueError:
         return False
     return True
 
