@@ -203,6 +203,8 @@ def command_line(shell: Shell) -> None:
         ("recipes", "copy", "gpt2-smoke", "new.yaml"),
         ("recipes", "copy"),
         ("recipes", "gpt2-smoke", "new.yaml"),
+        ("init", "--model", "me/model"),
+        ("init", "--gpu", "abacus", "--model", "me/model", "--data", "pairs.jsonl"),
         ("import", "gone.yaml"),
         ("recipes", "gpt2-smoke", "--key", "beta"),
         ("recipes", "--key", "eval_steps"),
