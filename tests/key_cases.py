@@ -279,3 +279,6 @@ GATE_CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "by": (GATE, {"by": "lower"}),
 }
 """Every key of a gate: the gate, and the change after which the same result no longer passes."""
+
+BENCHMARK_KEYS = {"task": "smoke_choice", "num_fewshot": 1, "limit": 3, "include_path": "", "chat_template": True}
+"""Every key of a benchmark, and a value that changes its figures; the folder is another one in each test."""

@@ -95,6 +95,7 @@ def find_contradictions(
     yield from _lora(recipe)
     yield from _data(recipe)
     yield from _training(recipe)
+    yield from _benchmarks(recipe)
     yield from _gates(recipe)
     if losses or recipe.method == "sft":
         yield from find_unknown_metric(recipe, losses)
@@ -269,6 +270,14 @@ def _judge(judge: JudgeSection) -> Iterator[Diagnostic]:
             if (other := seen.setdefault(word.casefold(), name)) != name:
                 message = f"{word!r} is a word of the category {other!r} too; remove it from one of them"
                 yield Diagnostic.error((*path, name), message)
+
+
+def _benchmarks(recipe: Recipe) -> Iterator[Diagnostic]:
+    tasks = [one.task for one in recipe.eval.benchmarks]
+    for index, task in enumerate(tasks):
+        if task in tasks[:index]:
+            at: KeyPath = ("eval", "benchmarks", index)
+            yield Diagnostic.error(at, f"{dotted(at)}: {task!r} is in the list already; a task runs once")
 
 
 def _gates(recipe: Recipe) -> Iterator[Diagnostic]:

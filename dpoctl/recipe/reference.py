@@ -21,7 +21,8 @@ from dpoctl.recipe.document import write_yaml
 from dpoctl.recipe.key_errors import closest, describe, hints, unwrap
 from dpoctl.recipe.loss_section import DEFAULT
 from dpoctl.recipe.pair_generation import ContrastiveRecipe
-from dpoctl.recipe.schema import Expect, Recipe
+from dpoctl.recipe.schema import Recipe
+from dpoctl.recipe.section import Expect
 
 Titles = dict[type[BaseModel], str]
 

@@ -24,7 +24,7 @@ from dpoctl.losses import Item
 from dpoctl.model.load import compute_dtype, load_policy, weight_dtype
 from dpoctl.model.source import read_json
 from dpoctl.recipe import Recipe
-from dpoctl.recipe.schema import Source
+from dpoctl.recipe.data_section import Source
 from dpoctl.runs.best import model_step
 from dpoctl.runs.gates import check_gates
 from dpoctl.runs.metrics import STANDARD_ERROR
@@ -34,6 +34,7 @@ from dpoctl.runs.report import NAME as REPORT
 from dpoctl.runs.report import refresh_report
 from dpoctl.runs.results import Provenance, fingerprint, in_words, write_result
 from dpoctl.runs.statistics import Z, wilson_interval
+from dpoctl.tasks.benchmarks import check_benchmarks, run_benchmarks
 from dpoctl.tasks.earlier_step import with_model
 from dpoctl.tasks.finished_run import (
     STEP,
@@ -73,6 +74,7 @@ def run(run: Path, *, data: str | None = None, limit: int | None = None, json_ou
     quiet_libraries()
     run = with_model(run)
     recipe = _recipe_of(run, data)
+    check_benchmarks(recipe.eval.benchmarks)
     accelerator = build_accelerator(recipe)
     tokenizer, prepared = read_data(recipe, accelerator, only_eval=True)
     tables: dict[str, Columns] = {}
@@ -91,6 +93,7 @@ def run(run: Path, *, data: str | None = None, limit: int | None = None, json_ou
     origin = _origin(run, recipe, prepared, limit, is_own=data is None, is_compared=bool(tables) or bool(samples))
     main = results.pop("eval", {})
     report: dict[str, Any] = {**origin.to_dict(), **main, **({"sets": results} if results else {}), **sampled}
+    report |= _benchmarks(finished)
     gates = check_gates(report, recipe.eval.gates)
     report |= {"gates": [gate.to_dict() for gate in gates]} if gates else {}
     passed = all(gate.passed for gate in gates)
@@ -101,12 +104,24 @@ def run(run: Path, *, data: str | None = None, limit: int | None = None, json_ou
     console.say(in_words(report))
     _show({**({"eval": main} if main else {}), **results})
     _show_samples(samples, sampled)
+    if (benchmarks := report.get("benchmarks")) is not None:
+        _show_benchmarks(benchmarks)
     for line in verdicts({**({"eval": main} if main else {}), **results}, sampled.get("judge")):
         console.say(line)
     for gate in gates:
         console.say(str(gate))
     console.say(where)
     return passed
+
+
+def _benchmarks(finished: FinishedRun) -> dict[str, Any]:
+    """Run the benchmarks of a recipe on the policy, and on its reference if there is one."""
+    benchmarks = finished.recipe.eval.benchmarks
+    if not benchmarks:
+        return {}
+    reference = None if is_model_only(finished.path) else finished.reference()
+    causal, tokenizer = finished.policy.causal, finished.tokenizer
+    return {"benchmarks": run_benchmarks(benchmarks, tokenizer, causal, reference)}
 
 
 def _keep(
@@ -236,6 +251,17 @@ def _show(results: Mapping[str, Mapping[str, Any]]) -> None:
             spread = f"  95 % interval {interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
             table.add_row(metric, f"{value:,}" if isinstance(value, int) else f"{value:.4f}{spread}")
         console.say(table)
+
+
+def _show_benchmarks(benchmarks: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    table = Table("", "reference", "policy", "difference", title="benchmarks", title_justify="left", box=None)
+    for task, metrics in benchmarks.items():
+        for metric, one in metrics.items():
+            spread = f"  ({one['delta_ci'][0]:+.4f} to {one['delta_ci'][1]:+.4f})" if "delta_ci" in one else ""
+            cells = (f"{one[side]:.4f}" if side in one else "" for side in ("reference", "policy"))
+            delta = f"{one['delta']:+.4f}{spread}" if "delta" in one else ""
+            table.add_row(Text(f"{task} {metric}"), *cells, delta)
+    console.say(table)
 
 
 def verdicts(results: Mapping[str, Mapping[str, Any]], judge: Mapping[str, Any] | None) -> Iterator[str]:

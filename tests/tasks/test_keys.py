@@ -15,7 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from huggingface_hub import HfApi, constants
-from key_cases import CASES, GATE_CASES, REPORT, SOURCE_CASES, Outcome
+from key_cases import BENCHMARK_KEYS, CASES, GATE_CASES, REPORT, SOURCE_CASES, Outcome
 from loss_samples import random_scores
 from pydantic import BaseModel
 from tiny_runs import merge, pair_rows
@@ -29,8 +29,9 @@ from dpoctl.errors import UserError
 from dpoctl.losses import LOSSES
 from dpoctl.recipe import parse_recipe
 from dpoctl.recipe.document import write_yaml
+from dpoctl.recipe.eval_sections import GateSection
 from dpoctl.recipe.key_errors import hints, unwrap
-from dpoctl.recipe.schema import GateSection, Recipe
+from dpoctl.recipe.schema import Recipe
 from dpoctl.runs import trackers
 from dpoctl.runs.gates import check_gates
 from dpoctl.tasks import train as training
@@ -70,7 +71,7 @@ def section_in(hint: Any) -> type[BaseModel] | None:
 
 def test_the_table_has_every_key_of_the_schema_and_no_other() -> None:
     of_sources = {f"data.{where}.{key}" for where in ("train", "eval") for key in SOURCE_CASES}
-    of_sources |= {f"eval.gates.{key}" for key in GATE_CASES}
+    of_sources |= {f"eval.gates.{key}" for key in GATE_CASES} | {f"eval.benchmarks.{key}" for key in BENCHMARK_KEYS}
     keys = set(leaves(Recipe))
     assert keys - CASES.keys() - of_sources == set(), "a key without a case: say here what it changes"
     assert CASES.keys() | of_sources == keys
