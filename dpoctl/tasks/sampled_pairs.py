@@ -26,7 +26,7 @@ from dpoctl.recipe.sampled_pairs import ITEM, EndpointSection, PromptsSection, S
 from dpoctl.runs.metrics import Progress
 from dpoctl.tasks.pair_generation import Answers, PairOutcome, Writer, read_items, sizes_of, targets_of, write_pairs
 from dpoctl.tasks.paths import check_sampled_paths
-from dpoctl.tasks.scorers import Scorer, build_scorer, client_of
+from dpoctl.tasks.scorers import AnswerScorer, build_scorer, client_of
 from dpoctl.tasks.served import Client, Request
 from dpoctl.tasks.setup import quiet_libraries
 
@@ -189,7 +189,7 @@ def _source_of(recipe: SampledRecipe, side_file: Path, stack: ExitStack) -> Answ
 
 
 def _scored(
-    prompts: Sequence[Text], drawn: Sequence[Sequence[Generation]], scorer: Scorer, outcome: SampledOutcome
+    prompts: Sequence[Text], drawn: Sequence[Sequence[Generation]], scorer: AnswerScorer, outcome: SampledOutcome
 ) -> list[Record]:
     """Score the answers that can be used; return a record for each prompt, with the answers that have a score."""
     texts = [_usable(answers, outcome) for answers in drawn]

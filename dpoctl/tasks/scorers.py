@@ -36,14 +36,14 @@ Asked = dict[str, Any]
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "config.json")
 
 
-class Scorer(Protocol):
+class AnswerScorer(Protocol):
     """Scores answers."""
 
     def __call__(self, prompts: Sequence[Text], answers: Sequence[Sequence[str]]) -> Scores:
         """Return a score for each answer to each prompt; None where there is none."""
 
 
-def build_scorer(section: "ScoreSection") -> Scorer:
+def build_scorer(section: "ScoreSection") -> AnswerScorer:
     """Make the scorer of a section.
 
     Raises:
