@@ -34,6 +34,7 @@ from dpoctl.runs.report import NAME as REPORT
 from dpoctl.runs.report import refresh_report
 from dpoctl.runs.results import Provenance, fingerprint, in_words, write_result
 from dpoctl.runs.statistics import Z, wilson_interval
+from dpoctl.runs.verdicts import share_difference
 from dpoctl.tasks.benchmarks import check_benchmarks, run_benchmarks
 from dpoctl.tasks.earlier_step import with_model
 from dpoctl.tasks.finished_run import (
@@ -284,7 +285,7 @@ def verdicts(results: Mapping[str, Mapping[str, Any]], judge: Mapping[str, Any] 
         target = judge["target"]
         before, after = (judge[side][target] for side in ("reference", "policy"))
         change = f"{target} answers {before['share']:.1%} -> {after['share']:.1%}"
-        yield f"verdict: {change}, {_compared(_difference(before, after), 0.0, 'chance')}"
+        yield f"verdict: {change}, {_compared(share_difference(before, after), 0.0, 'chance')}"
 
 
 def _compared(interval: Sequence[float], value: float, what: str) -> str:
@@ -292,15 +293,6 @@ def _compared(interval: Sequence[float], value: float, what: str) -> str:
     if low <= value <= high:
         return f"which {what} would explain too"
     return f"{'more' if low > value else 'less'} than {what} explains"
-
-
-def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[float, float]:
-    """Return the 95 % interval of the difference of two shares, from the interval of each (Newcombe, 1998)."""
-    change = after["share"] - before["share"]
-    (low0, high0), (low1, high1) = before["ci"], after["ci"]
-    down = math.hypot(after["share"] - low1, high0 - before["share"])
-    up = math.hypot(high1 - after["share"], before["share"] - low0)
-    return change - down, change + up
 
 
 def _show_samples(samples: Sequence[Sample], numbers: Mapping[str, Any]) -> None:
