@@ -139,7 +139,7 @@ def _by_length(
     for number, name in enumerate(LENGTHS):
         at = np.flatnonzero(groups == number)
         if len(at):
-            found = share(values[at], [prompts[index] for index in at])
+            found = share(values[at], [prompts[int(index)] for index in at])
             parts.append(Part(name, found.value, found.interval or (0.0, 1.0), len(at)))
     return parts
 
