@@ -14,6 +14,8 @@ from dpoctl.cli.check import check
 from dpoctl.cli.compare import compare
 from dpoctl.cli.convert_data import convert_data
 from dpoctl.cli.eval import evaluate
+from dpoctl.cli.import_config import import_config
+from dpoctl.cli.init import init
 from dpoctl.cli.inspect import inspect
 from dpoctl.cli.merge import merge
 from dpoctl.cli.recipes import recipes
@@ -63,6 +65,8 @@ for command, name, panel, summary in (
     (dpo, "dpo", "Train", "Train on preferences."),
     (check, "check", "Train", "Report what is wrong or unusual in a recipe."),
     (recipes, "recipes", "Train", "List and copy the recipes of dpoctl, and explain their keys."),
+    (init, "init", "Train", "Write a first recipe for your model, data and GPU."),
+    (import_config, "import", "Train", "Turn a config of TRL, axolotl, LLaMA-Factory or torchtune into a recipe."),
     (convert_data, "convert-data", "Data", "Convert data of any known format to canonical JSONL."),
     (inspect, "inspect", "Data", "Show and check training rows as the model sees them."),
     (evaluate, "eval", "Measure", "Evaluate a finished run on held-out data."),
