@@ -25,6 +25,7 @@ from dpoctl.model.load import compute_dtype, load_policy, weight_dtype
 from dpoctl.model.source import read_json
 from dpoctl.recipe import Recipe
 from dpoctl.recipe.data_section import Source
+from dpoctl.recipe.eval_sections import BenchmarkSection
 from dpoctl.runs.best import model_step
 from dpoctl.runs.gates import check_gates
 from dpoctl.runs.metrics import STANDARD_ERROR
@@ -106,11 +107,13 @@ def run(
     if not accelerator.is_main_process:
         return True
     is_compared = bool(tables) or bool(samples)
-    settings = [*overrides, *([f"repeats={repeats}"] if repeats > 1 else [])]
+    # Gates change no number.
+    settings = [text for text in overrides if not text.startswith("eval.gates=")]
+    settings = [*settings, *([f"repeats={repeats}"] if repeats > 1 else [])]
     origin = _origin(run, recipe, prepared, limit, settings, is_own=data is None, is_compared=is_compared)
     main = results.pop("eval", {})
     report: dict[str, Any] = {**origin.to_dict(), **main, **({"sets": results} if results else {}), **sampled}
-    report |= _benchmarks(finished)
+    report |= _benchmarks(finished, recipe.eval.benchmarks)
     gates = check_gates(report, recipe.eval.gates)
     report |= {"gates": [gate.to_dict() for gate in gates]} if gates else {}
     where = _keep(run, origin, report, to_lines(samples), values)
@@ -139,9 +142,8 @@ def _show_result(
         console.say(line)
 
 
-def _benchmarks(finished: FinishedRun) -> dict[str, Any]:
-    """Run the benchmarks of a recipe on the policy, and on its reference if there is one."""
-    benchmarks = finished.recipe.eval.benchmarks
+def _benchmarks(finished: FinishedRun, benchmarks: Sequence[BenchmarkSection]) -> dict[str, Any]:
+    """Run benchmarks on the policy, and on its reference if there is one."""
     if not benchmarks:
         return {}
     reference = None if is_model_only(finished.path) else finished.reference()
