@@ -315,7 +315,7 @@ def _paired_wins(first: Measured, second: Measured) -> Paired | None:
             return None
         if all(isinstance(vote, int | float) for vote in votes):
             prompts.append(json.dumps(rows[0].get("prompt")))
-            wins.append([float(vote) for vote in votes])
+            wins.append([float(vote or 0) for vote in votes])
     if len(pairs[0]) != len(pairs[1]) or not wins:
         return None
     before, after = np.array(wins).T
