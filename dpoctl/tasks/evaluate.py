@@ -25,6 +25,7 @@ from dpoctl.model.load import compute_dtype, load_policy, weight_dtype
 from dpoctl.model.source import read_json
 from dpoctl.recipe import Recipe
 from dpoctl.recipe.data_section import Source
+from dpoctl.recipe.eval_sections import BenchmarkSection
 from dpoctl.runs.best import model_step
 from dpoctl.runs.gates import check_gates
 from dpoctl.runs.metrics import STANDARD_ERROR
@@ -34,6 +35,7 @@ from dpoctl.runs.report import NAME as REPORT
 from dpoctl.runs.report import refresh_report
 from dpoctl.runs.results import Provenance, fingerprint, in_words, write_result
 from dpoctl.runs.statistics import Z, wilson_interval
+from dpoctl.runs.verdicts import share_difference
 from dpoctl.tasks.benchmarks import check_benchmarks, run_benchmarks
 from dpoctl.tasks.earlier_step import with_model
 from dpoctl.tasks.eval_samples import Writers, judge_of, sample_finished
@@ -105,11 +107,13 @@ def run(
     if not accelerator.is_main_process:
         return True
     is_compared = bool(tables) or bool(samples)
-    settings = [*overrides, *([f"repeats={repeats}"] if repeats > 1 else [])]
+    # Gates change no number.
+    settings = [text for text in overrides if not text.startswith("eval.gates=")]
+    settings = [*settings, *([f"repeats={repeats}"] if repeats > 1 else [])]
     origin = _origin(run, recipe, prepared, limit, settings, is_own=data is None, is_compared=is_compared)
     main = results.pop("eval", {})
     report: dict[str, Any] = {**origin.to_dict(), **main, **({"sets": results} if results else {}), **sampled}
-    report |= _benchmarks(finished)
+    report |= _benchmarks(finished, recipe.eval.benchmarks)
     gates = check_gates(report, recipe.eval.gates)
     report |= {"gates": [gate.to_dict() for gate in gates]} if gates else {}
     where = _keep(run, origin, report, to_lines(samples), values)
@@ -138,9 +142,8 @@ def _show_result(
         console.say(line)
 
 
-def _benchmarks(finished: FinishedRun) -> dict[str, Any]:
-    """Run the benchmarks of a recipe on the policy, and on its reference if there is one."""
-    benchmarks = finished.recipe.eval.benchmarks
+def _benchmarks(finished: FinishedRun, benchmarks: Sequence[BenchmarkSection]) -> dict[str, Any]:
+    """Run benchmarks on the policy, and on its reference if there is one."""
     if not benchmarks:
         return {}
     reference = None if is_model_only(finished.path) else finished.reference()
@@ -329,7 +332,7 @@ def verdicts(results: Mapping[str, Mapping[str, Any]], judge: Mapping[str, Any] 
         target = judge["target"]
         before, after = (judge[side][target] for side in ("reference", "policy"))
         change = f"{target} answers {before['share']:.1%} -> {after['share']:.1%}"
-        yield f"verdict: {change}, {_compared(_difference(before, after), 0.0, 'chance')}"
+        yield f"verdict: {change}, {_compared(share_difference(before, after), 0.0, 'chance')}"
 
 
 def _compared(interval: Sequence[float], value: float, what: str) -> str:
@@ -337,15 +340,6 @@ def _compared(interval: Sequence[float], value: float, what: str) -> str:
     if low <= value <= high:
         return f"which {what} would explain too"
     return f"{'more' if low > value else 'less'} than {what} explains"
-
-
-def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[float, float]:
-    """Return the 95 % interval of the difference of two shares, from the interval of each (Newcombe, 1998)."""
-    change = after["share"] - before["share"]
-    (low0, high0), (low1, high1) = before["ci"], after["ci"]
-    down = math.hypot(after["share"] - low1, high0 - before["share"])
-    up = math.hypot(high1 - after["share"], before["share"] - low0)
-    return change - down, change + up
 
 
 def _show_samples(samples: Sequence[Sample], numbers: Mapping[str, Any]) -> None:
