@@ -1,14 +1,13 @@
 """The `dpoctl eval` command."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dpoctl.cli import options
+from dpoctl.cli import launch, options
 from dpoctl.errors import GATE_FAILED, UsageError
-from dpoctl.tasks import import_libraries, launchers
+from dpoctl.tasks import import_libraries
 
 
 def _existing(run: str) -> str:
@@ -79,14 +78,15 @@ def evaluate(
     against_model: AgainstModel = None,
     model_url: ModelUrl = None,
     model: Model = None,
+    num_processes: options.NumProcesses = None,
     json_output: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
     """[bold]dpoctl eval runs/mistral7b-dpo --json[/]
 
-    Evaluate a finished run on held-out data: loss, reward margins, and reward accuracy with its confidence interval.
-    It exits with 4 if a gate of the recipe fails. A folder with any other model is measured on --data, without a
-    reference.
+    Evaluate a finished run on held-out data: loss, reward margins, and reward accuracy with its confidence interval;
+    with the samples and the judge of the recipe, or of --set, what it writes too. It exits with 4 if a gate of the
+    recipe fails. Any other model is measured on --data; --against gives it a baseline.
     """  # noqa: D415 - the help shows an example first
     from dpoctl.recipe.secrets import refuse_secret_argument
 
@@ -97,7 +97,8 @@ def evaluate(
         refuse_secret_argument(name, address or "")
     if model is not None and model_url is None:
         raise UsageError("--model is for a served model", hint="pass its address with --model-url URL")
-    launchers.check_environment(os.environ)
+    if (launcher := launch.find_launcher(num_processes, None)) is not None:
+        raise typer.Exit(launcher.run())
     import_libraries()
     from dpoctl.tasks.baselines import Baseline, served
     from dpoctl.tasks.evaluate import run as evaluate_run

@@ -49,6 +49,7 @@ from dpoctl.tasks.finished_run import (
     require_model,
 )
 from dpoctl.tasks.judging import judge_verdicts
+from dpoctl.tasks.pair_groups import Margins, accuracy_by_group
 from dpoctl.tasks.reference import Columns, Reference, with_columns
 from dpoctl.tasks.samples import Sample, show, to_lines
 from dpoctl.tasks.served import Client
@@ -105,7 +106,7 @@ def run(
     dtype = weight_dtype(recipe, compute_dtype(recipe, accelerator.device))
     finished = FinishedRun.load(run, accelerator.device, dtype)
     setup = Setup.of(recipe, accelerator, finished.tokenizer, finished.policy)
-    results = _evaluate(setup, prepared.evals, tables, limit)
+    results = _evaluate(setup, prepared, tables, limit)
     writers = Writers(served, _opponent(baseline, accelerator, dtype), repeats)
     sampled, samples = sample_finished(setup, finished, prepared.evals, limit, judge=judge, writers=writers)
     if not accelerator.is_main_process:
@@ -252,17 +253,24 @@ def _reference_tables(
 
 
 def _evaluate(
-    setup: Setup, stores: Stores, tables: Mapping[str, Columns], limit: int | None
+    setup: Setup, prepared: PreparedData, tables: Mapping[str, Columns], limit: int | None
 ) -> dict[str, dict[str, Any]]:
     """Return the metrics of every eval set."""
-    results = {}
+    results, stores = {}, prepared.evals
+    sources = {name: [source["path"] for source in prepared.report["evals"][name]["sources"]] for name in stores}
     with setup.accelerator.autocast():
         objective = setup.objective(setup.scorer())
         for name, store in stores.items():
             lengths = Lengths.of(store).first(limit)
             reader = with_columns(setup.reader(store, name), tables.get(name))
             counts = {item: int(numbers.sum()) for item, numbers in lengths.items.items()}
-            results[name] = _describe(evaluate(objective, reader, setup.plan(lengths).one_pass(lengths)), counts)
+            plan = setup.plan(lengths).one_pass(lengths)
+            margins = Margins.watch(objective, plan)
+            watched = objective if margins is None else replace(objective, report=margins)
+            results[name] = _describe(evaluate(watched, reader, plan), counts)
+            if margins is not None:
+                groups = accuracy_by_group(margins.gathered(), store, sources[name])
+                results[name] |= {"groups": groups} if groups else {}
     return results
 
 
@@ -283,11 +291,16 @@ def _show(results: Mapping[str, Mapping[str, Any]]) -> None:
     for name, metrics in results.items():
         table = Table(title=name, title_justify="left", box=None, show_header=False)
         for metric, value in metrics.items():
-            if isinstance(value, list) or metric.endswith(STANDARD_ERROR):
+            if isinstance(value, list | dict | str) or metric.endswith(STANDARD_ERROR):
                 continue
             interval = metrics.get(f"{metric}_ci")
             spread = f"  95 % interval {interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
             table.add_row(metric, f"{value:,}" if isinstance(value, int) else f"{value:.4f}{spread}")
+        for column, groups in metrics.get("groups", {}).items():
+            for value, found in groups.items():
+                low, high = found["rewards/accuracies_ci"]
+                interval = f"  95 % interval {low:.4f} to {high:.4f}, {found['num_pairs']:,} pairs"
+                table.add_row(Text(f"accuracy, {column} {value}"), f"{found['rewards/accuracies']:.4f}{interval}")
         console.say(table)
 
 
