@@ -153,6 +153,12 @@ CASES: dict[str, Case] = {
     "lora.target_modules": Case(["q_proj", "v_proj"], lambda o: sorted(o.adapter["target_modules"]), LORA),
     "lora.modules_to_save": Case(["lm_head"], given=LORA),
     "lora.use_rslora": Case(True, given=LORA),
+    "lora.use_dora": Case(True, given=LORA),
+    "lora.init_lora_weights": Case("pissa", given=LORA),
+    "lora.rank_pattern": Case({"layers.0.*": 1}, lambda o: o.adapter["rank_pattern"], LORA),
+    "lora.alpha_pattern": Case({"layers.0.*": 1}, given=LORA),
+    "lora.layers_to_transform": Case([0], given=LORA),
+    "lora.loraplus_lr_ratio": Case(16, "weights", LORA),
     "data.eval_size": Case(3, lambda o: o.account["held_out"], {"data.eval": None, "data.eval_size": 1}),
     "data.max_length": Case(60, lambda o: o.account["rejected"]),
     "data.max_prompt_length": Case(30, lambda o: o.account["rejected"]),
@@ -162,7 +168,10 @@ CASES: dict[str, Case] = {
     "data.chat_template_kwargs": Case({"greeting": "hello"}, given={"model.model_name_or_path": "{greeting}"}),
     "sft.loss_on": Case("last", given={"method": "sft", "data.train": ["{turns.jsonl}"]}),
     "dpo.loss_on": Case("assistant", given={"data.train": ["{sides.jsonl}"]}),
+    "sft.train_on_think": Case("none", given={"method": "sft", "data.train": ["{thinking.jsonl}"]}),
+    "dpo.train_on_think": Case("none", given={"data.train": ["{thinking.jsonl}"]}),
     "sft.average": Case("responses", given={"method": "sft", "data.train": ["{turns.jsonl}"]}),
+    "sft.neftune_noise_alpha": Case(50.0, given={"method": "sft", "data.train": ["{turns.jsonl}"]}),
     "dpo.loss": Case([{"type": "sigmoid"}, {"type": "sft", "weight": 0.5}]),
     "dpo.reference.sync_steps": Case(1, given={"training.num_train_epochs": 2}),
     "dpo.reference.sync_alpha": Case(0.3, given={"training.num_train_epochs": 2, "dpo.reference.sync_steps": 1}),
@@ -202,6 +211,7 @@ CASES: dict[str, Case] = {
     "training.optim": Case("rmsprop", "weights"),
     "training.optim_args": Case({"momentum": 0.5}, "weights", {"training.optim": "muon"}),
     "training.param_dtype": Case("bfloat16", "weights", {"model.dtype": "bfloat16"}),
+    "training.trainable": Case([r"layers\.0\."], "weights"),
     "training.gradient_checkpointing": Case(
         True, lambda o: o.forwards["mlp"], {"training.gradient_checkpointing": False}
     ),
@@ -276,6 +286,8 @@ GATE_CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 """Every key of a gate: the gate, and the change after which the same result no longer passes."""
 
+BENCHMARK_KEYS = {"task": "smoke_choice", "num_fewshot": 1, "limit": 3, "include_path": "", "chat_template": True}
+"""Every key of a benchmark, and a value that changes its figures; the folder is another one in each test."""
 ASKING = {"type": "pairwise", "model": "tiny"}
 RATING = {"type": "rubric", "model": "tiny"}
 JUDGE_CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from dpoctl import console
 from dpoctl.core.meters import Meter, Total, standard_error
-from dpoctl.core.objective import Objective
+from dpoctl.core.objective import Objective, Watch
 from dpoctl.core.planner import Lengths, Plan
 from dpoctl.core.reader import Prefetcher, Reader
 from dpoctl.core.step import Stepper, StepResult
@@ -174,7 +174,9 @@ def _conclude(
     return last, signum
 
 
-def evaluate(objective: Objective, reader: Reader, plan: Plan, stop: StopRequest | None = None) -> Metrics:
+def evaluate(
+    objective: Objective, reader: Reader, plan: Plan, stop: StopRequest | None = None, watch: Watch | None = None
+) -> Metrics:
     """Return the exact means over an evaluation set, for any number of ranks and micro-batches.
 
     With them comes `loss_se`, the standard error of the loss, unless the loss couples the records.
@@ -184,6 +186,7 @@ def evaluate(objective: Objective, reader: Reader, plan: Plan, stop: StopRequest
         reader: reads the set.
         plan: one pass over the set.
         stop: ends the evaluation, on all ranks together.
+        watch: gets the scores of the records of this rank.
 
     Raises:
         EvaluationStoppedError: a rank got a signal.
@@ -196,7 +199,7 @@ def evaluate(objective: Objective, reader: Reader, plan: Plan, stop: StopRequest
             for step in plan:
                 if stop is not None and (signum := _agreed(stop, objective.accelerator)):
                     raise EvaluationStoppedError(signum)
-                objective.evaluate(step, reader, meter)
+                objective.evaluate(step, reader, meter, watch)
                 progress.advance(len(step.records))
     finally:
         scorer.train(was_training)

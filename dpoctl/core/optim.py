@@ -12,7 +12,7 @@ from transformers.optimization import Adafactor
 from dpoctl.core.low_precision import BFloat16AdamW, rounded
 from dpoctl.core.muon import MuonAdamW
 from dpoctl.errors import SetupError
-from dpoctl.recipe.schema import TrainingSection
+from dpoctl.recipe.schema import LoraSection, TrainingSection
 
 BITSANDBYTES = {
     "adamw_8bit": "AdamW8bit",
@@ -75,6 +75,13 @@ def build_optimizer(
     kind = _bitsandbytes_class(training.optim, trained[0][1].device)
     optimizer: Optimizer = (rounded(kind, training.seed) if in_bfloat16 else kind)(groups, **adam)
     return optimizer
+
+
+def rate_scales(lora: LoraSection | None, parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, float]:
+    """Return the parameters that LoRA+ gives a learning rate of their own, in relation to that of the others."""
+    ratio = None if lora is None else lora.loraplus_lr_ratio
+    scaled = (".lora_B.", ".lora_embedding_B.", ".lora_magnitude_vector.")
+    return {name: ratio for name, _ in parameters if any(part in name for part in scaled)} if ratio else {}
 
 
 def _groups(

@@ -248,6 +248,18 @@ def _seeds(prompts: Sequence[Sequence[int]], seed: int) -> list[int]:
 
 
 @contextmanager
+def library_forward(causal: PreTrainedModel) -> Iterator[None]:
+    """Let a model take the inputs that other libraries give it: its own attention, uncompiled, in one precision."""
+    with ExitStack() as stack:
+        stack.enter_context(uncompiled(causal))
+        if causal.config._attn_implementation == SHARED_PREFIX:
+            stack.enter_context(use_attention(causal, "sdpa" if causal._supports_sdpa else "eager"))
+        if (dtype := _autocast_dtype(causal)) is not None:
+            stack.enter_context(torch.autocast(causal.device.type, dtype))
+        yield
+
+
+@contextmanager
 def generation_mode(causal: PreTrainedModel) -> Iterator[None]:
     """Prepare a model, which may be in training, to generate, and restore its state afterwards.
 
@@ -255,12 +267,7 @@ def generation_mode(causal: PreTrainedModel) -> Iterator[None]:
     """
     modes = [(module, module.training) for module in causal.modules()]
     settings = causal.generation_config
-    with ExitStack() as stack:
-        stack.enter_context(uncompiled(causal))
-        if causal.config._attn_implementation == SHARED_PREFIX:
-            stack.enter_context(use_attention(causal, "sdpa" if causal._supports_sdpa else "eager"))
-        if (dtype := _autocast_dtype(causal)) is not None:
-            stack.enter_context(torch.autocast(causal.device.type, dtype))
+    with library_forward(causal):
         try:
             causal.eval()
             # A repetition penalty or top-k of the model's own settings would change the distribution.

@@ -3,6 +3,8 @@
 peft is not imported here, because it takes as long as torch.
 """
 
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -45,9 +47,20 @@ def outside_of_layers(model: PreTrainedModel) -> frozenset[str]:
     return frozenset(f"{name}.weight" for name, m in modules if m is head or isinstance(m, nn.Embedding))
 
 
+def is_trainable(name: str, patterns: Sequence[str] | None) -> bool:
+    """Whether full fine-tuning trains a weight: one of the recipe's regular expressions occurs in its name."""
+    return patterns is None or any(re.search(pattern, name) for pattern in patterns)
+
+
 def last_name(name: str) -> str:
     """Return the last component of a module's name, such as `q_proj`."""
     return name.rpartition(".")[2]
+
+
+def layer_number(name: str) -> int | None:
+    """Return the number of the decoder layer that a module belongs to by its name, as peft reads it."""
+    match = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+    return int(match[1]) if match else None
 
 
 def linear_layers(model: PreTrainedModel) -> tuple[str, ...]:

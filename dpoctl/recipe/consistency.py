@@ -77,8 +77,10 @@ def find_contradictions(
     unusable = list(_names(recipe))
     yield from unusable or _model(recipe)
     yield from _quantization(recipe)
+    yield from _lora(recipe)
     yield from _data(recipe)
     yield from _training(recipe)
+    yield from _benchmarks(recipe)
     yield from _gates(recipe)
     if losses or recipe.method == "sft":
         yield from find_unknown_metric(recipe, losses)
@@ -160,6 +162,26 @@ def _quantization(recipe: Recipe) -> Iterator[Diagnostic]:
         yield Diagnostic.error(at, message, related=(("lora",), QUANTIZATION))
 
 
+def _lora(recipe: Recipe) -> Iterator[Diagnostic]:
+    lora, sharding = recipe.lora, ("training", "sharding")
+    if lora is None:
+        return
+    whole = "use_dora" if lora.use_dora else "init_lora_weights" if lora.changes_base else None
+    if whole is not None and recipe.training.sharding == "full":
+        message = f"{whole} needs whole weight matrices, and sharding: full divides them; set sharding: none"
+        yield Diagnostic.error(("lora", whole), message, related=(sharding,))
+    init: KeyPath = ("lora", "init_lora_weights")
+    if lora.changes_base and recipe.quantization is not None:
+        message = f"init_lora_weights: {lora.init_lora_weights} changes the weights, so these cannot be quantised"
+        yield Diagnostic.error(init, message, related=(QUANTIZATION,))
+    if lora.changes_base and lora.use_dora:
+        message = f"init_lora_weights: {lora.init_lora_weights} cannot be exported with use_dora; remove one of them"
+        yield Diagnostic.error(init, message, related=(("lora", "use_dora"),))
+    if lora.layers_to_transform is not None and isinstance(lora.target_modules, str) and not lora.adapts_all:
+        message = "layers_to_transform has no effect: target_modules is a regular expression, which names the layers"
+        yield Diagnostic.error(("lora", "layers_to_transform"), message, related=(("lora", "target_modules"),))
+
+
 def _data(recipe: Recipe) -> Iterator[Diagnostic]:
     data = recipe.data
     yield from _lengths(("data", "max_prompt_length"), data.max_length, data.max_prompt_length)
@@ -207,6 +229,9 @@ def _training(recipe: Recipe) -> Iterator[Diagnostic]:
     for key in (key for key, value in given.items() if value and training.lr_scheduler_type == "constant"):
         message = f"{key}: lr_scheduler_type: constant has no warm-up; set constant_with_warmup"
         yield Diagnostic.error(("training", key), message, related=(("training", "lr_scheduler_type"),))
+    if training.trainable is not None and recipe.lora is not None:
+        message = "trainable is for full fine-tuning; lora.target_modules and modules_to_save say what is trained here"
+        yield Diagnostic.error(("training", "trainable"), message, related=(("lora",),))
     if training.param_dtype == "bfloat16":
         yield from _bfloat16_weights(recipe)
     if training.eval_steps is None and _has_eval_data(recipe):
@@ -225,6 +250,14 @@ def _whole_matrices(recipe: Recipe) -> Iterator[Diagnostic]:
     if optim in WHOLE_MATRICES and recipe.training.sharding == "full":
         message = f"optim: {optim} needs whole matrices, and sharding: full divides them; use adamw, or sharding: none"
         yield Diagnostic.error(path, message, related=(sharding,))
+
+
+def _benchmarks(recipe: Recipe) -> Iterator[Diagnostic]:
+    tasks = [one.task for one in recipe.eval.benchmarks]
+    for index, task in enumerate(tasks):
+        if task in tasks[:index]:
+            at: KeyPath = ("eval", "benchmarks", index)
+            yield Diagnostic.error(at, f"{dotted(at)}: {task!r} is in the list already; a task runs once")
 
 
 def _gates(recipe: Recipe) -> Iterator[Diagnostic]:
@@ -327,7 +360,8 @@ def _unused_in_lora(recipe: Recipe) -> dict[KeyPath, NoEffect]:
     if recipe.lora is None or recipe.lora.start == "new":
         return {}
     why = NoEffect("start: continue keeps the settings of the existing adapter", (("lora", "start"),))
-    return {("lora", key): why for key in type(recipe.lora).model_fields if key != "start"}
+    kept = ("start", "loraplus_lr_ratio")
+    return {("lora", key): why for key in type(recipe.lora).model_fields if key not in kept}
 
 
 def _unused_in_training(recipe: Recipe) -> dict[KeyPath, NoEffect]:

@@ -7,58 +7,37 @@ know it then.
 import re
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
+from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import (
     AfterValidator,
     BeforeValidator,
     Field,
 )
 
+from dpoctl.recipe.data_section import DataSection
 from dpoctl.recipe.diagnostics import KeyPath
+from dpoctl.recipe.eval_sections import BenchmarkSection, GateSection, benchmark_task
 from dpoctl.recipe.judge_section import JudgeSection
-from dpoctl.recipe.section import Count, Expect, NewTokens, OneOf, Section, Text
+from dpoctl.recipe.library_names import (
+    InitLoraWeights,
+    LrScheduler,
+    ModulePattern,
+    Optim,
+    init_name,
+    module_expression,
+    optim_name,
+)
+from dpoctl.recipe.section import Count, Expect, NewTokens, OneOf, Probability, Range, Section, Seed, Text
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-Tokens = Annotated[int, Ge(2), Le(100_000_000)]
-Probability = Annotated[float, Ge(0), Lt(1)]
-Seed = Annotated[int, Ge(0), Lt(2**32)]
-LrScheduler = Literal[
-    "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "polynomial",
-    "constant", "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay",
-]  # fmt: skip
-Optim = Literal[
-    "adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "adafactor", "lion_32bit", "lion_8bit",
-    "paged_lion_32bit", "paged_lion_8bit", "muon", "rmsprop",
-]  # fmt: skip
-OPTIM_ALIASES = {
-    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_hf"), "adamw"),
-    "adamw_bnb_8bit": "adamw_8bit",
-    "paged_adamw": "paged_adamw_32bit",
-    "lion": "lion_32bit",
-    "paged_lion": "paged_lion_32bit",
-}
-"""Other names of optimizers -> those of `Optim`."""
 AttnImplementation = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 HUB_REPOSITORY = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
-PairMode = Literal["best-worst", "best-rest", "best-random", "adjacent", "all"]
-Overlong = Literal["drop", "truncate"]
-PromptTruncation = Literal["keep_end", "keep_start"]
-SOURCE_FORMATS = (
-    *("auto", "openai-preference", "arena-140k", "arena-100k", "arena-55k", "helpsteer3", "helpsteer2-preference"),
-    *("helpsteer2", "ultrafeedback-raw", "nectar", "nemo-ranking", "shp", "stack-exchange", "stack-exchange-paired"),
-    *("pku", "summarize", "comparison-gpt4", "capybara", "ultrafeedback-binarized", "argilla-cleaned", "dpo-mix"),
-    *("distilabel-orca", "orca", "axolotl", "sharegpt-ranking", "alpaca-ranking", "llamafactory-v1", "ms-swift"),
-    *("snorkel", "hh", "ranking", "trl-explicit", "trl-implicit", "generic", "llamafactory-kto", "messages"),
-    *("sharegpt", "alpaca", "capybara-conversation", "prompt-completion", "prompt-response", "text"),
-)
-"""The values of a source's `format`: auto, or a name of `dpoctl.data.formats.FORMATS`."""
+TrainOnThink = Literal["all", "nonempty", "none"]
 REFUSALS = (
     *("I can't", "I cannot", "I can not", "I won't", "I will not", "I'm unable", "I am unable", "I'm not able"),
     *("I am not able", "I'm sorry", "I am sorry", "I apologize", "as an AI"),
 )
 """The words of refusals, unless a recipe has its own."""
-MOST_EVAL_SETS = 200
-"""Each set keeps its files open."""
 LOSS: KeyPath = ("dpo", "loss")
 
 
@@ -69,40 +48,11 @@ def exactly_one(value: Any) -> Any:
     return value
 
 
-def source_list(value: Any) -> Any:
-    """Read a string as a list of one source."""
-    return [value] if isinstance(value, str) else value
-
-
-def source_path(value: Any) -> Any:
-    """Read a string as the path of a source."""
-    return {"path": value} if isinstance(value, str) else value
-
-
-def eval_sets(value: Any) -> Any:
-    """Read a list as the one eval set `eval`, and null as no eval set."""
-    if value is None:
-        return {}
-    return {"eval": value} if isinstance(value, str | list) else value
-
-
 def name_list(value: Any) -> Any:
     """Read a name as a list of one name, and `none` or null as an empty list."""
     if value is None or value == "none":
         return []
     return [value] if isinstance(value, str) else value
-
-
-def optim_name(value: Any) -> Any:
-    """Read another name of an optimizer as its name here."""
-    return OPTIM_ALIASES.get(value, value) if isinstance(value, str) else value
-
-
-def rising(value: list[float]) -> list[float]:
-    """Accept two numbers, the smaller one first."""
-    if len(value) != 2 or not value[0] <= value[1]:
-        raise ValueError("not a range")
-    return value
 
 
 def hub_repository(value: str) -> str:
@@ -117,100 +67,6 @@ def typed_config(value: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(value.get("model_type"), str):
         raise ValueError("no model_type")
     return value
-
-
-class Source(Section):
-    """A source of rows, in `data.train` or `data.eval`. A string instead of these keys is its `path`."""
-
-    path: Text = Field(examples=["pairs.jsonl"])
-    """A hub id, a file, a folder saved by `datasets`, or a built-in source such as `demo:reviewer2`."""
-    name: Text | None = Field(default=None, examples=["default"])
-    """The configuration of a hub data set."""
-    split: Text = "train"
-    """The split of a hub data set, of a folder saved by `datasets`, or of a built-in source."""
-    revision: Text | None = Field(default=None, examples=["main"])
-    """The branch, tag or commit of a hub data set."""
-    data_files: Annotated[list[Text], MinLen(1)] | None = Field(default=None, examples=[["part-0.jsonl"]])
-    """The files to read from a folder or a hub data set. null: all files."""
-    format: Text = "auto"
-    """The format of the rows (docs/data.md lists them). `auto`: detect it, and print which one was found."""
-    format_options: dict[str, Any] = Field(default={}, examples=[{"attribute": "correctness"}])
-    """Options of the format, for example the rating to compare answers by."""
-    weight: Annotated[float, Gt(0), Le(1000)] = 1.0
-    """The number of times that each row is used per epoch. 0.5: a random half of the rows; 2: every row twice."""
-    max_samples: Count | None = Field(default=None, examples=[1000])
-    """The number of rows to use, drawn in a random order. Rows that cannot be used, e.g. too long ones, do not count:
-    others are drawn until there are enough. Rows that `data.eval_size` holds out count."""
-    column_map: dict[str, Text] = Field(default={}, examples=[{"prompt": "question"}])
-    """The columns of the file by their standard names: `{prompt: question}` reads the prompt from `question`."""
-    pairs: PairMode | None = None
-    """The rated answers of a prompt that make pairs (docs/data.md). null: `best-worst`; `all` for a listwise loss."""
-    min_margin: Annotated[float, Ge(0)] | None = None
-    """Drop a pair if the ratings of its two answers differ by less than this."""
-    max_pairs_per_prompt: Count | None = None
-    """The maximum number of pairs of one prompt. The pairs with the largest rating difference are kept."""
-    ties: Literal["drop", "keep"] | None = None
-    """Drop or keep pairs with equal ratings. They are counted in both cases. null: `drop`."""
-    max_length: Tokens | None = None
-    """`data.max_length` for this source."""
-    max_prompt_length: Count | None = None
-    """`data.max_prompt_length` for this source."""
-    overlong: Overlong | None = None
-    """`data.overlong` for this source."""
-    prompt_truncation: PromptTruncation | None = None
-    """`data.prompt_truncation` for this source."""
-    metrics: Text | None = None
-    """Log separate metrics for the rows of this source, under this name. null: no separate metrics."""
-
-
-Range = Annotated[list[float], AfterValidator(rising), Expect("two numbers, the smaller one first")]
-Sources = Annotated[
-    list[Annotated[Source, BeforeValidator(source_path)]],
-    MinLen(1),
-    BeforeValidator(source_list),
-    Expect("a list of sources, each a path or a mapping with a path"),
-]
-
-
-class DataSection(Section):
-    """The data for training and evaluation."""
-
-    train: Sources = Field(examples=[["pairs.jsonl"]])
-    """The sources of the training rows."""
-    eval: Annotated[
-        dict[Text, Sources],
-        BeforeValidator(eval_sets),
-        MaxLen(MOST_EVAL_SETS),
-        Expect("a list of sources, or a mapping from names to lists of sources"),
-    ] = Field(default={}, examples=[["heldout.jsonl"]])
-    """Eval sets by name. A list without a name is the eval set `eval`."""
-    eval_size: (
-        Annotated[
-            Annotated[float, Gt(0), Lt(1)] | Count,
-            OneOf("a fraction between 0 and 1, or a whole number from 1 to 1,000,000,000"),
-        ]
-        | None
-    ) = Field(default=None, examples=[0.05])
-    """Hold out this fraction, or this number, of the training rows as the eval set `eval`."""
-    max_length: Tokens = 1024
-    """The maximum number of tokens in prompt and answer together."""
-    max_prompt_length: Count | None = Field(default=None, examples=[512])
-    """The maximum number of tokens in the prompt. It must be smaller than `max_length`."""
-    overlong: Overlong = "drop"
-    """Drop or truncate rows that are too long. They are counted in both cases."""
-    prompt_truncation: PromptTruncation = "keep_end"
-    """The end of a prompt that truncation keeps: its end or its start. Only for `overlong: truncate`."""
-    duplicates: Literal["keep", "drop"] = "keep"
-    """Keep or drop repeated rows. They are counted in both cases."""
-    chat_template_kwargs: dict[str, Any] = Field(default={})
-    """Extra variables for the chat template."""
-
-    @property
-    def sources(self) -> list[tuple[KeyPath, Source]]:
-        """Every source of training and evaluation, with its path in the recipe."""
-        sets: list[tuple[KeyPath, list[Source]]] = [(("data", "train"), self.train)]
-        sets += [(("data", "eval", name), sources) for name, sources in self.eval.items()]
-        return [((*path, index), source) for path, sources in sets for index, source in enumerate(sources)]
 
 
 class TokenizerSpec(Section):
@@ -278,14 +134,41 @@ class LoraSection(Section):
     """The scale: updates are multiplied by lora_alpha / r."""
     lora_dropout: Probability = 0.0
     """Dropout on the input of the adapter. It needs `model.disable_dropout: false`."""
+    rank_pattern: dict[ModulePattern, Annotated[int, Ge(1), Le(65_536)]] = Field(default={}, examples=[{"o_proj": 4}])
+    """Other ranks for some modules: the end of their names, or a regular expression for it."""
+    alpha_pattern: dict[ModulePattern, Annotated[float, Gt(0)]] = Field(default={}, examples=[{"o_proj": 8}])
+    """Other values of `lora_alpha` for some modules, in the same way."""
     target_modules: Annotated[
-        Literal["all-linear"] | Annotated[list[Text], MinLen(1)], OneOf("all-linear, or a list of module names")
-    ] = "all-linear"
-    """The linear layers that get an adapter."""
+        Literal["all-linear"] | Annotated[list[Text], MinLen(1)] | Annotated[str, AfterValidator(module_expression)],
+        OneOf("all-linear, a list of module names, or a regular expression for whole names"),
+    ] = Field(default="all-linear", examples=[["q_proj", "v_proj"]])
+    """The layers that get an adapter: all linear ones but the head, those with these last names, or those whose whole
+    names match a regular expression such as `.*layers.[0-3].*q_proj`."""
+    layers_to_transform: Annotated[list[Annotated[int, Ge(0), Le(100_000)]], MinLen(1)] | None = Field(
+        default=None, examples=[[0, 1]]
+    )
+    """The numbers of the decoder layers that get adapters, from 0. null: all."""
     modules_to_save: list[Text] | None = Field(default=None, examples=[["lm_head"]])
     """Modules to train in full, and to save with the adapter."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead."""
+    use_dora: bool = False
+    """DoRA: train the norm of each row of a weight matrix too, beside its direction."""
+    init_lora_weights: Annotated[InitLoraWeights, BeforeValidator(init_name)] = "default"
+    """How adapters start, as in peft. `default` and `gaussian`: at zero. `pissa` and `olora`: with the largest singular
+    values of the weights, or with their QR decomposition, which is then taken out of the frozen weights."""
+    loraplus_lr_ratio: Annotated[float, Ge(1)] | None = Field(default=None, examples=[16])
+    """LoRA+: the learning rate of the factor B, and of DoRA's norms, in relation to that of A. null: the same."""
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether adapters start with a part of the weights, which is taken out of these."""
+        return self.init_lora_weights in ("pissa", "olora")
+
+    @property
+    def adapts_all(self) -> bool:
+        """Whether all linear layers get an adapter, but for the head."""
+        return self.target_modules == "all-linear"
 
 
 class SftSection(Section):
@@ -293,8 +176,12 @@ class SftSection(Section):
 
     loss_on: Literal["assistant", "last"] = "assistant"
     """`assistant`: train on all assistant turns; `last`: train on the last one only."""
+    train_on_think: TrainOnThink = "all"
+    """The thinking blocks in the loss: `all`; `nonempty`: not the empty ones that some chat templates write; `none`."""
     average: Literal["tokens", "responses"] = "tokens"
     """`tokens`: the mean over all tokens; `responses`: the mean over rows of summed losses: long answers weigh more."""
+    neftune_noise_alpha: Annotated[float, Gt(0), Le(1000)] | None = Field(default=None, examples=[5])
+    """NEFTune: add uniform noise to the embeddings in training, as large as alpha / √(tokens of the row x width)."""
 
 
 class ReferenceSection(Section):
@@ -325,6 +212,8 @@ class DpoSection(Section):
     """A [loss](#losses): its `type` and its keys. Or a list of losses, which are added up, each with a `weight`."""
     loss_on: Literal["last", "assistant"] = "last"
     """`last`: the loss sees the last assistant turn only; `assistant`: all assistant turns after the shared ones."""
+    train_on_think: TrainOnThink = "all"
+    """`sft.train_on_think` for the turns that the loss sees."""
     reference: ReferenceSection = ReferenceSection()
     """The reference model."""
 
@@ -398,6 +287,8 @@ class TrainingSection(Section):
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """The dtype of the trained weights in full fine-tuning. `bfloat16` needs half the memory for weights, gradients and
     optimizer state; updates are rounded stochastically, so that small ones are not lost."""
+    trainable: Annotated[list[ModulePattern], MinLen(1)] | None = Field(default=None, examples=[["layers.3.", "norm"]])
+    """Train the weights only in whose name one of these regular expressions occurs, in full fine-tuning. null: all."""
     gradient_checkpointing: Annotated[Literal["auto"] | bool, OneOf("auto, true or false")] = "auto"
     """Recompute activations in the backward pass, to save memory. `auto`: in as few layers as possible."""
     sharding: Literal["none", "full", "auto"] = "auto"
@@ -468,19 +359,6 @@ class SamplesSection(Section):
     """The words that make a text a refusal, whose share `dpoctl eval` reports. They match as a judge's words do."""
 
 
-class GateSection(Section):
-    """A bound on a metric of `dpoctl eval`, which exits with 4 if it is not kept."""
-
-    metric: Text = Field(examples=["rewards/accuracies"])
-    """The path of a number in the result, with dots: `rewards/accuracies`, `samples.finished_policy`."""
-    min: float | None = Field(default=None, examples=[0.55])
-    """The number must be at least this."""
-    max: float | None = Field(default=None, examples=[8.0])
-    """The number must be at most this."""
-    by: Literal["value", "lower", "upper"] = "value"
-    """The number to compare: the metric itself, or the lower or upper end of its 95 % interval."""
-
-
 class EvalSection(Section):
     """Samples and their judge, in addition to the metrics of an evaluation."""
 
@@ -488,6 +366,8 @@ class EvalSection(Section):
     """Texts to generate. null: none."""
     judge: JudgeSection | None = None
     """The judge of the samples. null: none."""
+    benchmarks: list[Annotated[BenchmarkSection, BeforeValidator(benchmark_task)]] = Field(default=[])
+    """Benchmarks to run in `dpoctl eval`, with the extra `bench`."""
     gates: list[GateSection] = Field(default=[])
     """Bounds that `dpoctl eval` and `dpoctl compare` check, for scripts."""
 

@@ -1,18 +1,21 @@
-"""What all sections of a recipe are made of: their base class, words for their values, and types of several keys."""
+"""The base of all sections of a recipe, and the types of their values."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from annotated_types import Ge, Le, MinLen
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
+from annotated_types import Ge, Le, Lt, MinLen
+from pydantic import AfterValidator, BaseModel, ConfigDict, GetCoreSchemaHandler, ValidationError
 from pydantic_core import CoreSchema, core_schema
 
 from dpoctl.losses.base import STRICT
 
 Text = Annotated[str, MinLen(1)]
 Count = Annotated[int, Ge(1), Le(1_000_000_000)]
+Tokens = Annotated[int, Ge(2), Le(100_000_000)]
 NewTokens = Annotated[int, Ge(1), Le(65_536)]
+Probability = Annotated[float, Ge(0), Lt(1)]
+Seed = Annotated[int, Ge(0), Lt(2**32)]
 
 
 @dataclass(frozen=True)
@@ -41,3 +44,13 @@ class Section(BaseModel):
     """A part of the recipe: unknown keys are refused, values are not converted, and nothing changes after loading."""
 
     model_config = ConfigDict(**STRICT, use_attribute_docstrings=True)
+
+
+def rising(value: list[float]) -> list[float]:
+    """Accept two numbers, the smaller one first."""
+    if len(value) != 2 or not value[0] <= value[1]:
+        raise ValueError("not a range")
+    return value
+
+
+Range = Annotated[list[float], AfterValidator(rising), Expect("two numbers, the smaller one first")]

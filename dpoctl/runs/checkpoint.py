@@ -486,7 +486,7 @@ def _retire(checkpoints: Path, final: Path, keep: int | None) -> None:
         good = [folder for folder in _steps(checkpoints) if find_damage(folder, hashes=False) is None]
         newest = good[-keep:] if keep else good
         # A run can go on from any of them, and then exports the best one that it knows.
-        bests = {read_manifest(folder).get("best") for folder in newest} - {None}
+        bests: set[int] = {read_manifest(folder).get("best") or 0 for folder in newest}
         kept = {final, *newest, *(folder_of(checkpoints, step) for step in bests)}
         for folder in good:
             if folder not in kept:

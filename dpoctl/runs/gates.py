@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dpoctl.recipe.schema import GateSection
+from dpoctl.recipe.eval_sections import GateSection
 from dpoctl.runs.charts import number
 
 INTERVAL = "_ci"
@@ -75,7 +75,7 @@ def find_metric(report: Mapping[str, Any], path: str) -> tuple[float, tuple[floa
         return None
     interval = table.get(f"{name}{INTERVAL}", table.get("ci") if name == "share" else None)
     is_interval = isinstance(interval, list | tuple) and len(interval) == 2 and all(map(_is_finite, interval))
-    return float(value), (float(interval[0]), float(interval[1])) if is_interval else None  # type: ignore[index]
+    return float(value), (float(interval[0]), float(interval[1])) if is_interval else None
 
 
 def metric_paths(report: Mapping[str, Any], above: str = "") -> list[str]:

@@ -9,12 +9,10 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from dpoctl import __version__, console
 from dpoctl.errors import UsageError, writing
@@ -26,11 +24,11 @@ from dpoctl.runs.charts import History, figures, losses_of, number, observations
 from dpoctl.runs.expected import read_comparisons
 from dpoctl.runs.metrics import STANDARD_ERROR, MetricsFile
 from dpoctl.runs.names import RESOLVED_RECIPE, require_run
+from dpoctl.runs.pages import TEMPLATES, template
 from dpoctl.runs.results import PROVENANCE, SAMPLES, fingerprint, in_words, read_results
 from dpoctl.runs.status import describe_status, read_status
 
 NAME = "report.html"
-TEMPLATES = Path(__file__).parent / "templates"
 MOST_SAMPLES = 24
 # A larger loss gives a perplexity that means nothing.
 MOST_NATS = 20
@@ -97,25 +95,9 @@ def render(run: Path) -> str:
     """Return the page as HTML."""
     css = (TEMPLATES / "report.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
-    return _template().render(css=css, css_hash=f"sha256-{digest}", size=charts, version=__version__, **_contents(run))
-
-
-@cache
-def _template() -> Template:
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_printable,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    return template("report.html.jinja").render(
+        css=css, css_hash=f"sha256-{digest}", size=charts, version=__version__, **_contents(run)
     )
-    return environment.get_template("report.html.jinja")
-
-
-def _printable(value: Any) -> Any:
-    # What is HTML already stays so.
-    return type(value)(console.printable(value)) if isinstance(value, str) else value
 
 
 class Cell(NamedTuple):
@@ -233,7 +215,9 @@ def _describe(recipe: Mapping[str, Any], history: History) -> str:
     lora, scratch = recipe.get("lora"), model.get("from_scratch")
     method = "SFT" if recipe.get("method") == "sft" else f"DPO ({' + '.join(map(_loss, losses_of(recipe)))})"
     name = f"a new {scratch['config'].get('model_type')}" if scratch else model.get("model_name_or_path")
-    trained = f"LoRA of rank {lora.get('r', '?')}" if lora else "all weights"
+    some = training.get("trainable")
+    whole = f"the weights {', '.join(map(str, some))}" if some else "all weights"
+    trained = f"LoRA of rank {lora.get('r', '?')}" if lora else whole
     return (
         f"{method} of {name}, {trained}; {history.last_step:,} steps of {training.get('global_batch_size')}, "
         f"learning rate {training.get('learning_rate')}"

@@ -12,6 +12,7 @@ from typing import Any
 from dpoctl.errors import UsageError
 from dpoctl.files import to_json, write_atomically
 from dpoctl.runs.names import own_folder
+from dpoctl.runs.record_values import SUFFIX, RecordValues, write_record_values
 
 FOLDER = "evals"
 SAMPLES = ".samples.jsonl"
@@ -63,11 +64,22 @@ class Provenance:
         return {**values, "data": {name: dict(about) for name, about in self.data.items()}, **settings, "date": date}
 
 
-def write_result(run: Path, origin: Provenance, report: Mapping[str, Any], samples: str) -> Path:
-    """Write a result, and the lines of its samples, beside those of other models, data, limits and baselines."""
+def write_result(
+    run: Path, origin: Provenance, report: Mapping[str, Any], samples: str, values: Mapping[str, RecordValues]
+) -> Path:
+    """Write a result, beside those of other models, data, limits and baselines.
+
+    Args:
+        run: the run directory.
+        origin: what was measured.
+        report: the result.
+        samples: the lines of its samples; empty if there are none.
+        values: the metrics of the records of each eval set.
+    """
     target = own_folder(run / FOLDER) / f"{origin.name}.json"
     if samples:
         write_atomically(target.with_suffix(SAMPLES), samples)
+    write_record_values(target.with_suffix(SUFFIX), values)
     write_atomically(target, to_json(report))
     return target
 

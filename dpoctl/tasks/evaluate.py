@@ -26,16 +26,19 @@ from dpoctl.losses import Item
 from dpoctl.model.load import compute_dtype, load_policy, weight_dtype
 from dpoctl.model.source import read_json
 from dpoctl.recipe import Recipe
-from dpoctl.recipe.schema import Source
+from dpoctl.recipe.data_section import Source
+from dpoctl.recipe.schema import EvalSection
 from dpoctl.runs.best import model_step
 from dpoctl.runs.gates import check_gates
 from dpoctl.runs.metrics import STANDARD_ERROR
 from dpoctl.runs.names import RESOLVED_RECIPE
+from dpoctl.runs.record_values import RecordValues
 from dpoctl.runs.report import NAME as REPORT
 from dpoctl.runs.report import refresh_report
 from dpoctl.runs.results import Provenance, fingerprint, in_words, write_result
 from dpoctl.runs.statistics import Z, wilson_interval
 from dpoctl.tasks.baselines import Baseline, reference_overrides
+from dpoctl.tasks.benchmarks import check_benchmarks, run_benchmarks
 from dpoctl.tasks.earlier_step import with_model
 from dpoctl.tasks.eval_samples import Writers, judge_of, sample_finished
 from dpoctl.tasks.finished_run import (
@@ -49,7 +52,8 @@ from dpoctl.tasks.finished_run import (
     require_model,
 )
 from dpoctl.tasks.judging import judge_verdicts
-from dpoctl.tasks.pair_groups import Margins, accuracy_by_group
+from dpoctl.tasks.pair_groups import accuracy_by_group
+from dpoctl.tasks.record_values import RecordWatch
 from dpoctl.tasks.reference import Columns, Reference, with_columns
 from dpoctl.tasks.samples import Sample, show, to_lines
 from dpoctl.tasks.served import Client
@@ -94,6 +98,7 @@ def run(
     recipe = _recipe_of(run, data, overrides)
     if changes := reference_overrides(run, recipe, baseline):
         recipe = _recipe_of(run, data, overrides, changes)
+    check_benchmarks(recipe.eval.benchmarks)
     judge = judge_of(recipe.eval)
     accelerator = build_accelerator(recipe)
     tokenizer, prepared = read_data(recipe, accelerator, only_eval=True)
@@ -106,7 +111,7 @@ def run(
     dtype = weight_dtype(recipe, compute_dtype(recipe, accelerator.device))
     finished = FinishedRun.load(run, accelerator.device, dtype)
     setup = Setup.of(recipe, accelerator, finished.tokenizer, finished.policy)
-    results = _evaluate(setup, prepared, tables, limit)
+    results, values = _evaluate(setup, prepared, tables, limit)
     writers = Writers(served, _opponent(baseline, accelerator, dtype), repeats)
     sampled, samples = sample_finished(setup, finished, prepared.evals, limit, judge=judge, writers=writers)
     if not accelerator.is_main_process:
@@ -119,35 +124,54 @@ def run(
         origin = replace(origin, baseline=baseline.name, official=False)
     main = results.pop("eval", {})
     report: dict[str, Any] = {**origin.to_dict(), **main, **({"sets": results} if results else {}), **sampled}
+    report |= _benchmarks(finished, recipe.eval)
     gates = check_gates(report, recipe.eval.gates)
     report |= {"gates": [gate.to_dict() for gate in gates]} if gates else {}
-    passed = all(gate.passed for gate in gates)
-    where = _keep(run, origin, report, to_lines(samples))
+    where = _keep(run, origin, report, to_lines(samples), values)
     if json_output:
         console.emit(json.dumps(report))
     else:
-        _say({**({"eval": main} if main else {}), **results}, report, samples)
+        _show_result(report, {**({"eval": main} if main else {}), **results}, samples, sampled)
         for line in (*map(str, gates), where):
             console.say(line)
-    return passed
+    return all(gate.passed for gate in gates)
 
 
-def _say(results: Mapping[str, Mapping[str, Any]], report: Mapping[str, Any], samples: Sequence[Sample]) -> None:
-    """Show a result, and end with what it allows to say."""
+def _show_result(
+    report: Mapping[str, Any],
+    results: Mapping[str, Mapping[str, Any]],
+    samples: Sequence[Sample],
+    sampled: Mapping[str, Any],
+) -> None:
+    """Print the tables of a result, and what they allow to say."""
     console.say(in_words(report))
     _show(results)
-    _show_samples(samples, report)
-    for line in verdicts(results, report.get("judge")):
+    _show_samples(samples, sampled)
+    if (benchmarks := report.get("benchmarks")) is not None:
+        _show_benchmarks(benchmarks)
+    for line in verdicts(results, sampled.get("judge")):
         console.say(line)
 
 
-def _keep(run: Path, origin: Provenance, report: Mapping[str, Any], samples: str) -> str:
+def _benchmarks(finished: FinishedRun, section: EvalSection) -> dict[str, Any]:
+    """Run the benchmarks of a recipe on the policy, and on its reference if there is one."""
+    benchmarks = section.benchmarks
+    if not benchmarks:
+        return {}
+    reference = None if is_model_only(finished.path) else finished.reference()
+    causal, tokenizer = finished.policy.causal, finished.tokenizer
+    return {"benchmarks": run_benchmarks(benchmarks, tokenizer, causal, reference)}
+
+
+def _keep(
+    run: Path, origin: Provenance, report: Mapping[str, Any], samples: str, values: Mapping[str, RecordValues]
+) -> str:
     """Write a result into its run, and say where; a model that no run describes keeps none."""
     if is_model_only(run):
         return f"{run} belongs to no run, so the result is kept nowhere; --json prints all of it"
     home = home_of(run)
     with writing(home):
-        path = write_result(home, origin, report, samples)
+        path = write_result(home, origin, report, samples, values)
     refresh_report(home)
     return f"result: {path}; report: {home / REPORT}"
 
@@ -254,9 +278,9 @@ def _reference_tables(
 
 def _evaluate(
     setup: Setup, prepared: PreparedData, tables: Mapping[str, Columns], limit: int | None
-) -> dict[str, dict[str, Any]]:
-    """Return the metrics of every eval set."""
-    results, stores = {}, prepared.evals
+) -> tuple[dict[str, dict[str, Any]], dict[str, RecordValues]]:
+    """Return the metrics of every eval set, and those of each of its records."""
+    results, values, stores = {}, {}, prepared.evals
     sources = {name: [source["path"] for source in prepared.report["evals"][name]["sources"]] for name in stores}
     with setup.accelerator.autocast():
         objective = setup.objective(setup.scorer())
@@ -264,14 +288,12 @@ def _evaluate(
             lengths = Lengths.of(store).first(limit)
             reader = with_columns(setup.reader(store, name), tables.get(name))
             counts = {item: int(numbers.sum()) for item, numbers in lengths.items.items()}
-            plan = setup.plan(lengths).one_pass(lengths)
-            margins = Margins.watch(objective, plan)
-            watched = objective if margins is None else replace(objective, report=margins)
-            results[name] = _describe(evaluate(watched, reader, plan), counts)
-            if margins is not None:
-                groups = accuracy_by_group(margins.gathered(), store, sources[name])
-                results[name] |= {"groups": groups} if groups else {}
-    return results
+            watch, one_pass = RecordWatch(setup.task), setup.plan(lengths).one_pass(lengths)
+            results[name] = _describe(evaluate(objective, reader, one_pass, watch=watch), counts)
+            values[name] = watch.values(store)
+            groups = accuracy_by_group(values[name], store, sources[name])
+            results[name] |= {"groups": groups} if groups else {}
+    return results, values
 
 
 def _describe(metrics: Mapping[str, Any], counts: Mapping[Item, int]) -> dict[str, Any]:
@@ -302,6 +324,17 @@ def _show(results: Mapping[str, Mapping[str, Any]]) -> None:
                 interval = f"  95 % interval {low:.4f} to {high:.4f}, {found['num_pairs']:,} pairs"
                 table.add_row(Text(f"accuracy, {column} {value}"), f"{found['rewards/accuracies']:.4f}{interval}")
         console.say(table)
+
+
+def _show_benchmarks(benchmarks: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    table = Table("", "reference", "policy", "difference", title="benchmarks", title_justify="left", box=None)
+    for task, metrics in benchmarks.items():
+        for metric, one in metrics.items():
+            spread = f"  ({one['delta_ci'][0]:+.4f} to {one['delta_ci'][1]:+.4f})" if "delta_ci" in one else ""
+            cells = (f"{one[side]:.4f}" if side in one else "" for side in ("reference", "policy"))
+            delta = f"{one['delta']:+.4f}{spread}" if "delta" in one else ""
+            table.add_row(Text(f"{task} {metric}"), *cells, delta)
+    console.say(table)
 
 
 def verdicts(results: Mapping[str, Mapping[str, Any]], judge: Mapping[str, Any] | None) -> Iterator[str]:

@@ -223,7 +223,7 @@ class CommandJudge:
             for prompt, *pair in zip(prompts, a, b, strict=True)
             for first, second in (pair, reversed(pair))
         ]
-        endpoint = Endpoint("command", json.dumps([*self.command, *_hashes([program, *self.command[1:]])]))
+        endpoint = Endpoint("command", json.dumps([*self.command, *hash_files([program, *self.command[1:]])]))
         keys = [Request([row], {}, repeat=repeat).key(endpoint) for row in rows]
         folder = Cache(cache_dir()).writable(FOLDER)
         with writing_to(folder), KeptAnswers.open(folder, endpoint) as kept:
@@ -286,7 +286,7 @@ def _requests(texts: Sequence[str], sampling: Mapping[str, Any], template: Templ
     return [Request([{"role": "user", "content": text}], sampling, template.digest, repeat) for text in texts]
 
 
-def _hashes(arguments: Sequence[str]) -> list[str]:
+def hash_files(arguments: Sequence[str]) -> list[str]:
     """Hash the small files among arguments: a judge whose script has changed is another one."""
     scripts = [path for path in map(Path, arguments) if path.is_file() and path.stat().st_size <= LARGEST_SCRIPT]
     return [sha256(script) for script in scripts]

@@ -10,7 +10,8 @@ from torch import nn
 from transformers.optimization import Adafactor
 
 from dpoctl.core.optim import build_optimizer, set_learning_rate
-from dpoctl.recipe.schema import Optim, TrainingSection
+from dpoctl.recipe.library_names import Optim
+from dpoctl.recipe.schema import TrainingSection
 from dpoctl.runs.serialization import read_tree, write_tree
 
 

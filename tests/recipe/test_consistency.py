@@ -106,6 +106,11 @@ CONTRADICTIONS = {
         11,
         "training.keep_best.metric: no evaluation reports 'eval_held_loss', did you mean 'eval_loss'?",
     ),
+    "a benchmark twice": (
+        GOOD + "eval: {benchmarks: [arc_easy, {task: arc_easy, limit: 5}]}\n",
+        11,
+        "eval.benchmarks[1]: 'arc_easy' is in the list already",
+    ),
     "a gate without a bound": (
         GOOD + "eval: {gates: [{metric: kl, max: 8}, {metric: loss}]}\n",
         11,
@@ -133,6 +138,27 @@ CONTRADICTIONS = {
         3,
         "lora.target_modules has no effect",
     ),
+    "divided matrices of DoRA": (
+        GOOD.replace("{}", "{use_dora: true}") + "  sharding: full\n",
+        3,
+        "use_dora needs whole weight matrices",
+    ),
+    "quantised weights that an adapter changes": (
+        GOOD.replace("{}", "{init_lora_weights: olora}") + "quantization: {load_in_4bit: true}\n",
+        3,
+        "init_lora_weights: olora changes the weights, so these cannot be quantised",
+    ),
+    "weights by columns and norms": (
+        GOOD.replace("{}", "{init_lora_weights: pissa, use_dora: true}"),
+        3,
+        "cannot be exported with use_dora",
+    ),
+    "layers beside an expression": (
+        GOOD.replace("{}", "{target_modules: '.*q_proj', layers_to_transform: [1]}"),
+        3,
+        "target_modules is a regular expression, which names the layers",
+    ),
+    "one name as an expression": (GOOD.replace("{}", "{target_modules: q_proj}"), 3, "a list of module names"),
     "no reference where one is needed": (
         GOOD + DPO.format("{type: ipo}", "{mode: none}"),
         11,
