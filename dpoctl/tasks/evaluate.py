@@ -3,10 +3,12 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from rich.table import Table
 from rich.text import Text
@@ -36,6 +38,7 @@ from dpoctl.runs.report import refresh_report
 from dpoctl.runs.results import Provenance, fingerprint, in_words, write_result
 from dpoctl.runs.statistics import Z, wilson_interval
 from dpoctl.runs.verdicts import share_difference
+from dpoctl.tasks.baselines import Baseline, reference_overrides
 from dpoctl.tasks.benchmarks import check_benchmarks, run_benchmarks
 from dpoctl.tasks.earlier_step import with_model
 from dpoctl.tasks.eval_samples import Writers, judge_of, sample_finished
@@ -50,9 +53,11 @@ from dpoctl.tasks.finished_run import (
     require_model,
 )
 from dpoctl.tasks.judging import judge_verdicts
+from dpoctl.tasks.pair_groups import accuracy_by_group
 from dpoctl.tasks.record_values import RecordWatch
 from dpoctl.tasks.reference import Columns, Reference, with_columns
 from dpoctl.tasks.samples import Sample, show, to_lines
+from dpoctl.tasks.served import Client
 from dpoctl.tasks.setup import Setup, build_accelerator, quiet_libraries, read_data
 from dpoctl.tasks.task import build_task
 
@@ -71,6 +76,8 @@ def run(
     json_output: bool = False,
     overrides: Sequence[str] = (),
     repeats: int = 1,
+    served: Client | None = None,
+    baseline: Baseline | None = None,
 ) -> bool:
     """Evaluate a finished run on its own eval sets, or on other data.
 
@@ -81,6 +88,8 @@ def run(
         json_output: print one JSON object.
         overrides: `key=value` texts that replace values of the recipe's section `eval`.
         repeats: draw and judge all texts so often, for the noise of the evaluation itself.
+        served: a server that has the same model, and writes its texts.
+        baseline: what the run is compared with; None for its reference.
 
     Returns:
         Whether all gates of the recipe passed; True on ranks that print nothing.
@@ -88,6 +97,8 @@ def run(
     quiet_libraries()
     run = with_model(run)
     recipe = _recipe_of(run, data, overrides)
+    if changes := reference_overrides(run, recipe, baseline):
+        recipe = _recipe_of(run, data, overrides, changes)
     check_benchmarks(recipe.eval.benchmarks)
     judge = judge_of(recipe.eval)
     accelerator = build_accelerator(recipe)
@@ -101,16 +112,19 @@ def run(
     dtype = weight_dtype(recipe, compute_dtype(recipe, accelerator.device))
     finished = FinishedRun.load(run, accelerator.device, dtype)
     setup = Setup.of(recipe, accelerator, finished.tokenizer, finished.policy)
-    results, values = _evaluate(setup, prepared.evals, tables, limit)
-    writers = Writers(repeats=repeats)
+    results, values = _evaluate(setup, prepared, tables, limit)
+    writers = Writers(served, _opponent(baseline, accelerator, dtype), repeats)
     sampled, samples = sample_finished(setup, finished, prepared.evals, limit, judge=judge, writers=writers)
     if not accelerator.is_main_process:
         return True
-    is_compared = bool(tables) or bool(samples)
+    is_compared = bool(tables) or any(one.reference is not None for one in samples)
     # Gates change no number.
     settings = [text for text in overrides if not text.startswith("eval.gates=")]
-    settings = [*settings, *([f"repeats={repeats}"] if repeats > 1 else [])]
+    settings += [f"repeats={repeats}"] if repeats > 1 else []
+    settings += [f"texts of {served.endpoint.name}"] if served else []
     origin = _origin(run, recipe, prepared, limit, settings, is_own=data is None, is_compared=is_compared)
+    if baseline is not None:
+        origin = replace(origin, baseline=baseline.name, official=False)
     main = results.pop("eval", {})
     report: dict[str, Any] = {**origin.to_dict(), **main, **({"sets": results} if results else {}), **sampled}
     report |= _benchmarks(finished, recipe.eval.benchmarks)
@@ -212,7 +226,14 @@ def _baseline(recipe: Recipe) -> str:
     return model.model_name_or_path + (f"@{model.revision}" if model.revision else "")
 
 
-def _recipe_of(run: Path, data: str | None, overrides: Sequence[str]) -> Recipe:
+def _opponent(baseline: Baseline | None, accelerator: Accelerator, dtype: torch.dtype) -> Client | FinishedRun | None:
+    """Return what writes the texts of a baseline."""
+    if baseline is None or baseline.folder is None:
+        return None if baseline is None else baseline.client
+    return FinishedRun.load(baseline.folder, accelerator.device, dtype)
+
+
+def _recipe_of(run: Path, data: str | None, overrides: Sequence[str], changed: Sequence[str] = ()) -> Recipe:
     """Read the recipe of a finished run; replace its eval data if other data are given, and what else is asked for.
 
     Raises:
@@ -229,7 +250,8 @@ def _recipe_of(run: Path, data: str | None, overrides: Sequence[str]) -> Recipe:
     if data is not None:
         source = {"path": data} | ({"split": "test"} if has_splits(data) else {})
         evals, cadence = json.dumps({"eval": [source]}), recipe.training.eval_steps or 1
-        changes = [f"data.eval={evals}", "data.eval_size=null", f"training.eval_steps={cadence}", *overrides]
+        changes = [f"data.eval={evals}", "data.eval_size=null", f"training.eval_steps={cadence}"]
+        changes += [*overrides, *changed]
         if is_model_only(run):
             format = open_source(Source.model_validate(source))[0].format
             method = "sft" if format in DEMONSTRATIONS else "dpo"
@@ -239,7 +261,7 @@ def _recipe_of(run: Path, data: str | None, overrides: Sequence[str]) -> Recipe:
         raise UsageError(f"{run} is a model that no run describes: it has no eval data", hint="pass --data SOURCE")
     if not recipe.data.eval and recipe.data.eval_size is None:
         raise UsageError(f"{run}: its recipe has no eval data", hint="pass some with --data SOURCE")
-    return recipe_of(run, overrides) if overrides else recipe
+    return recipe_of(run, [*overrides, *changed]) if overrides or changed else recipe
 
 
 def _reference_tables(
@@ -257,10 +279,11 @@ def _reference_tables(
 
 
 def _evaluate(
-    setup: Setup, stores: Stores, tables: Mapping[str, Columns], limit: int | None
+    setup: Setup, prepared: PreparedData, tables: Mapping[str, Columns], limit: int | None
 ) -> tuple[dict[str, dict[str, Any]], dict[str, RecordValues]]:
     """Return the metrics of every eval set, and those of each of its records."""
-    results, values = {}, {}
+    results, values, stores = {}, {}, prepared.evals
+    sources = {name: [source["path"] for source in prepared.report["evals"][name]["sources"]] for name in stores}
     with setup.accelerator.autocast():
         objective = setup.objective(setup.scorer())
         for name, store in stores.items():
@@ -270,6 +293,8 @@ def _evaluate(
             watch, one_pass = RecordWatch(setup.task), setup.plan(lengths).one_pass(lengths)
             results[name] = _describe(evaluate(objective, reader, one_pass, watch=watch), counts)
             values[name] = watch.values(store)
+            groups = accuracy_by_group(values[name], store, sources[name])
+            results[name] |= {"groups": groups} if groups else {}
     return results, values
 
 
@@ -290,11 +315,16 @@ def _show(results: Mapping[str, Mapping[str, Any]]) -> None:
     for name, metrics in results.items():
         table = Table(title=name, title_justify="left", box=None, show_header=False)
         for metric, value in metrics.items():
-            if isinstance(value, list) or metric.endswith(STANDARD_ERROR):
+            if isinstance(value, list | dict | str) or metric.endswith(STANDARD_ERROR):
                 continue
             interval = metrics.get(f"{metric}_ci")
             spread = f"  95 % interval {interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
             table.add_row(metric, f"{value:,}" if isinstance(value, int) else f"{value:.4f}{spread}")
+        for column, groups in metrics.get("groups", {}).items():
+            for value, found in groups.items():
+                low, high = found["rewards/accuracies_ci"]
+                interval = f"  95 % interval {low:.4f} to {high:.4f}, {found['num_pairs']:,} pairs"
+                table.add_row(Text(f"accuracy, {column} {value}"), f"{found['rewards/accuracies']:.4f}{interval}")
         console.say(table)
 
 
@@ -350,7 +380,11 @@ def _show_samples(samples: Sequence[Sample], numbers: Mapping[str, Any]) -> None
     sides = ("reference", "policy")
     table = Table("", *sides, title=f"{numbers['samples']['num']:,} samples", title_justify="left", box=None)
     for name in ("finished", "distinct", "median_length", "repetition", "distinct_bigrams", "refusals"):
-        table.add_row(name, *(f"{numbers['samples'][f'{name}_{side}']:.4g}" for side in sides))
+        values = (numbers["samples"].get(f"{name}_{side}") for side in sides)
+        table.add_row(name, *("" if value is None else f"{value:.4g}" for value in values))
+    if "kl" in numbers:
+        low, high = numbers.get("kl_ci") or (math.nan, math.nan)
+        table.add_row("kl per token", "", f"{numbers['kl']:.4f}  ({low:.4f} to {high:.4f})")
     judge = numbers.get("judge")
     if judge and "type" not in judge:
         for category in sorted(judge["policy"], key=lambda name: name != judge["target"]):
