@@ -108,6 +108,22 @@ def evaluate(shell: Shell) -> None:
     shell.run("eval", "runs/lora", "--data", "pairs.jsonl", "--limit", "2", "--json", only=ENDS)
     shell.run("eval", "nowhere")
     shell.run("eval", "model")
+    resolved = Path("runs/lora/recipe.resolved.yaml")
+    gates = "gates: [{metric: loss, max: 100}, {metric: judge.win_rate, min: 0.5, by: lower}]"
+    resolved.write_text(resolved.read_text().replace("gates: []", gates))
+    shell.run("eval", "runs/lora", title="gates", only="gate ")
+
+
+@scene
+def compare(shell: Shell) -> None:
+    shell.run("compare", "runs/lora")
+    shell.run("compare", "runs/lora", "nowhere")
+    shell.run("compare", "runs/lora", "runs/dpo")
+    shell.run("eval", "runs/lora", title="measured", only="result: ")
+    shell.run("eval", "runs/dpo", title="measured", only="result: ")
+    shell.run("compare", "runs/lora", "runs/dpo", "--markdown", "no/comment.md")
+    shell.run("compare", "runs/lora", "runs/dpo", "--markdown", "comment.md")
+    shell.add("comment.md", Path("comment.md").read_text())
 
 
 @scene
@@ -183,8 +199,13 @@ def command_line(shell: Shell) -> None:
         ("dpo", "missing.yaml"),
         ("dpo", "recipes/gpt2-smoke.yaml"),
         ("recipes", "gpt2"),
-        ("recipes", "gpt2-smoke", "-o", "recipe.yaml"),
-        ("recipes", "-o", "new.yaml"),
+        ("recipes", "copy", "gpt2-smoke", "recipe.yaml"),
+        ("recipes", "copy", "gpt2-smoke", "new.yaml"),
+        ("recipes", "copy"),
+        ("recipes", "gpt2-smoke", "new.yaml"),
+        ("init", "--model", "me/model"),
+        ("init", "--gpu", "abacus", "--model", "me/model", "--data", "pairs.jsonl"),
+        ("import", "gone.yaml"),
         ("recipes", "gpt2-smoke", "--key", "beta"),
         ("recipes", "--key", "eval_steps"),
         ("recipes", "--key", "eval_step"),

@@ -91,6 +91,36 @@ CONTRADICTIONS = {
     ),
     "cadence without eval data": (NO_EVAL + "  eval_steps: 10\n", 9, "there is no eval data"),
     "first evaluation without eval data": (NO_EVAL + "  eval_on_start: true\n", 9, "there is no eval data"),
+    "best of no evaluation": (
+        NO_EVAL + "  keep_best: {metric: eval_loss, mode: min}\n",
+        9,
+        "training.keep_best has no effect: there is no eval data",
+    ),
+    "stopping by no metric": (
+        GOOD + "  early_stopping: {patience: 3}\n",
+        11,
+        "early_stopping needs keep_best, whose metric it watches",
+    ),
+    "best by a metric that no evaluation reports": (
+        GOOD + "  keep_best: {metric: eval_held_loss, mode: min}\n",
+        11,
+        "training.keep_best.metric: no evaluation reports 'eval_held_loss', did you mean 'eval_loss'?",
+    ),
+    "a benchmark twice": (
+        GOOD + "eval: {benchmarks: [arc_easy, {task: arc_easy, limit: 5}]}\n",
+        11,
+        "eval.benchmarks[1]: 'arc_easy' is in the list already",
+    ),
+    "a gate without a bound": (
+        GOOD + "eval: {gates: [{metric: kl, max: 8}, {metric: loss}]}\n",
+        11,
+        "eval.gates[1]: the gate has no bound",
+    ),
+    "a gate that nothing passes": (
+        GOOD + "eval: {gates: [{metric: kl, max: 8, min: 9}]}\n",
+        11,
+        "min (9) is above max (8), so no value passes",
+    ),
     "two eval sets of one name": (
         GOOD.replace("  train", "  eval_size: 9\n  train"),
         5,
