@@ -154,6 +154,7 @@ CASES: dict[str, Case] = {
     "lora.modules_to_save": Case(["lm_head"], given=LORA),
     "lora.use_rslora": Case(True, given=LORA),
     "lora.use_dora": Case(True, given=LORA),
+    "lora.init_lora_weights": Case("pissa", given=LORA),
     "lora.rank_pattern": Case({"layers.0.*": 1}, lambda o: o.adapter["rank_pattern"], LORA),
     "lora.alpha_pattern": Case({"layers.0.*": 1}, given=LORA),
     "lora.layers_to_transform": Case([0], given=LORA),
@@ -167,7 +168,10 @@ CASES: dict[str, Case] = {
     "data.chat_template_kwargs": Case({"greeting": "hello"}, given={"model.model_name_or_path": "{greeting}"}),
     "sft.loss_on": Case("last", given={"method": "sft", "data.train": ["{turns.jsonl}"]}),
     "dpo.loss_on": Case("assistant", given={"data.train": ["{sides.jsonl}"]}),
+    "sft.train_on_think": Case("none", given={"method": "sft", "data.train": ["{thinking.jsonl}"]}),
+    "dpo.train_on_think": Case("none", given={"data.train": ["{thinking.jsonl}"]}),
     "sft.average": Case("responses", given={"method": "sft", "data.train": ["{turns.jsonl}"]}),
+    "sft.neftune_noise_alpha": Case(50.0, given={"method": "sft", "data.train": ["{turns.jsonl}"]}),
     "dpo.loss": Case([{"type": "sigmoid"}, {"type": "sft", "weight": 0.5}]),
     "dpo.reference.sync_steps": Case(1, given={"training.num_train_epochs": 2}),
     "dpo.reference.sync_alpha": Case(0.3, given={"training.num_train_epochs": 2, "dpo.reference.sync_steps": 1}),
@@ -180,7 +184,8 @@ CASES: dict[str, Case] = {
     "eval.samples.top_p": Case(0.1, "samples", SAMPLES),
     "eval.samples.seed": Case(1, "samples", SAMPLES),
     "eval.samples.per_prompt": Case(2, "samples", SAMPLES),
-    "eval.judge.type": Case("model", "refused", JUDGED),
+    "eval.samples.refusals": Case(["no"], lambda o: o.resolved["eval"]["samples"]["refusals"], SAMPLES),
+    "eval.judge.type": Case("rubric", "refused", JUDGED),
     "eval.judge.categories": Case({"any": ["never"]}, given=JUDGED),
     "eval.judge.target": Case("no", given=JUDGED),
     "training.output_dir": Case("{tiny}-elsewhere", lambda o: str(o.folder) if "model.safetensors" in o.files else ""),
@@ -206,6 +211,7 @@ CASES: dict[str, Case] = {
     "training.optim": Case("rmsprop", "weights"),
     "training.optim_args": Case({"momentum": 0.5}, "weights", {"training.optim": "muon"}),
     "training.param_dtype": Case("bfloat16", "weights", {"model.dtype": "bfloat16"}),
+    "training.trainable": Case([r"layers\.0\."], "weights"),
     "training.gradient_checkpointing": Case(
         True, lambda o: o.forwards["mlp"], {"training.gradient_checkpointing": False}
     ),
@@ -282,3 +288,22 @@ GATE_CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 BENCHMARK_KEYS = {"task": "smoke_choice", "num_fewshot": 1, "limit": 3, "include_path": "", "chat_template": True}
 """Every key of a benchmark, and a value that changes its figures; the folder is another one in each test."""
+ASKING = {"type": "pairwise", "model": "tiny"}
+RATING = {"type": "rubric", "model": "tiny"}
+JUDGE_CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "url": (ASKING, {"url": "http://127.0.0.1:9/v1", "timeout": 0.2}),
+    "model": (ASKING, {"model": "other"}),
+    "api_key_env": (ASKING, {"api_key_env": "OTHER_KEY"}),
+    "template": (ASKING, {"template": "{template}"}),
+    "lowest": (RATING, {"lowest": 0}),
+    "highest": (RATING, {"highest": 5}),
+    "max_new_tokens": (ASKING, {"max_new_tokens": 9}),
+    "temperature": (ASKING, {"temperature": 0.5}),
+    "request": (ASKING, {"request": {"reasoning_effort": "low"}}),
+    "concurrency": (ASKING | {"concurrency": 1}, {"concurrency": 4}),
+    "timeout": (ASKING, {"timeout": 0.01}),
+    "max_requests": (ASKING, {"max_requests": 1}),
+    "command": ({"type": "command", "command": ["true"]}, {"command": ["false"]}),
+    "calibration": (ASKING, {"calibration": "nowhere.jsonl"}),
+}
+"""The keys of judges that compare, but for `type`: a judge, and a change after which it asks or answers otherwise."""

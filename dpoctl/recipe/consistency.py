@@ -2,11 +2,10 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpoctl.recipe.diagnostics import Diagnostic, KeyPath, dotted
+from dpoctl.recipe.diagnostics import Diagnostic, KeyPath, NoEffect, dotted
 from dpoctl.recipe.document import write_yaml
 from dpoctl.recipe.eval_metrics import (
     EVAL_DATA,
@@ -14,9 +13,10 @@ from dpoctl.recipe.eval_metrics import (
     find_misspelt_expectation,
     find_unknown_metric,
 )
+from dpoctl.recipe.judge_section import find_judge_errors, unused_judge_keys
 from dpoctl.recipe.library_arguments import optimizer_errors, schedule_errors
 from dpoctl.recipe.loss_section import NamedLoss
-from dpoctl.recipe.schema import LOSS, JudgeSection, Recipe
+from dpoctl.recipe.schema import LOSS, Recipe
 
 IsInForce = Callable[[KeyPath, tuple[KeyPath, ...]], bool]
 # TensorBoard uses the name of the folder.
@@ -30,8 +30,6 @@ REFERENCE: KeyPath = ("dpo", "reference")
 EVAL_STEPS: KeyPath = ("training", "eval_steps")
 MAX_NAME, MAX_PATH = 255, 4000
 """The bytes of a file's name, and of a path with room for the files of a run below it."""
-UNDECIDED = "undecided"
-"""The name that a judge gives to a text without a category."""
 FORMAT_ROWS = {
     "hh": ("pairs",),
     "trl-explicit": ("pairs",),
@@ -57,19 +55,6 @@ WHOLE_MATRICES = ("adafactor", "muon")
 """Optimizers whose update of a weight depends on its whole matrix."""
 EVAL_KEYS = ("eval_steps", "eval_on_start", "keep_best", "early_stopping")
 """The keys of training that only evaluations read."""
-
-
-@dataclass(frozen=True, slots=True)
-class NoEffect:
-    """The reason why a key has no effect.
-
-    Args:
-        reason: A clause that completes "it has no effect: ...".
-        causes: The keys that make it so.
-    """
-
-    reason: str
-    causes: tuple[KeyPath, ...]
 
 
 def find_contradictions(
@@ -101,7 +86,7 @@ def find_contradictions(
         yield from find_unknown_metric(recipe, losses)
         yield from find_misspelt_expectation(recipe, losses)
     if recipe.eval.judge is not None:
-        yield from _judge(recipe.eval.judge)
+        yield from find_judge_errors(recipe.eval.judge)
     if losses:
         yield from _batch(recipe, losses)
         yield from _formats(recipe, losses)
@@ -181,9 +166,17 @@ def _lora(recipe: Recipe) -> Iterator[Diagnostic]:
     lora, sharding = recipe.lora, ("training", "sharding")
     if lora is None:
         return
-    if lora.use_dora and recipe.training.sharding == "full":
-        message = "use_dora needs whole weight matrices, and sharding: full divides them; set sharding: none"
-        yield Diagnostic.error(("lora", "use_dora"), message, related=(sharding,))
+    whole = "use_dora" if lora.use_dora else "init_lora_weights" if lora.changes_base else None
+    if whole is not None and recipe.training.sharding == "full":
+        message = f"{whole} needs whole weight matrices, and sharding: full divides them; set sharding: none"
+        yield Diagnostic.error(("lora", whole), message, related=(sharding,))
+    init: KeyPath = ("lora", "init_lora_weights")
+    if lora.changes_base and recipe.quantization is not None:
+        message = f"init_lora_weights: {lora.init_lora_weights} changes the weights, so these cannot be quantised"
+        yield Diagnostic.error(init, message, related=(QUANTIZATION,))
+    if lora.changes_base and lora.use_dora:
+        message = f"init_lora_weights: {lora.init_lora_weights} cannot be exported with use_dora; remove one of them"
+        yield Diagnostic.error(init, message, related=(("lora", "use_dora"),))
     if lora.layers_to_transform is not None and isinstance(lora.target_modules, str) and not lora.adapts_all:
         message = "layers_to_transform has no effect: target_modules is a regular expression, which names the layers"
         yield Diagnostic.error(("lora", "layers_to_transform"), message, related=(("lora", "target_modules"),))
@@ -236,6 +229,9 @@ def _training(recipe: Recipe) -> Iterator[Diagnostic]:
     for key in (key for key, value in given.items() if value and training.lr_scheduler_type == "constant"):
         message = f"{key}: lr_scheduler_type: constant has no warm-up; set constant_with_warmup"
         yield Diagnostic.error(("training", key), message, related=(("training", "lr_scheduler_type"),))
+    if training.trainable is not None and recipe.lora is not None:
+        message = "trainable is for full fine-tuning; lora.target_modules and modules_to_save say what is trained here"
+        yield Diagnostic.error(("training", "trainable"), message, related=(("lora",),))
     if training.param_dtype == "bfloat16":
         yield from _bfloat16_weights(recipe)
     if training.eval_steps is None and _has_eval_data(recipe):
@@ -254,22 +250,6 @@ def _whole_matrices(recipe: Recipe) -> Iterator[Diagnostic]:
     if optim in WHOLE_MATRICES and recipe.training.sharding == "full":
         message = f"optim: {optim} needs whole matrices, and sharding: full divides them; use adamw, or sharding: none"
         yield Diagnostic.error(path, message, related=(sharding,))
-
-
-def _judge(judge: JudgeSection) -> Iterator[Diagnostic]:
-    path: KeyPath = ("eval", "judge", "categories")
-    if judge.target not in judge.categories:
-        message = f"eval.judge.target: expected a category ({', '.join(judge.categories)}), got {judge.target!r}"
-        yield Diagnostic.error(("eval", "judge", "target"), message, related=(path,))
-    if UNDECIDED in judge.categories:
-        message = f"{UNDECIDED!r} is the name for texts without a category; use another name"
-        yield Diagnostic.error((*path, UNDECIDED), message)
-    seen: dict[str, str] = {}
-    for name, words in judge.categories.items():
-        for word in words:
-            if (other := seen.setdefault(word.casefold(), name)) != name:
-                message = f"{word!r} is a word of the category {other!r} too; remove it from one of them"
-                yield Diagnostic.error((*path, name), message)
 
 
 def _benchmarks(recipe: Recipe) -> Iterator[Diagnostic]:
@@ -418,6 +398,8 @@ def _unused_in_eval(recipe: Recipe) -> dict[KeyPath, NoEffect]:
         keys = [key for key in type(samples).model_fields if key != "num"] if samples else []
         return {judge: why, **{(*at, key): why for key in keys}}
     unused: dict[KeyPath, NoEffect] = {}
+    if recipe.eval.judge is not None:
+        unused |= unused_judge_keys(recipe.eval.judge)
     if samples.prompts is not None:
         unused[(*at, "num")] = NoEffect("prompts sets the number of prompts", ((*at, "prompts"),))
     if samples.temperature == 0:

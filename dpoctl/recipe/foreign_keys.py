@@ -158,6 +158,10 @@ KEYS: dict[str, str] = {
     "mix_strategy": "data.train",
     "additional_target": "lora.modules_to_save",
     "peft_use_rslora": "lora.use_rslora",
+    "unfrozen_parameters": "training.trainable",
+    "neftune_noise_alpha": "sft.neftune_noise_alpha",
+    "neft_alpha": "sft.neftune_noise_alpha",
+    "noise_alpha": "sft.neftune_noise_alpha",
     "peft_use_dora": "lora.use_dora",
     "dora": "lora.use_dora",
     "lora_rank_pattern": "lora.rank_pattern",
@@ -212,7 +216,6 @@ NOT_OFFERED: dict[str, tuple[str, ...]] = {
         *("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "early_stopping_patience"),
         *("early_stopping_steps", "early_stopping_threshold", "save_best_model"),
     ),
-    "noise on embeddings is not offered": ("neftune_noise_alpha", "neft_alpha", "noise_alpha"),
     "the command decides: `dpoctl sft`, `dpoctl dpo`, `dpoctl eval`": (
         *("do_train", "do_eval", "do_predict", "predict_with_generate"),
     ),
@@ -244,9 +247,9 @@ NOT_OFFERED: dict[str, tuple[str, ...]] = {
         *("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_fused_linear_cross_entropy", "use_kernels"),
         *("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "xformers_attention", "use_unsloth_gc"),
     ),
-    "this variant of LoRA is not offered; use_rslora, use_dora and loraplus_lr_ratio are": (
+    "this variant of LoRA is not offered; use_rslora, use_dora, loraplus_lr_ratio and init_lora_weights are": (
         *("loftq_config", "lora_bias", "fan_in_fan_out", "lora_fan_in_fan_out", "relora_steps"),
-        *("pissa_init", "pissa_convert", "init_lora_weights"),
+        *("pissa_init", "pissa_convert"),
     ),
     "lora.start: new puts another adapter on top of one": ("create_new_adapter",),
     "adapters of embeddings learn as all others do": ("loraplus_lr_embedding",),
@@ -267,8 +270,8 @@ NOT_OFFERED: dict[str, tuple[str, ...]] = {
         *("dataset_text_field", "field_messages", "field_chosen", "field_rejected", "message_property_mappings"),
         *("text_column", "prompt_column", "chosen_column", "rejected_column", "columns"),
     ),
-    "all layers are trained, or those with an adapter": (
-        *("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules", "unfrozen_parameters"),
+    "training.trainable names the weights that are trained": (
+        *("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules"),
         *("freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model"),
     ),
     "every run writes metrics.jsonl and report.html": (
@@ -329,6 +332,13 @@ VALUES: dict[str, dict[str, tuple[str, str]]] = {
         "wsd": ("warmup_stable_decay", ""),
         "reduce_lr_on_plateau": ("cosine", "the learning rate is a function of the step alone"),
         "greedy": ("cosine", "the learning rate is a function of the step alone"),
+    },
+    "init_lora_weights": {
+        "eva": ("pissa", "EVA needs activations of the data, which there are not when an adapter is made"),
+        "corda": ("pissa", "CorDA needs activations of the data, which there are not when an adapter is made"),
+        "loftq": ("default", "LoftQ quantises the weights anew"),
+        "false": ("default", "a random start would change the model"),
+        **{f"pissa_niter_{number}": ("pissa", "it is exact") for number in (4, 8, 16, 32)},
     },
     "dtype": {
         "bf16": ("bfloat16", ""),
@@ -413,8 +423,8 @@ def recognise(data: Mapping[str, Any]) -> tuple[str, str] | None:
     Returns:
         The key that shows it, and the error message; None for a recipe.
     """
-    if data.get("method") == "contrastive":
-        return "method", "this recipe makes pairs; run `dpoctl convert-data --format contrastive` on it"
+    if (method := data.get("method")) in ("contrastive", "sampled"):
+        return "method", f"this recipe makes pairs; run `dpoctl convert-data --format {method}` on it"
     tool, sign = tool_of(data)
     if not tool or (tool != TORCHTUNE and any(isinstance(data.get(section), dict) for section in SECTIONS)):
         return None

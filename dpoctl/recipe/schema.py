@@ -17,12 +17,27 @@ from pydantic import (
 from dpoctl.recipe.data_section import DataSection
 from dpoctl.recipe.diagnostics import KeyPath
 from dpoctl.recipe.eval_sections import BenchmarkSection, GateSection, benchmark_task
-from dpoctl.recipe.library_names import LrScheduler, ModulePattern, Optim, module_expression, optim_name
+from dpoctl.recipe.judge_section import JudgeSection
+from dpoctl.recipe.library_names import (
+    InitLoraWeights,
+    LrScheduler,
+    ModulePattern,
+    Optim,
+    init_name,
+    module_expression,
+    optim_name,
+)
 from dpoctl.recipe.section import Count, Expect, NewTokens, OneOf, Probability, Range, Section, Seed, Text
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 AttnImplementation = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 HUB_REPOSITORY = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
+TrainOnThink = Literal["all", "nonempty", "none"]
+REFUSALS = (
+    *("I can't", "I cannot", "I can not", "I won't", "I will not", "I'm unable", "I am unable", "I'm not able"),
+    *("I am not able", "I'm sorry", "I am sorry", "I apologize", "as an AI"),
+)
+"""The words of refusals, unless a recipe has its own."""
 LOSS: KeyPath = ("dpo", "loss")
 
 
@@ -139,8 +154,16 @@ class LoraSection(Section):
     """Scale by lora_alpha / sqrt(r) instead."""
     use_dora: bool = False
     """DoRA: train the norm of each row of a weight matrix too, beside its direction."""
+    init_lora_weights: Annotated[InitLoraWeights, BeforeValidator(init_name)] = "default"
+    """How adapters start, as in peft. `default` and `gaussian`: at zero. `pissa` and `olora`: with the largest singular
+    values of the weights, or with their QR decomposition, which is then taken out of the frozen weights."""
     loraplus_lr_ratio: Annotated[float, Ge(1)] | None = Field(default=None, examples=[16])
     """LoRA+: the learning rate of the factor B, and of DoRA's norms, in relation to that of A. null: the same."""
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether adapters start with a part of the weights, which is taken out of these."""
+        return self.init_lora_weights in ("pissa", "olora")
 
     @property
     def adapts_all(self) -> bool:
@@ -153,8 +176,12 @@ class SftSection(Section):
 
     loss_on: Literal["assistant", "last"] = "assistant"
     """`assistant`: train on all assistant turns; `last`: train on the last one only."""
+    train_on_think: TrainOnThink = "all"
+    """The thinking blocks in the loss: `all`; `nonempty`: not the empty ones that some chat templates write; `none`."""
     average: Literal["tokens", "responses"] = "tokens"
     """`tokens`: the mean over all tokens; `responses`: the mean over rows of summed losses: long answers weigh more."""
+    neftune_noise_alpha: Annotated[float, Gt(0), Le(1000)] | None = Field(default=None, examples=[5])
+    """NEFTune: add uniform noise to the embeddings in training, as large as alpha / √(tokens of the row x width)."""
 
 
 class ReferenceSection(Section):
@@ -185,6 +212,8 @@ class DpoSection(Section):
     """A [loss](#losses): its `type` and its keys. Or a list of losses, which are added up, each with a `weight`."""
     loss_on: Literal["last", "assistant"] = "last"
     """`last`: the loss sees the last assistant turn only; `assistant`: all assistant turns after the shared ones."""
+    train_on_think: TrainOnThink = "all"
+    """`sft.train_on_think` for the turns that the loss sees."""
     reference: ReferenceSection = ReferenceSection()
     """The reference model."""
 
@@ -258,6 +287,8 @@ class TrainingSection(Section):
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """The dtype of the trained weights in full fine-tuning. `bfloat16` needs half the memory for weights, gradients and
     optimizer state; updates are rounded stochastically, so that small ones are not lost."""
+    trainable: Annotated[list[ModulePattern], MinLen(1)] | None = Field(default=None, examples=[["layers.3.", "norm"]])
+    """Train the weights only in whose name one of these regular expressions occurs, in full fine-tuning. null: all."""
     gradient_checkpointing: Annotated[Literal["auto"] | bool, OneOf("auto, true or false")] = "auto"
     """Recompute activations in the backward pass, to save memory. `auto`: in as few layers as possible."""
     sharding: Literal["none", "full", "auto"] = "auto"
@@ -324,19 +355,8 @@ class SamplesSection(Section):
     """The seed of the texts. Training does not depend on it."""
     per_prompt: Annotated[int, Ge(1), Le(1000)] = 1
     """The number of texts per prompt and model."""
-
-
-class JudgeSection(Section):
-    """A rule that sorts samples into categories, and counts them."""
-
-    type: Literal["keywords"] = "keywords"
-    """`keywords`: a text gets the category whose words it contains, and none if it has words of several categories."""
-    categories: Annotated[
-        dict[Text, Annotated[list[Text], MinLen(1)]], MinLen(1), Expect("a mapping from categories to lists of words")
-    ] = Field(examples=[{"kind": ["accept"]}])
-    """The words of each category. They match whole words, in upper or lower case."""
-    target: Text = Field(examples=["kind"])
-    """The category that training should make more frequent. Its share is logged as a metric."""
+    refusals: list[Text] = Field(default=[*REFUSALS])
+    """The words that make a text a refusal, whose share `dpoctl eval` reports. They match as a judge's words do."""
 
 
 class EvalSection(Section):
@@ -345,7 +365,7 @@ class EvalSection(Section):
     samples: SamplesSection | None = None
     """Texts to generate. null: none."""
     judge: JudgeSection | None = None
-    """The rule that counts samples by category. null: none."""
+    """The judge of the samples. null: none."""
     benchmarks: list[Annotated[BenchmarkSection, BeforeValidator(benchmark_task)]] = Field(default=[])
     """Benchmarks to run in `dpoctl eval`, with the extra `bench`."""
     gates: list[GateSection] = Field(default=[])

@@ -26,7 +26,7 @@ class Entry:
     Attributes:
         summary: the first sentence of its comment.
         model: that it trains, by its hub id, its folder or its type.
-        method: `sft`, `dpo` or `contrastive`.
+        method: `sft`, `dpo`, `contrastive` or `sampled`.
         trained: `full`, `LoRA` or `QLoRA`.
         gpu: that it is meant for; empty where none is needed.
         memory: of weights, gradients and optimizer state, computed from the shape of the model; empty if unknown.
@@ -84,7 +84,7 @@ def describe_recipe(file: Path) -> Entry:
         summary=_summary(text),
         model=f"new {scratch['config']['model_type']}" if scratch else str(model.get("model_name_or_path")),
         method=str(data["method"]),
-        trained="" if data["method"] == "contrastive" else trained,
+        trained="" if data["method"] in ("contrastive", "sampled") else trained,
         gpu=facts.get("GPU", "none").replace("none", ""),
         memory=facts.get("Memory", ""),
         expected=data.get("expected") or {},

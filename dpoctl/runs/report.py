@@ -215,7 +215,9 @@ def describe_run(recipe: Mapping[str, Any], history: History) -> str:
     lora, scratch = recipe.get("lora"), model.get("from_scratch")
     method = "SFT" if recipe.get("method") == "sft" else f"DPO ({' + '.join(map(_loss, losses_of(recipe)))})"
     name = f"a new {scratch['config'].get('model_type')}" if scratch else model.get("model_name_or_path")
-    trained = f"LoRA of rank {lora.get('r', '?')}" if lora else "all weights"
+    some = training.get("trainable")
+    whole = f"the weights {', '.join(map(str, some))}" if some else "all weights"
+    trained = f"LoRA of rank {lora.get('r', '?')}" if lora else whole
     return (
         f"{method} of {name}, {trained}; {history.last_step:,} steps of {training.get('global_batch_size')}, "
         f"learning rate {training.get('learning_rate')}"

@@ -9,13 +9,13 @@ import json
 import re
 import shutil
 import subprocess
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import IO, Any, Protocol, Self
+from tempfile import TemporaryFile
+from typing import Any, Protocol, Self
 
 from dpoctl import console
 from dpoctl.data.cache import Cache, cache_dir, writing_to
@@ -223,7 +223,7 @@ class CommandJudge:
             for prompt, *pair in zip(prompts, a, b, strict=True)
             for first, second in (pair, reversed(pair))
         ]
-        endpoint = Endpoint("command", json.dumps([*self.command, *_hashes([program, *self.command[1:]])]))
+        endpoint = Endpoint("command", json.dumps([*self.command, *hash_files([program, *self.command[1:]])]))
         keys = [Request([row], {}, repeat=repeat).key(endpoint) for row in rows]
         folder = Cache(cache_dir()).writable(FOLDER)
         with writing_to(folder), KeptAnswers.open(folder, endpoint) as kept:
@@ -238,20 +238,20 @@ class CommandJudge:
         """Send rows to the command, and keep each verdict as it comes."""
         keys, found = list(new), dict[str, Reply]()
         lines = [json.dumps({"id": number, **row}) + "\n" for number, row in enumerate(new.values())]
-        pipe = subprocess.PIPE
-        with (
-            subprocess.Popen(
-                [program, *self.command[1:]], stdin=pipe, stdout=pipe, text=True, encoding="utf-8"
-            ) as child,
-            console.WorkProgress(f"judging by {self.command[0]}", len(new), "verdicts") as progress,
-        ):
-            if child.stdin is None or child.stdout is None:
-                raise RunError(f"the judge {self.command[0]} has no pipes")
-            threading.Thread(target=_feed, args=(child.stdin, lines), daemon=True).start()
-            for key, winner in _winners(child.stdout, keys):
-                found[key] = Reply(winner, True)
-                kept.write(key, found[key])
-                progress.advance()
+        # A file, and no pipe: a program may write before it has read everything, or end without reading.
+        with TemporaryFile("w+", encoding="utf-8") as pairs:
+            pairs.writelines(lines)
+            pairs.seek(0)
+            with (
+                subprocess.Popen(
+                    [program, *self.command[1:]], stdin=pairs, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+                ) as child,
+                console.WorkProgress(f"judging by {self.command[0]}", len(new), "verdicts") as progress,
+            ):
+                for key, winner in _winners(child.stdout or (), keys):
+                    found[key] = Reply(winner, True)
+                    kept.write(key, found[key])
+                    progress.advance()
         if child.returncode:
             raise RunError(
                 f"the judge {self.command[0]} ended with exit code {child.returncode}; its own error is above"
@@ -286,19 +286,13 @@ def _requests(texts: Sequence[str], sampling: Mapping[str, Any], template: Templ
     return [Request([{"role": "user", "content": text}], sampling, template.digest, repeat) for text in texts]
 
 
-def _hashes(arguments: Sequence[str]) -> list[str]:
+def hash_files(arguments: Sequence[str]) -> list[str]:
     """Hash the small files among arguments: a judge whose script has changed is another one."""
     scripts = [path for path in map(Path, arguments) if path.is_file() and path.stat().st_size <= LARGEST_SCRIPT]
     return [sha256(script) for script in scripts]
 
 
-def _feed(pipe: IO[str], lines: Sequence[str]) -> None:
-    # A command that ends early closes the pipe; what it did not answer is no vote.
-    with suppress(BrokenPipeError, ValueError), pipe:
-        pipe.writelines(lines)
-
-
-def _winners(lines: IO[str], keys: Sequence[str]) -> Iterator[tuple[str, str]]:
+def _winners(lines: Iterable[str], keys: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield the winners that can be read."""
     for line in lines:
         with suppress(ValueError, LookupError, TypeError):

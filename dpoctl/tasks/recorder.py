@@ -148,7 +148,7 @@ class Recorder:
     def save(self, step: int, *, owes_evaluation: bool) -> None:
         """Begin to write a checkpoint; every rank calls this at the same step."""
         stepper, objective = self._stepper, self._stepper.objective
-        weights = self._policy.trainable_state()
+        weights = self._policy.state()
         if not self._is_sharded:
             require_same(self._accelerator, "weights", tensor_checksum(weights.values()))
         extra: dict[str, Any] = {
@@ -198,7 +198,7 @@ class Recorder:
 
     def _restore(self, resumed: Checkpoint) -> None:
         stepper, objective = self._stepper, self._stepper.objective
-        self._policy.load_trainable_state(resumed.weights)
+        self._policy.load_state(resumed.weights)
         stepper.optimizer.optimizer.load_state_dict(resumed.optimizer)
         if self.best is not None:
             self.best.load_state(resumed.extra.get(BEST))

@@ -103,7 +103,7 @@ class Setup:
         sharding: Sharding | None = None,
     ) -> Self:
         """Shard a model, if it is to be, and probe it; every rank calls this, and all use the first rank's result."""
-        sharded = None if sharding is None else _shard(policy, sharding, accelerator, build_task(recipe))
+        sharded = None if sharding is None else _shard(policy, sharding, accelerator, recipe)
         with accelerator.autocast():
             found = _inside(sharded, lambda: probe(policy.causal, max_length=recipe.data.max_length))
         (result,) = broadcast_object_list([found])
@@ -221,7 +221,8 @@ class Setup:
         if self.sharded is not None:
             return self.sharded
         confidence = "confidence" in self.task.needs and not is_reference
-        return Scorer(self.policy.model, self.policy.causal, self.probe, confidence=confidence)
+        alpha = noise_alpha(self.recipe)
+        return Scorer(self.policy.model, self.policy.causal, self.probe, confidence=confidence, noise_alpha=alpha)
 
     def inside(self, action: Callable[[], Result]) -> Result:
         """Run an action that calls the model and not the scorer; the ranks of a sharded model call it in step."""
@@ -256,10 +257,16 @@ class Setup:
         return Objective(self.accelerator, scorer, self.task.terms, report, reference, self.recipe.training.seed)
 
 
-def _shard(policy: Policy, sharding: Sharding, accelerator: Accelerator, task: Task) -> Scorer:
+def noise_alpha(recipe: Recipe) -> float | None:
+    """Return the alpha of NEFTune, if there is noise in the training."""
+    return recipe.sft.neftune_noise_alpha if recipe.method == "sft" else None
+
+
+def _shard(policy: Policy, sharding: Sharding, accelerator: Accelerator, recipe: Recipe) -> Scorer:
     """Divide a model over the ranks, and return the scorer that runs it."""
     unknown = ProbeResult("padded", own_head=False, reason="not probed yet")
-    scorer = Scorer(policy.model, policy.causal, unknown, confidence="confidence" in task.needs)
+    confidence = "confidence" in build_task(recipe).needs
+    scorer = Scorer(policy.model, policy.causal, unknown, confidence=confidence, noise_alpha=noise_alpha(recipe))
     # Of a model that is still in its files these are compared.
     if not any(is_lazy(parameter) for parameter in policy.model.parameters()):
         require_same(accelerator, "model", tensor_checksum(policy.model.parameters()))

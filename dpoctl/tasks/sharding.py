@@ -13,6 +13,7 @@ from dpoctl.errors import UsageError
 from dpoctl.model.from_config import build_skeleton
 from dpoctl.model.load import compute_dtype, weight_dtype
 from dpoctl.model.memory import free_bytes
+from dpoctl.model.modules import is_trainable
 from dpoctl.model.sharding import Sharding
 from dpoctl.recipe.consistency import WHOLE_MATRICES
 from dpoctl.recipe.schema import Recipe, TrainingSection
@@ -101,10 +102,12 @@ def _refuse(recipe: Recipe, ranks: int, dtype: torch.dtype) -> None:
             f"training.optim: {training.optim} needs whole matrices, and a sharded model has parts of them",
             hint="set training.optim: adamw, or training.sharding: none",
         )
-    if recipe.lora is not None and recipe.lora.use_dora:
+    lora = recipe.lora
+    if lora is not None and (lora.use_dora or lora.changes_base):
+        key = "use_dora" if lora.use_dora else "init_lora_weights"
         raise UsageError(
-            "lora.use_dora needs whole weight matrices, and a sharded model has parts of them",
-            hint="set lora.use_dora: false, or training.sharding: none",
+            f"lora.{key} needs whole weight matrices, and a sharded model has parts of them",
+            hint=f"remove lora.{key}, or set training.sharding: none",
         )
     if dtype == torch.float16:
         raise UsageError("a sharded model cannot compute in float16", hint="set model.dtype: bfloat16")
@@ -143,7 +146,9 @@ def needed_bytes(recipe: Recipe, model: nn.Module, device: torch.device) -> floa
     dtype = compute_dtype(recipe, device)
     sizes = {True: 0, False: 0}
     for name, parameter in model.named_parameters():
-        sizes[recipe.lora is None or ".lora_" in name or ".modules_to_save." in name] += parameter.numel()
+        is_adapter = ".lora_" in name or ".modules_to_save." in name
+        is_trained = is_adapter if recipe.lora else is_trainable(name, recipe.training.trainable)
+        sizes[is_trained] += parameter.numel()
     is_packed = recipe.quantization is not None and recipe.quantization.load_in_4bit
     frozen = FOUR_BITS if is_packed else weight_dtype(recipe, dtype).itemsize
     cast = 2 if recipe.training.param_dtype == "float32" and dtype != torch.float32 else 0

@@ -67,7 +67,7 @@ def test_the_table_has_a_line_for_each_recipe_and_no_line_is_wider_than_the_term
 
 
 def test_names_of_recipes_complete_in_a_shell() -> None:
-    assert complete_name("reviewer2-s") == ["reviewer2-sft"]
+    assert complete_name("reviewer2-sf") == ["reviewer2-sft"]
     assert complete_name("co") == ["copy"]
 
 

@@ -258,7 +258,7 @@ FOREIGN = {
     "packing: true": "unknown key 'packing': dpoctl does not pad, so it needs no packing; remove this key",
     "sample_packing: true": "unknown key 'sample_packing': dpoctl does not pad, so it needs no packing; remove",
     "load_best_model_at_end: true": "the model of the last step is the result; training.max_steps ends a run earlier",
-    "neftune_noise_alpha: 5": "noise on embeddings is not offered",
+    "neftune_noise_alpha: 5": "unknown key 'neftune_noise_alpha', did you mean 'sft.neftune_noise_alpha'?",
     "deepspeed: ds.json": "did you mean 'sharding'? (full: weights, gradients and optimizer state are divided",
     "fsdp: full_shard auto_wrap": "did you mean 'sharding'? (full: weights, gradients and optimizer state are divided",
     "fsdp_config: {fsdp_version: 2}": "did you mean 'sharding'?",

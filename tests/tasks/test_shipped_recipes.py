@@ -23,7 +23,8 @@ from dpoctl.data import sources
 from dpoctl.recipe import parse_recipe
 from dpoctl.recipe.shipped import describe_recipe, shipped_recipes
 
-RECIPES = {name: file for name, file in shipped_recipes().items() if name != "reviewer2-contrastive"}
+OF_PAIRS = ("reviewer2-contrastive", "reviewer2-sampled")
+RECIPES = {name: file for name, file in shipped_recipes().items() if name not in OF_PAIRS}
 OF_THE_HUB = {name: file for name, file in RECIPES.items() if describe_recipe(file).gpu}
 MESSAGES = "messages"
 PAIRS = "ultrafeedback-binarized"
