@@ -190,12 +190,12 @@ def _contents(run: Path) -> dict[str, Any]:
     recipe = redact(yaml.safe_load(_text(run / RESOLVED_RECIPE)) or {})
     data = _json(run / "data_report.json") or {}
     results = read_results(run)
-    official = _official(run, results)
+    official = official_result(run, results)
     rows = MetricsFile(run / "metrics.jsonl").rows()
     history = History.of(rows, list(data.get("evals") or {}))
     return {
         "title": run.resolve().name,
-        "subtitle": _describe(recipe, history),
+        "subtitle": describe_run(recipe, history),
         "written": _times(rows) or _day(run / "metrics.jsonl"),
         "verdict": verdict_of(official),
         "breakdowns": list(_breakdowns(run, results, official)),
@@ -220,7 +220,7 @@ def _contents(run: Path) -> dict[str, Any]:
     }
 
 
-def _describe(recipe: Mapping[str, Any], history: History) -> str:
+def describe_run(recipe: Mapping[str, Any], history: History) -> str:
     """Return the run in one line."""
     model, training = recipe.get("model") or {}, recipe.get("training") or {}
     lora, scratch = recipe.get("lora"), model.get("from_scratch")
@@ -265,7 +265,7 @@ def _symptoms(path: Path) -> Iterator[str]:
         yield f"Step {one['step']:,}: {one['message']}; {one['hint']}."
 
 
-def _official(run: Path, results: Sequence[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
+def official_result(run: Path, results: Sequence[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
     """Return the newest result of the run's own eval sets, if it is of the weights that the run has now."""
     own = [report for _, report in results if report["official"]]
     weights = fingerprint(run) if own else ""

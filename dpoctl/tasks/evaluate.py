@@ -31,6 +31,7 @@ from dpoctl.recipe.eval_sections import BenchmarkSection
 from dpoctl.runs.best import model_step
 from dpoctl.runs.gates import check_gates
 from dpoctl.runs.metrics import STANDARD_ERROR
+from dpoctl.runs.model_card import refresh_card
 from dpoctl.runs.names import RESOLVED_RECIPE
 from dpoctl.runs.record_values import RecordValues
 from dpoctl.runs.report import NAME as REPORT
@@ -175,6 +176,7 @@ def _keep(
     with writing(home):
         path = write_result(home, origin, report, samples, values)
     refresh_report(home)
+    refresh_card(home)
     return f"result: {path}; report: {home / REPORT}"
 
 
