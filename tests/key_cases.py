@@ -182,7 +182,8 @@ CASES: dict[str, Case] = {
     "eval.samples.top_p": Case(0.1, "samples", SAMPLES),
     "eval.samples.seed": Case(1, "samples", SAMPLES),
     "eval.samples.per_prompt": Case(2, "samples", SAMPLES),
-    "eval.judge.type": Case("model", "refused", JUDGED),
+    "eval.samples.refusals": Case(["no"], lambda o: o.resolved["eval"]["samples"]["refusals"], SAMPLES),
+    "eval.judge.type": Case("rubric", "refused", JUDGED),
     "eval.judge.categories": Case({"any": ["never"]}, given=JUDGED),
     "eval.judge.target": Case("no", given=JUDGED),
     "training.output_dir": Case("{tiny}-elsewhere", lambda o: str(o.folder) if "model.safetensors" in o.files else ""),
@@ -281,3 +282,25 @@ GATE_CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "by": (GATE, {"by": "lower"}),
 }
 """Every key of a gate: the gate, and the change after which the same result no longer passes."""
+
+BENCHMARK_KEYS = {"task": "smoke_choice", "num_fewshot": 1, "limit": 3, "include_path": "", "chat_template": True}
+"""Every key of a benchmark, and a value that changes its figures; the folder is another one in each test."""
+ASKING = {"type": "pairwise", "model": "tiny"}
+RATING = {"type": "rubric", "model": "tiny"}
+JUDGE_CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "url": (ASKING, {"url": "http://127.0.0.1:9/v1", "timeout": 0.2}),
+    "model": (ASKING, {"model": "other"}),
+    "api_key_env": (ASKING, {"api_key_env": "OTHER_KEY"}),
+    "template": (ASKING, {"template": "{template}"}),
+    "lowest": (RATING, {"lowest": 0}),
+    "highest": (RATING, {"highest": 5}),
+    "max_new_tokens": (ASKING, {"max_new_tokens": 9}),
+    "temperature": (ASKING, {"temperature": 0.5}),
+    "request": (ASKING, {"request": {"reasoning_effort": "low"}}),
+    "concurrency": (ASKING | {"concurrency": 1}, {"concurrency": 4}),
+    "timeout": (ASKING, {"timeout": 0.01}),
+    "max_requests": (ASKING, {"max_requests": 1}),
+    "command": ({"type": "command", "command": ["true"]}, {"command": ["false"]}),
+    "calibration": (ASKING, {"calibration": "nowhere.jsonl"}),
+}
+"""The keys of judges that compare, but for `type`: a judge, and a change after which it asks or answers otherwise."""

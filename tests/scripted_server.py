@@ -104,6 +104,16 @@ def flaky(script: Callable[[Body], Reply], *failures: int) -> Callable[[Body], R
     return reply
 
 
+def steady(script: Callable[[Body], Reply], seconds: float) -> Callable[[Body], Reply]:
+    """Take some seconds for each answer."""
+
+    def reply(body: Body) -> Reply:
+        time.sleep(seconds)
+        return script(body)
+
+    return reply
+
+
 def slow(script: Callable[[Body], Reply], seconds: float) -> Callable[[Body], Reply]:
     """Answer the first time after some seconds, then at once."""
     seen: Counter[str] = Counter()

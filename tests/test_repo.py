@@ -20,7 +20,7 @@ from dpoctl.errors import UserError
 from dpoctl.recipe import Recipe, parse_recipe, schema
 from dpoctl.recipe.pair_generation import load_contrastive
 from dpoctl.recipe.sampled_pairs import load_sampled
-from dpoctl.recipe.schema import Section
+from dpoctl.recipe.section import Section
 from dpoctl.runs.signals import SIGNALS
 
 ROOT = Path(__file__).parents[1]

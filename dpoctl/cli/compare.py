@@ -11,7 +11,7 @@ from dpoctl.cli import options
 from dpoctl.errors import GATE_FAILED, UsageError, writing
 
 if TYPE_CHECKING:
-    from dpoctl.runs.comparison import Comparison
+    from dpoctl.runs.comparison import RunComparison
     from dpoctl.runs.comparison_page import Block
 
 Runs = Annotated[
@@ -44,10 +44,10 @@ def compare(
     for run in runs:
         options.existing(run)
     from dpoctl.files import write_atomically
-    from dpoctl.runs.comparison import Comparison, measured
+    from dpoctl.runs.comparison import RunComparison, measured
     from dpoctl.runs.comparison_page import blocks, to_markdown, to_page
 
-    comparison = Comparison(measured(runs))
+    comparison = RunComparison(measured(runs))
     for option, path, render in (("--markdown", markdown, to_markdown), ("--html", html, to_page)):
         if path is None:
             continue
@@ -63,7 +63,7 @@ def compare(
         raise typer.Exit(GATE_FAILED)
 
 
-def _show(comparison: "Comparison", found: "list[Block]") -> None:
+def _show(comparison: "RunComparison", found: "list[Block]") -> None:
     """Print the tables, then gates and verdicts."""
     from rich.table import Table
     from rich.text import Text

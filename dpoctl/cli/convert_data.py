@@ -11,7 +11,7 @@ from dpoctl.errors import UsageError
 from dpoctl.tasks import import_libraries
 
 if TYPE_CHECKING:
-    from dpoctl.recipe.schema import Source as RecipeSource
+    from dpoctl.recipe.data_section import Source as RecipeSource
 
 CONTRASTIVE, SAMPLED = "contrastive", "sampled"
 
@@ -197,7 +197,7 @@ def _convert(
 def _build_source(path: str, format: str, given: dict[str, Any], overrides: list[str] | None) -> "RecipeSource":
     """Return the options as a recipe's data source."""
     from dpoctl.data.formats import FORMATS
-    from dpoctl.recipe.schema import Source as RecipeSource
+    from dpoctl.recipe.data_section import Source as RecipeSource
     from dpoctl.recipe.secrets import refuse_secret_argument
 
     for name, texts in {

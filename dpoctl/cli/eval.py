@@ -20,12 +20,18 @@ Data = Annotated[
 Limit = Annotated[
     int | None, typer.Option(metavar="N", min=1, help="Use only the first N rows of each eval set.", show_default=False)
 ]
+Repeats = Annotated[
+    int,
+    typer.Option(metavar="N", min=1, max=1000, help="Draw and judge the samples N times, for the noise floor."),
+]
 
 
 def evaluate(
     run: options.RunPath,
     data: Data = None,
     limit: Limit = None,
+    set_values: options.Set = None,
+    repeats: Repeats = 1,
     json_output: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -38,9 +44,12 @@ def evaluate(
     from dpoctl.recipe.secrets import refuse_secret_argument
 
     refuse_secret_argument("--data", data or "")
+    for text in set_values or ():
+        refuse_secret_argument("--set", text)
     launchers.check_environment(os.environ)
     import_libraries()
     from dpoctl.tasks.evaluate import run as evaluate_run
 
-    if not evaluate_run(run, data=data, limit=limit, json_output=json_output):
+    changes = set_values or ()
+    if not evaluate_run(run, data=data, limit=limit, json_output=json_output, overrides=changes, repeats=repeats):
         raise typer.Exit(GATE_FAILED)

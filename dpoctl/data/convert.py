@@ -33,7 +33,7 @@ from dpoctl.errors import DataError, UsageError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from dpoctl.recipe.schema import Source
+    from dpoctl.recipe.data_section import Source
 
 STDOUT = "-"
 To = Literal["pairs", "unpaired", "messages"]

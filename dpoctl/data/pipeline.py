@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dpoctl.data import formats
 from dpoctl.data.formats.detect import Detection, check_options, detect
+from dpoctl.data.formats.transcripts import as_messages
 from dpoctl.data.grouping import GROUPED, Grouper, Labels, Majority
 from dpoctl.data.json_cells import message_columns, refuse_unread, with_messages
 from dpoctl.data.pairing import Shaper, Wants, check_ranking, pairing_of
@@ -22,7 +23,7 @@ from dpoctl.data.sources import SourceRow, read_rows
 from dpoctl.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from dpoctl.recipe.schema import Source
+    from dpoctl.recipe.data_section import Source
 
 DETECTION_ROWS = 100
 """The number of first rows from which a format is detected."""
@@ -266,7 +267,7 @@ def _any_text(name: str, rows: list[Row], options: Mapping[str, Any]) -> bool:
             continue
         any_sound = True
         try:
-            if formats.as_messages(plain) != plain:
+            if as_messages(plain) != plain:
                 return True
         except Reject:
             return True

@@ -31,7 +31,8 @@ from dpoctl.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from dpoctl.recipe.schema import DataSection, Recipe, Source
+    from dpoctl.recipe.data_section import DataSection, Source
+    from dpoctl.recipe.schema import Recipe
 
 CODE_VERSION = 8
 """Part of every store's key: raise it with any change that gives the same rows other tokens."""

@@ -12,10 +12,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from dpoctl import console
+from dpoctl.recipe.data_section import Source
 from dpoctl.recipe.diagnostics import Diagnostic, KeyPath, Severity, in_order
 from dpoctl.recipe.document import Document
 from dpoctl.recipe.facts import Facts, PlannedRun
-from dpoctl.recipe.schema import Recipe, Source
+from dpoctl.recipe.schema import Recipe
 from dpoctl.redact import redact_text
 
 Rule = Callable[[PlannedRun], Iterator[Diagnostic]]

@@ -2,11 +2,10 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpoctl.recipe.diagnostics import Diagnostic, KeyPath, dotted
+from dpoctl.recipe.diagnostics import Diagnostic, KeyPath, NoEffect, dotted
 from dpoctl.recipe.document import write_yaml
 from dpoctl.recipe.eval_metrics import (
     EVAL_DATA,
@@ -14,9 +13,10 @@ from dpoctl.recipe.eval_metrics import (
     find_misspelt_expectation,
     find_unknown_metric,
 )
+from dpoctl.recipe.judge_section import find_judge_errors, unused_judge_keys
 from dpoctl.recipe.library_arguments import optimizer_errors, schedule_errors
 from dpoctl.recipe.loss_section import NamedLoss
-from dpoctl.recipe.schema import LOSS, JudgeSection, Recipe
+from dpoctl.recipe.schema import LOSS, Recipe
 
 IsInForce = Callable[[KeyPath, tuple[KeyPath, ...]], bool]
 # TensorBoard uses the name of the folder.
@@ -30,8 +30,6 @@ REFERENCE: KeyPath = ("dpo", "reference")
 EVAL_STEPS: KeyPath = ("training", "eval_steps")
 MAX_NAME, MAX_PATH = 255, 4000
 """The bytes of a file's name, and of a path with room for the files of a run below it."""
-UNDECIDED = "undecided"
-"""The name that a judge gives to a text without a category."""
 FORMAT_ROWS = {
     "hh": ("pairs",),
     "trl-explicit": ("pairs",),
@@ -59,19 +57,6 @@ EVAL_KEYS = ("eval_steps", "eval_on_start", "keep_best", "early_stopping")
 """The keys of training that only evaluations read."""
 
 
-@dataclass(frozen=True, slots=True)
-class NoEffect:
-    """The reason why a key has no effect.
-
-    Args:
-        reason: A clause that completes "it has no effect: ...".
-        causes: The keys that make it so.
-    """
-
-    reason: str
-    causes: tuple[KeyPath, ...]
-
-
 def find_contradictions(
     recipe: Recipe, command: str, is_in_force: IsInForce, losses: Sequence[NamedLoss]
 ) -> Iterator[Diagnostic]:
@@ -95,12 +80,13 @@ def find_contradictions(
     yield from _lora(recipe)
     yield from _data(recipe)
     yield from _training(recipe)
+    yield from _benchmarks(recipe)
     yield from _gates(recipe)
     if losses or recipe.method == "sft":
         yield from find_unknown_metric(recipe, losses)
         yield from find_misspelt_expectation(recipe, losses)
     if recipe.eval.judge is not None:
-        yield from _judge(recipe.eval.judge)
+        yield from find_judge_errors(recipe.eval.judge)
     if losses:
         yield from _batch(recipe, losses)
         yield from _formats(recipe, losses)
@@ -255,20 +241,12 @@ def _whole_matrices(recipe: Recipe) -> Iterator[Diagnostic]:
         yield Diagnostic.error(path, message, related=(sharding,))
 
 
-def _judge(judge: JudgeSection) -> Iterator[Diagnostic]:
-    path: KeyPath = ("eval", "judge", "categories")
-    if judge.target not in judge.categories:
-        message = f"eval.judge.target: expected a category ({', '.join(judge.categories)}), got {judge.target!r}"
-        yield Diagnostic.error(("eval", "judge", "target"), message, related=(path,))
-    if UNDECIDED in judge.categories:
-        message = f"{UNDECIDED!r} is the name for texts without a category; use another name"
-        yield Diagnostic.error((*path, UNDECIDED), message)
-    seen: dict[str, str] = {}
-    for name, words in judge.categories.items():
-        for word in words:
-            if (other := seen.setdefault(word.casefold(), name)) != name:
-                message = f"{word!r} is a word of the category {other!r} too; remove it from one of them"
-                yield Diagnostic.error((*path, name), message)
+def _benchmarks(recipe: Recipe) -> Iterator[Diagnostic]:
+    tasks = [one.task for one in recipe.eval.benchmarks]
+    for index, task in enumerate(tasks):
+        if task in tasks[:index]:
+            at: KeyPath = ("eval", "benchmarks", index)
+            yield Diagnostic.error(at, f"{dotted(at)}: {task!r} is in the list already; a task runs once")
 
 
 def _gates(recipe: Recipe) -> Iterator[Diagnostic]:
@@ -409,6 +387,8 @@ def _unused_in_eval(recipe: Recipe) -> dict[KeyPath, NoEffect]:
         keys = [key for key in type(samples).model_fields if key != "num"] if samples else []
         return {judge: why, **{(*at, key): why for key in keys}}
     unused: dict[KeyPath, NoEffect] = {}
+    if recipe.eval.judge is not None:
+        unused |= unused_judge_keys(recipe.eval.judge)
     if samples.prompts is not None:
         unused[(*at, "num")] = NoEffect("prompts sets the number of prompts", ((*at, "prompts"),))
     if samples.temperature == 0:

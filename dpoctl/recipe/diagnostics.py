@@ -171,3 +171,16 @@ def shown(value: object) -> str:
             return repr(value if len(value) <= SHOWN else value[:SHOWN] + "...")
         case _:
             return str(value)[:SHOWN]
+
+
+@dataclass(frozen=True, slots=True)
+class NoEffect:
+    """The reason why a key has no effect.
+
+    Args:
+        reason: A clause that completes "it has no effect: ...".
+        causes: The keys that make it so.
+    """
+
+    reason: str
+    causes: tuple[KeyPath, ...]

@@ -46,7 +46,7 @@ def eval_metrics(recipe: Recipe, losses: Sequence[NamedLoss]) -> list[str]:
     samples, judge = recipe.eval.samples, recipe.eval.judge
     if samples is not None and (samples.prompts is not None or samples.num):
         names += [f"eval_{name}" for name in OF_SAMPLES]
-        names += [] if judge is None else [f"eval_judge/{judge.target}"]
+        names += [] if judge is None or judge.target is None else [f"eval_judge/{judge.target}"]
     return list(dict.fromkeys(names))
 
 

@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails, PydanticUndefined
 from dpoctl.recipe.diagnostics import Diagnostic, KeyPath, dotted, shown
 from dpoctl.recipe.document import Document, read_scalar, write_yaml
 from dpoctl.recipe.foreign_keys import remark_on, translate_key, translate_value, why_not_offered
-from dpoctl.recipe.schema import Expect
+from dpoctl.recipe.section import Expect
 
 MAX_KEY_LENGTH = 64
 MOST_LISTED = 20

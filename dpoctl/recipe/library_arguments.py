@@ -8,7 +8,8 @@ from pydantic import BaseModel, ValidationError
 
 from dpoctl.recipe.diagnostics import Diagnostic, KeyPath, dotted, shown
 from dpoctl.recipe.key_errors import describe, hints
-from dpoctl.recipe.schema import Count, Probability, Section, TrainingSection
+from dpoctl.recipe.schema import TrainingSection
+from dpoctl.recipe.section import Count, Probability, Section
 
 OPTIM: KeyPath = ("training", "optim")
 SCHEDULE: KeyPath = ("training", "lr_scheduler_type")

@@ -12,12 +12,13 @@ from pydantic_core import ErrorDetails
 
 from dpoctl.errors import UsageError
 from dpoctl.recipe.consistency import find_contradictions
+from dpoctl.recipe.data_section import SOURCE_FORMATS
 from dpoctl.recipe.diagnostics import Diagnostic, KeyPath, Place, RecipeError, dotted, in_order, shown
 from dpoctl.recipe.document import LINE_BREAK, VARIABLE, Document, apply_overrides, read_document
 from dpoctl.recipe.foreign_keys import recognise
 from dpoctl.recipe.key_errors import Suggester, closest, explain, field_at, hints, unwrap
 from dpoctl.recipe.loss_section import complete_losses, hyperparameters, unknown_choice
-from dpoctl.recipe.schema import LOSS, SOURCE_FORMATS, Recipe
+from dpoctl.recipe.schema import LOSS, Recipe
 from dpoctl.recipe.secrets import refuse_secrets
 from dpoctl.recipe.shipped import shipped_recipes
 

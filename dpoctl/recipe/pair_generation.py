@@ -8,22 +8,13 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import BeforeValidator, Field, ValidationError
 
+from dpoctl.recipe.data_section import source_path
 from dpoctl.recipe.diagnostics import Diagnostic, KeyPath, RecipeError, dotted, in_order
 from dpoctl.recipe.document import apply_overrides
 from dpoctl.recipe.key_errors import Suggester, closest
 from dpoctl.recipe.loader import explain_all, find_variables, keys_of, read_mapping, read_text
-from dpoctl.recipe.schema import (
-    AttnImplementation,
-    Count,
-    DType,
-    Expect,
-    NewTokens,
-    QuantizationSection,
-    Section,
-    Seed,
-    Text,
-    source_path,
-)
+from dpoctl.recipe.schema import AttnImplementation, DType, QuantizationSection
+from dpoctl.recipe.section import Count, Expect, NewTokens, Section, Seed, Text
 
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 SIDES = ("negative", "positive")

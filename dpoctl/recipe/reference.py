@@ -22,7 +22,8 @@ from dpoctl.recipe.key_errors import closest, describe, hints, unwrap
 from dpoctl.recipe.loss_section import DEFAULT
 from dpoctl.recipe.pair_generation import ContrastiveRecipe
 from dpoctl.recipe.sampled_pairs import SampledRecipe
-from dpoctl.recipe.schema import Expect, Recipe
+from dpoctl.recipe.schema import Recipe
+from dpoctl.recipe.section import Expect
 
 Titles = dict[type[BaseModel], str]
 

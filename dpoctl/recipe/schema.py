@@ -5,79 +5,32 @@ know it then.
 """
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
+from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
-    GetCoreSchemaHandler,
-    ValidationError,
 )
-from pydantic_core import CoreSchema, core_schema
 
-from dpoctl.losses.base import STRICT
+from dpoctl.recipe.data_section import DataSection
 from dpoctl.recipe.diagnostics import KeyPath
+from dpoctl.recipe.eval_sections import BenchmarkSection, GateSection, benchmark_task
+from dpoctl.recipe.judge_section import JudgeSection
 from dpoctl.recipe.library_names import LrScheduler, ModulePattern, Optim, module_expression, optim_name
+from dpoctl.recipe.section import Count, Expect, NewTokens, OneOf, Probability, Range, Section, Seed, Text
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-Text = Annotated[str, MinLen(1)]
-Count = Annotated[int, Ge(1), Le(1_000_000_000)]
-Tokens = Annotated[int, Ge(2), Le(100_000_000)]
-NewTokens = Annotated[int, Ge(1), Le(65_536)]
-Probability = Annotated[float, Ge(0), Lt(1)]
-Seed = Annotated[int, Ge(0), Lt(2**32)]
 AttnImplementation = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 HUB_REPOSITORY = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
-PairMode = Literal["best-worst", "best-rest", "best-random", "adjacent", "all"]
-Overlong = Literal["drop", "truncate"]
 TrainOnThink = Literal["all", "nonempty", "none"]
-PromptTruncation = Literal["keep_end", "keep_start"]
-SOURCE_FORMATS = (
-    *("auto", "openai-preference", "arena-140k", "arena-100k", "arena-55k", "helpsteer3", "helpsteer2-preference"),
-    *("helpsteer2", "ultrafeedback-raw", "nectar", "nemo-ranking", "shp", "stack-exchange", "stack-exchange-paired"),
-    *("pku", "summarize", "comparison-gpt4", "capybara", "ultrafeedback-binarized", "argilla-cleaned", "dpo-mix"),
-    *("distilabel-orca", "orca", "axolotl", "sharegpt-ranking", "alpaca-ranking", "llamafactory-v1", "ms-swift"),
-    *("snorkel", "hh", "ranking", "trl-explicit", "trl-implicit", "generic", "llamafactory-kto", "messages"),
-    *("sharegpt", "alpaca", "capybara-conversation", "prompt-completion", "prompt-response", "text"),
+REFUSALS = (
+    *("I can't", "I cannot", "I can not", "I won't", "I will not", "I'm unable", "I am unable", "I'm not able"),
+    *("I am not able", "I'm sorry", "I am sorry", "I apologize", "as an AI"),
 )
-"""The values of a source's `format`: auto, or a name of `dpoctl.data.formats.FORMATS`."""
-MOST_EVAL_SETS = 200
-"""Each set keeps its files open."""
+"""The words of refusals, unless a recipe has its own."""
 LOSS: KeyPath = ("dpo", "loss")
-
-
-@dataclass(frozen=True)
-class Expect:
-    """The words for the values of a key, where those made from its type are not clear; metadata of `Annotated`."""
-
-    words: str
-
-
-@dataclass(frozen=True)
-class OneOf(Expect):
-    """The words for a union of types: pydantic reports an error for each type, and this makes them one."""
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Wrap the validation of the union."""
-        return core_schema.no_info_wrap_validator_function(self._validate, handler(source))
-
-    def _validate(self, value: Any, validate: Callable[[Any], Any]) -> Any:
-        try:
-            return validate(value)
-        except ValidationError:
-            raise ValueError(self.words) from None
-
-
-class Section(BaseModel):
-    """A part of the recipe: unknown keys are refused, values are not converted, and nothing changes after loading."""
-
-    model_config = ConfigDict(**STRICT, use_attribute_docstrings=True)
 
 
 def exactly_one(value: Any) -> Any:
@@ -87,35 +40,11 @@ def exactly_one(value: Any) -> Any:
     return value
 
 
-def source_list(value: Any) -> Any:
-    """Read a string as a list of one source."""
-    return [value] if isinstance(value, str) else value
-
-
-def source_path(value: Any) -> Any:
-    """Read a string as the path of a source."""
-    return {"path": value} if isinstance(value, str) else value
-
-
-def eval_sets(value: Any) -> Any:
-    """Read a list as the one eval set `eval`, and null as no eval set."""
-    if value is None:
-        return {}
-    return {"eval": value} if isinstance(value, str | list) else value
-
-
 def name_list(value: Any) -> Any:
     """Read a name as a list of one name, and `none` or null as an empty list."""
     if value is None or value == "none":
         return []
     return [value] if isinstance(value, str) else value
-
-
-def rising(value: list[float]) -> list[float]:
-    """Accept two numbers, the smaller one first."""
-    if len(value) != 2 or not value[0] <= value[1]:
-        raise ValueError("not a range")
-    return value
 
 
 def hub_repository(value: str) -> str:
@@ -130,100 +59,6 @@ def typed_config(value: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(value.get("model_type"), str):
         raise ValueError("no model_type")
     return value
-
-
-class Source(Section):
-    """A source of rows, in `data.train` or `data.eval`. A string instead of these keys is its `path`."""
-
-    path: Text = Field(examples=["pairs.jsonl"])
-    """A hub id, a file, a folder saved by `datasets`, or a built-in source such as `demo:reviewer2`."""
-    name: Text | None = Field(default=None, examples=["default"])
-    """The configuration of a hub data set."""
-    split: Text = "train"
-    """The split of a hub data set, of a folder saved by `datasets`, or of a built-in source."""
-    revision: Text | None = Field(default=None, examples=["main"])
-    """The branch, tag or commit of a hub data set."""
-    data_files: Annotated[list[Text], MinLen(1)] | None = Field(default=None, examples=[["part-0.jsonl"]])
-    """The files to read from a folder or a hub data set. null: all files."""
-    format: Text = "auto"
-    """The format of the rows (docs/data.md lists them). `auto`: detect it, and print which one was found."""
-    format_options: dict[str, Any] = Field(default={}, examples=[{"attribute": "correctness"}])
-    """Options of the format, for example the rating to compare answers by."""
-    weight: Annotated[float, Gt(0), Le(1000)] = 1.0
-    """The number of times that each row is used per epoch. 0.5: a random half of the rows; 2: every row twice."""
-    max_samples: Count | None = Field(default=None, examples=[1000])
-    """The number of rows to use, drawn in a random order. Rows that cannot be used, e.g. too long ones, do not count:
-    others are drawn until there are enough. Rows that `data.eval_size` holds out count."""
-    column_map: dict[str, Text] = Field(default={}, examples=[{"prompt": "question"}])
-    """The columns of the file by their standard names: `{prompt: question}` reads the prompt from `question`."""
-    pairs: PairMode | None = None
-    """The rated answers of a prompt that make pairs (docs/data.md). null: `best-worst`; `all` for a listwise loss."""
-    min_margin: Annotated[float, Ge(0)] | None = None
-    """Drop a pair if the ratings of its two answers differ by less than this."""
-    max_pairs_per_prompt: Count | None = None
-    """The maximum number of pairs of one prompt. The pairs with the largest rating difference are kept."""
-    ties: Literal["drop", "keep"] | None = None
-    """Drop or keep pairs with equal ratings. They are counted in both cases. null: `drop`."""
-    max_length: Tokens | None = None
-    """`data.max_length` for this source."""
-    max_prompt_length: Count | None = None
-    """`data.max_prompt_length` for this source."""
-    overlong: Overlong | None = None
-    """`data.overlong` for this source."""
-    prompt_truncation: PromptTruncation | None = None
-    """`data.prompt_truncation` for this source."""
-    metrics: Text | None = None
-    """Log separate metrics for the rows of this source, under this name. null: no separate metrics."""
-
-
-Range = Annotated[list[float], AfterValidator(rising), Expect("two numbers, the smaller one first")]
-Sources = Annotated[
-    list[Annotated[Source, BeforeValidator(source_path)]],
-    MinLen(1),
-    BeforeValidator(source_list),
-    Expect("a list of sources, each a path or a mapping with a path"),
-]
-
-
-class DataSection(Section):
-    """The data for training and evaluation."""
-
-    train: Sources = Field(examples=[["pairs.jsonl"]])
-    """The sources of the training rows."""
-    eval: Annotated[
-        dict[Text, Sources],
-        BeforeValidator(eval_sets),
-        MaxLen(MOST_EVAL_SETS),
-        Expect("a list of sources, or a mapping from names to lists of sources"),
-    ] = Field(default={}, examples=[["heldout.jsonl"]])
-    """Eval sets by name. A list without a name is the eval set `eval`."""
-    eval_size: (
-        Annotated[
-            Annotated[float, Gt(0), Lt(1)] | Count,
-            OneOf("a fraction between 0 and 1, or a whole number from 1 to 1,000,000,000"),
-        ]
-        | None
-    ) = Field(default=None, examples=[0.05])
-    """Hold out this fraction, or this number, of the training rows as the eval set `eval`."""
-    max_length: Tokens = 1024
-    """The maximum number of tokens in prompt and answer together."""
-    max_prompt_length: Count | None = Field(default=None, examples=[512])
-    """The maximum number of tokens in the prompt. It must be smaller than `max_length`."""
-    overlong: Overlong = "drop"
-    """Drop or truncate rows that are too long. They are counted in both cases."""
-    prompt_truncation: PromptTruncation = "keep_end"
-    """The end of a prompt that truncation keeps: its end or its start. Only for `overlong: truncate`."""
-    duplicates: Literal["keep", "drop"] = "keep"
-    """Keep or drop repeated rows. They are counted in both cases."""
-    chat_template_kwargs: dict[str, Any] = Field(default={})
-    """Extra variables for the chat template."""
-
-    @property
-    def sources(self) -> list[tuple[KeyPath, Source]]:
-        """Every source of training and evaluation, with its path in the recipe."""
-        sets: list[tuple[KeyPath, list[Source]]] = [(("data", "train"), self.train)]
-        sets += [(("data", "eval", name), sources) for name, sources in self.eval.items()]
-        return [((*path, index), source) for path, sources in sets for index, source in enumerate(sources)]
 
 
 class TokenizerSpec(Section):
@@ -500,32 +335,8 @@ class SamplesSection(Section):
     """The seed of the texts. Training does not depend on it."""
     per_prompt: Annotated[int, Ge(1), Le(1000)] = 1
     """The number of texts per prompt and model."""
-
-
-class JudgeSection(Section):
-    """A rule that sorts samples into categories, and counts them."""
-
-    type: Literal["keywords"] = "keywords"
-    """`keywords`: a text gets the category whose words it contains, and none if it has words of several categories."""
-    categories: Annotated[
-        dict[Text, Annotated[list[Text], MinLen(1)]], MinLen(1), Expect("a mapping from categories to lists of words")
-    ] = Field(examples=[{"kind": ["accept"]}])
-    """The words of each category. They match whole words, in upper or lower case."""
-    target: Text = Field(examples=["kind"])
-    """The category that training should make more frequent. Its share is logged as a metric."""
-
-
-class GateSection(Section):
-    """A bound on a metric of `dpoctl eval`, which exits with 4 if it is not kept."""
-
-    metric: Text = Field(examples=["rewards/accuracies"])
-    """The path of a number in the result, with dots: `rewards/accuracies`, `samples.finished_policy`."""
-    min: float | None = Field(default=None, examples=[0.55])
-    """The number must be at least this."""
-    max: float | None = Field(default=None, examples=[8.0])
-    """The number must be at most this."""
-    by: Literal["value", "lower", "upper"] = "value"
-    """The number to compare: the metric itself, or the lower or upper end of its 95 % interval."""
+    refusals: list[Text] = Field(default=[*REFUSALS])
+    """The words that make a text a refusal, whose share `dpoctl eval` reports. They match as a judge's words do."""
 
 
 class EvalSection(Section):
@@ -534,8 +345,10 @@ class EvalSection(Section):
     samples: SamplesSection | None = None
     """Texts to generate. null: none."""
     judge: JudgeSection | None = None
-    """The rule that counts samples by category. null: none."""
-    gates: list[GateSection] = []
+    """The judge of the samples. null: none."""
+    benchmarks: list[Annotated[BenchmarkSection, BeforeValidator(benchmark_task)]] = Field(default=[])
+    """Benchmarks to run in `dpoctl eval`, with the extra `bench`."""
+    gates: list[GateSection] = Field(default=[])
     """Bounds that `dpoctl eval` and `dpoctl compare` check, for scripts."""
 
 

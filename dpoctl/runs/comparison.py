@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 from dpoctl.errors import UsageError
 from dpoctl.recipe.document import flatten
-from dpoctl.recipe.schema import GateSection
+from dpoctl.recipe.eval_sections import GateSection
 from dpoctl.runs.gates import GateResult, check_gates, find_metric, metric_paths
 from dpoctl.runs.names import RESOLVED_RECIPE, require_run
 from dpoctl.runs.record_values import SUFFIX, RecordValues, read_record_values
 from dpoctl.runs.results import PROVENANCE, fingerprint, in_words, read_results
+from dpoctl.runs.statistics import t_quantile
 
 Floats = NDArray[np.float64]
 MAIN_SET = "eval"
@@ -30,7 +31,6 @@ HEADLINES = (("judge.win_rate", 1), ("rewards/accuracies", 1), ("nll_loss", -1),
 """The metrics that a verdict is about, the first that there is, and whether more is better."""
 OF_DATA = ("lengths/chosen", "lengths/rejected")
 """Metrics that do not depend on the model."""
-Z = 1.959964
 FEWEST = 5
 """With fewer prompts, no interval means anything."""
 DRAWS, EXACT = 9_999, 13
@@ -105,7 +105,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RunComparison:
     """Several runs beside each other, all compared with the first.
 
     Attributes:
@@ -218,6 +218,8 @@ def verdict(
         if (one := paired.get(path)) is None:
             return f"verdict: {name}: not comparable with {first} record by record: {numbers}"
         spread = f", {one.interval[0]:+.4g} to {one.interval[1]:+.4g}" if one.interval else ""
+        if not one.difference and one.interval == (0, 0):
+            return f"verdict: {name}: no difference shown from {first}: {numbers}, the same on every record"
         better = "better" if sign * one.difference > 0 else "worse"
         words = f"{better} than" if one.is_shown else "no difference shown from"
         by = f"difference {one.difference:+.4g}{spread}; p {one.p_value:.2g}"
@@ -257,7 +259,7 @@ def paired_difference(
     interval = None
     if groups >= FEWEST:
         error = math.sqrt(groups / (groups - 1) * float(by_prompt[1] @ by_prompt[1])) / size
-        spread = student_quantile(groups - 1) * error
+        spread = t_quantile(0.975, groups - 1) * error
         interval = difference - spread, difference + spread
     return Paired(difference, interval, sign_flip_p_value(by_prompt[0].astype(np.float64)))
 
@@ -276,17 +278,6 @@ def sign_flip_p_value(values: Floats, seed: int = 0) -> float:
         signs = generator.integers(0, 2, (DRAWS // 9, len(values)), dtype=np.int8) * 2.0 - 1.0
         larger += int((np.abs(signs @ values) >= observed).sum())
     return (larger + 1) / (DRAWS + 1)
-
-
-def student_quantile(freedom: int) -> float:
-    """Return the 97.5 % quantile of Student's t, to 0.3 % from 4 degrees of freedom on (Cornish and Fisher, 1938)."""
-    z, n = Z, float(freedom)
-    return (
-        z
-        + (z**3 + z) / (4 * n)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3)
-    )
 
 
 def _paired(first: Measured, second: Measured) -> dict[str, Paired]:

@@ -12,7 +12,7 @@ from dpoctl import __version__
 from dpoctl.redact import redact
 from dpoctl.runs import charts
 from dpoctl.runs.charts import Figure, History, Mark, Series, number
-from dpoctl.runs.comparison import Comparison, Measured, Paired, describe
+from dpoctl.runs.comparison import Measured, Paired, RunComparison, describe
 from dpoctl.runs.metrics import MetricsFile
 from dpoctl.runs.pages import TEMPLATES, template
 from dpoctl.runs.results import SAMPLES
@@ -44,7 +44,7 @@ class Block:
     rows: tuple[tuple[str, ...], ...]
 
 
-def blocks(comparison: Comparison) -> list[Block]:
+def blocks(comparison: RunComparison) -> list[Block]:
     """Return the tables of a comparison, without empty ones: recipes, numbers, and differences on the same records."""
     names = short_names(comparison.runs)
     recipe = redact(comparison.recipe)
@@ -63,7 +63,7 @@ def short_names(runs: Sequence[Measured]) -> list[str]:
     return names if len(set(names)) == len(names) else [run.name for run in runs]
 
 
-def to_markdown(comparison: Comparison) -> str:
+def to_markdown(comparison: RunComparison) -> str:
     """Return the comparison for a comment on a pull request, bound to the recipes, data and weights by their hashes."""
     names = short_names(comparison.runs)
     lines = ["### dpoctl compare", ""]
@@ -102,7 +102,7 @@ class ShownPrompt(NamedTuple):
     answers: tuple[ShownAnswer, ...]
 
 
-def to_page(comparison: Comparison) -> str:
+def to_page(comparison: RunComparison) -> str:
     """Return the comparison as one HTML page without scripts or requests."""
     css = (TEMPLATES / "report.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()

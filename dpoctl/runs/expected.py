@@ -12,7 +12,7 @@ NAME = "expected.json"
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ExpectedMetric:
     """A metric of a run beside what its recipe expects.
 
     Attributes:
@@ -35,7 +35,7 @@ class Comparison:
         return f"{self.metric} {measured}, expected {self.low:g} to {self.high:g}: {'yes' if self.is_met else 'NO'}"
 
 
-def compare(expected: Mapping[str, Sequence[float]], rows: Iterable[Mapping[str, Any]]) -> list[Comparison]:
+def compare(expected: Mapping[str, Sequence[float]], rows: Iterable[Mapping[str, Any]]) -> list[ExpectedMetric]:
     """Compare the last values of metrics with what is expected.
 
     Args:
@@ -49,18 +49,18 @@ def compare(expected: Mapping[str, Sequence[float]], rows: Iterable[Mapping[str,
     for metric, (low, high) in expected.items():
         value = last.get(metric)
         number = float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-        found.append(Comparison(metric, low, high, number, number is not None and low <= number <= high))
+        found.append(ExpectedMetric(metric, low, high, number, number is not None and low <= number <= high))
     return found
 
 
-def to_dicts(comparisons: Iterable[Comparison]) -> list[dict[str, Any]]:
+def to_dicts(comparisons: Iterable[ExpectedMetric]) -> list[dict[str, Any]]:
     """Return comparisons as they are written to a file."""
     return [asdict(one) for one in comparisons]
 
 
-def read_comparisons(run: Path) -> list[Comparison]:
+def read_comparisons(run: Path) -> list[ExpectedMetric]:
     """Return the comparisons that a run has written; none if its recipe expects nothing, or it has not ended."""
     try:
-        return [Comparison(**one) for one in json.loads((run / NAME).read_text(encoding="utf-8"))]
+        return [ExpectedMetric(**one) for one in json.loads((run / NAME).read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError):
         return []

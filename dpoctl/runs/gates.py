@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dpoctl.recipe.schema import GateSection
+from dpoctl.recipe.eval_sections import GateSection
 from dpoctl.runs.charts import number
 
 INTERVAL = "_ci"

@@ -32,7 +32,8 @@ class Provenance:
         data: for each set its sources, the key of its tokens, and the number of its records that were used.
         limit: the number of records that each set was limited to.
         baseline: the model that the policy was compared with; None if there is none.
-        official: whether these are all records of the run's own eval sets.
+        official: whether these are all records of the run's own eval sets, with the settings of its recipe.
+        settings: the settings that differ from the recipe's, as they were given.
     """
 
     run: str
@@ -42,12 +43,14 @@ class Provenance:
     limit: int | None
     baseline: str | None
     official: bool
+    settings: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """A file name that differs for every other model, data, limit or baseline."""
         keys = {name: about["key"] for name, about in self.data.items()}
-        key = json.dumps([self.model, keys, self.limit, self.baseline, self.official], sort_keys=True)
+        parts = [self.model, keys, self.limit, self.baseline, self.official, *self.settings]
+        key = json.dumps(parts, sort_keys=True)
         digest = hashlib.sha256(key.encode()).hexdigest()[:8]
         source = next((path for about in self.data.values() for path in about["sources"]), "data")
         label = "official" if self.official else re.sub(r"[^\w.-]+", "-", Path(source).name).strip(".-")[:40]
@@ -57,7 +60,8 @@ class Provenance:
         """Return the keys of `PROVENANCE`."""
         date = datetime.now(UTC).isoformat(timespec="seconds")
         values = {name: getattr(self, name) for name in PROVENANCE if name != "date"}
-        return {**values, "data": {name: dict(about) for name, about in self.data.items()}, "date": date}
+        settings = {"settings": list(self.settings)} if self.settings else {}
+        return {**values, "data": {name: dict(about) for name, about in self.data.items()}, **settings, "date": date}
 
 
 def write_result(

@@ -9,13 +9,13 @@ import json
 import re
 import shutil
 import subprocess
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import IO, Any, Protocol, Self
+from tempfile import TemporaryFile
+from typing import Any, Protocol, Self
 
 from dpoctl import console
 from dpoctl.data.cache import Cache, cache_dir, writing_to
@@ -238,20 +238,20 @@ class CommandJudge:
         """Send rows to the command, and keep each verdict as it comes."""
         keys, found = list(new), dict[str, Reply]()
         lines = [json.dumps({"id": number, **row}) + "\n" for number, row in enumerate(new.values())]
-        pipe = subprocess.PIPE
-        with (
-            subprocess.Popen(
-                [program, *self.command[1:]], stdin=pipe, stdout=pipe, text=True, encoding="utf-8"
-            ) as child,
-            console.WorkProgress(f"judging by {self.command[0]}", len(new), "verdicts") as progress,
-        ):
-            if child.stdin is None or child.stdout is None:
-                raise RunError(f"the judge {self.command[0]} has no pipes")
-            threading.Thread(target=feed, args=(child.stdin, lines), daemon=True).start()
-            for key, winner in _winners(child.stdout, keys):
-                found[key] = Reply(winner, True)
-                kept.write(key, found[key])
-                progress.advance()
+        # A file, and no pipe: a program may write before it has read everything, or end without reading.
+        with TemporaryFile("w+", encoding="utf-8") as pairs:
+            pairs.writelines(lines)
+            pairs.seek(0)
+            with (
+                subprocess.Popen(
+                    [program, *self.command[1:]], stdin=pairs, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+                ) as child,
+                console.WorkProgress(f"judging by {self.command[0]}", len(new), "verdicts") as progress,
+            ):
+                for key, winner in _winners(child.stdout or (), keys):
+                    found[key] = Reply(winner, True)
+                    kept.write(key, found[key])
+                    progress.advance()
         if child.returncode:
             raise RunError(
                 f"the judge {self.command[0]} ended with exit code {child.returncode}; its own error is above"
@@ -292,14 +292,7 @@ def hash_files(arguments: Sequence[str]) -> list[str]:
     return [sha256(script) for script in scripts]
 
 
-def feed(pipe: IO[str], lines: Sequence[str]) -> None:
-    """Write lines to a command that may end before it has read them."""
-    # A command that ends early closes the pipe; what it did not answer is no vote.
-    with suppress(BrokenPipeError, ValueError), pipe:
-        pipe.writelines(lines)
-
-
-def _winners(lines: IO[str], keys: Sequence[str]) -> Iterator[tuple[str, str]]:
+def _winners(lines: Iterable[str], keys: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield the winners that can be read."""
     for line in lines:
         with suppress(ValueError, LookupError, TypeError):

@@ -31,8 +31,8 @@ from dpoctl.model.generate import Generation, SamplingParams, generate
 from dpoctl.model.load import load_run, resolve_dtype
 from dpoctl.model.source import find_source
 from dpoctl.model.tokenizer import read_tokenizer
+from dpoctl.recipe.data_section import Source
 from dpoctl.recipe.pair_generation import ContrastiveRecipe, load_contrastive
-from dpoctl.recipe.schema import Source
 from dpoctl.recipe.templates import template_text
 from dpoctl.runs.metrics import Progress
 from dpoctl.tasks.paths import check_contrastive_paths

@@ -4,12 +4,12 @@ import json
 import math
 import shutil
 import subprocess
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import combinations, islice
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -22,13 +22,14 @@ from dpoctl.errors import RunError, SetupError
 from dpoctl.model.load import resolve_dtype
 from dpoctl.model.source import find_source, reading_model
 from dpoctl.model.tokenizer import read_tokenizer
-from dpoctl.recipe.consistency import UNDECIDED
-from dpoctl.tasks.judges import PairwiseJudge, RubricJudge, Template, feed, hash_files, prompt_text
+from dpoctl.recipe.judge_section import UNDECIDED
+from dpoctl.tasks.judges import PairwiseJudge, RubricJudge, hash_files, prompt_text
+from dpoctl.tasks.judging import build_served_judge
 from dpoctl.tasks.samples import KeywordJudge
-from dpoctl.tasks.served import FOLDER, Client, Endpoint, KeptAnswers, Reply, Request
+from dpoctl.tasks.served import FOLDER, Endpoint, KeptAnswers, Reply, Request
 
 if TYPE_CHECKING:
-    from dpoctl.recipe.sampled_pairs import EndpointSection, ScoreSection
+    from dpoctl.recipe.sampled_pairs import ScoreSection
 
 Scores = list[list[float | None]]
 Asked = dict[str, Any]
@@ -36,14 +37,14 @@ Asked = dict[str, Any]
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "config.json")
 
 
-class Scorer(Protocol):
+class AnswerScorer(Protocol):
     """Scores answers."""
 
     def __call__(self, prompts: Sequence[Text], answers: Sequence[Sequence[str]]) -> Scores:
         """Return a score for each answer to each prompt; None where there is none."""
 
 
-def build_scorer(section: "ScoreSection") -> Scorer:
+def build_scorer(section: "ScoreSection") -> AnswerScorer:
     """Make the scorer of a section.
 
     Raises:
@@ -56,19 +57,8 @@ def build_scorer(section: "ScoreSection") -> Scorer:
         return _Command(section.command or ())
     if section.type == "reward_model":
         return _RewardModel(section)
-    sampling = {"max_tokens": section.max_new_tokens, "temperature": section.temperature}
-    client, template = client_of(section), Template.read(section.type, section.template)
-    if section.type == "pairwise":
-        return _Tournament(PairwiseJudge(client, template, sampling))
-    return _Ratings(RubricJudge(client, template, sampling, section.lowest, section.highest))
-
-
-def client_of(section: "ScoreSection | EndpointSection") -> Client:
-    """Make the client of a served model."""
-    endpoint = Endpoint(
-        section.url or "", section.model or "", section.api_key_env, section.concurrency, section.timeout
-    )
-    return Client(endpoint, section.max_requests)
+    judge = build_served_judge(section)
+    return _Tournament(judge) if isinstance(judge, PairwiseJudge) else _Ratings(judge)
 
 
 class _Keywords:
@@ -126,19 +116,19 @@ class _Command:
     def _run(self, rows: Sequence[Asked]) -> Iterator[tuple[int, float]]:
         """Send rows to the command, and yield the number and the score of each as it comes."""
         lines = [json.dumps({"id": number, **row}) + "\n" for number, row in enumerate(rows)]
-        pipe = subprocess.PIPE
-        with subprocess.Popen(
-            [self._program, *self._command[1:]], stdin=pipe, stdout=pipe, text=True, encoding="utf-8"
-        ) as child:
-            if child.stdin is None or child.stdout is None:
-                raise RunError(f"score.command: {self._command[0]} has no pipes")
-            threading.Thread(target=feed, args=(child.stdin, lines), daemon=True).start()
-            for line in child.stdout:
-                with suppress(ValueError, LookupError, TypeError):
-                    row = json.loads(line)
-                    number, score = row["id"], float(row["score"])
-                    if type(number) is int and 0 <= number < len(rows) and math.isfinite(score):
-                        yield number, score
+        # A file, and no pipe: a program may write before it has read everything, or end without reading.
+        with TemporaryFile("w+", encoding="utf-8") as asked:
+            asked.writelines(lines)
+            asked.seek(0)
+            with subprocess.Popen(
+                [self._program, *self._command[1:]], stdin=asked, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+            ) as child:
+                for line in child.stdout or ():
+                    with suppress(ValueError, LookupError, TypeError):
+                        row = json.loads(line)
+                        number, score = row["id"], float(row["score"])
+                        if type(number) is int and 0 <= number < len(rows) and math.isfinite(score):
+                            yield number, score
         if child.returncode:
             message = f"score.command: {self._command[0]} ended with exit code {child.returncode}"
             raise RunError(message, hint="its own error is above; scores so far are kept")

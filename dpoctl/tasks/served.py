@@ -59,23 +59,24 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Request:
-    """A conversation to continue.
+    """A conversation or a text to continue.
 
     Attributes:
-        messages: mappings with `role` and `content`.
+        messages: mappings with `role` and `content`, for `chat/completions`; or a plain text, for `completions`.
         sampling: further fields of the request's body, such as `max_tokens` and `temperature`.
         template: a hash of the template that the messages were made with; empty if there is none.
         repeat: the number of the draw: each is a request of its own.
     """
 
-    messages: Sequence[Mapping[str, Any]]
+    messages: Sequence[Mapping[str, Any]] | str
     sampling: Mapping[str, Any]
     template: str = ""
     repeat: int = 0
 
     def key(self, endpoint: Endpoint) -> str:
         """Hash all that an answer depends on."""
-        parts = [_base(endpoint.url), endpoint.model, list(map(dict, self.messages)), dict(self.sampling)]
+        shown = self.messages if isinstance(self.messages, str) else list(map(dict, self.messages))
+        parts = [_base(endpoint.url), endpoint.model, shown, dict(self.sampling)]
         text = json.dumps([*parts, self.template, self.repeat], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -212,6 +213,7 @@ class Client:
             raise
         finally:
             stop.set()
+            client.close()
         self._require_some(list(found.values()))
         return found
 
@@ -295,11 +297,14 @@ def _ask(client: "OpenAI", endpoint: Endpoint, request: Request) -> Reply:
     """
     import openai  # noqa: PLC0415
 
-    messages: Any = [dict(message) for message in request.messages]
+    model, fields, shown = endpoint.model, dict(request.sampling), request.messages
+    reply: Any
     try:
-        reply: Any = client.chat.completions.create(
-            model=endpoint.model, messages=messages, extra_body=dict(request.sampling)
-        )
+        if isinstance(shown, str):
+            reply = client.completions.create(model=model, prompt=shown, extra_body=fields)
+        else:
+            messages: Any = [dict(message) for message in shown]
+            reply = client.chat.completions.create(model=model, messages=messages, extra_body=fields)
     except (openai.BadRequestError, openai.UnprocessableEntityError, openai.ConflictError) as error:
         return Reply("", False, problem=f"refused: {_short(error)}")
     except openai.OpenAIError as error:
@@ -312,7 +317,7 @@ def _ask(client: "OpenAI", endpoint: Endpoint, request: Request) -> Reply:
 def _read(reply: Any) -> Reply:
     choices: Any = getattr(reply, "choices", None)
     choice = choices[0] if isinstance(choices, list) and choices else None
-    text = getattr(getattr(choice, "message", None), "content", None)
+    text = getattr(getattr(choice, "message", None), "content", getattr(choice, "text", None))
     if not isinstance(text, str):
         return Reply("", False, problem="malformed: its answer has no text")
     counts = [getattr(getattr(reply, "usage", None), name, 0) for name in ("prompt_tokens", "completion_tokens")]

@@ -106,6 +106,11 @@ CONTRADICTIONS = {
         11,
         "training.keep_best.metric: no evaluation reports 'eval_held_loss', did you mean 'eval_loss'?",
     ),
+    "a benchmark twice": (
+        GOOD + "eval: {benchmarks: [arc_easy, {task: arc_easy, limit: 5}]}\n",
+        11,
+        "eval.benchmarks[1]: 'arc_easy' is in the list already",
+    ),
     "a gate without a bound": (
         GOOD + "eval: {gates: [{metric: kl, max: 8}, {metric: loss}]}\n",
         11,

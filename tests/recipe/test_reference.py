@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from dpoctl.losses import LOSSES
+from dpoctl.recipe.data_section import Source
 from dpoctl.recipe.loader import keys_of
 from dpoctl.recipe.pair_generation import ContrastiveRecipe
 from dpoctl.recipe.reference import recipe_reference
 from dpoctl.recipe.sampled_pairs import SampledRecipe
-from dpoctl.recipe.schema import Recipe, Source
+from dpoctl.recipe.schema import Recipe
 
 FILE = Path(__file__).parents[2] / "docs" / "recipe.md"
 PAGE = recipe_reference()

@@ -10,11 +10,11 @@ from pydantic import BaseModel
 from dpoctl.losses import LOSSES
 from dpoctl.recipe import Recipe, RecipeError, parse_recipe
 from dpoctl.recipe.consistency import resolved_yaml
+from dpoctl.recipe.data_section import Source
 from dpoctl.recipe.document import read_document, write_yaml
 from dpoctl.recipe.key_errors import hints, unwrap
 from dpoctl.recipe.pair_generation import ContrastiveRecipe
 from dpoctl.recipe.sampled_pairs import SampledRecipe
-from dpoctl.recipe.schema import Source
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 # A specification of data to make stands there too.

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dpoctl.errors import UsageError
-from dpoctl.runs.comparison import Paired, paired_difference, sign_flip_p_value, student_quantile, verdict
+from dpoctl.runs.comparison import Paired, paired_difference, sign_flip_p_value, verdict
 from dpoctl.runs.record_values import RecordValues, read_record_values, write_record_values
 
 
@@ -23,7 +23,7 @@ def test_a_difference_of_single_records_is_that_of_a_paired_t_interval() -> None
     # The differences are 1, 0, 0, 1, 0, 1: mean 1/2, variance 0.3; t of 5 degrees of freedom is 2.5706.
     spread = 2.5706 * math.sqrt(0.3 / 6)
     assert found.difference == pytest.approx(0.5)
-    assert found.interval == pytest.approx((0.5 - spread, 0.5 + spread), abs=2e-3)
+    assert found.interval == pytest.approx((0.5 - spread, 0.5 + spread), abs=1e-4)
     # Of the 8 combinations of three signs, +++ and --- give a sum as large.
     assert found.p_value == 0.25
     assert not found.is_shown
@@ -47,11 +47,6 @@ def test_a_ratio_is_that_of_the_sums_and_fewer_than_five_prompts_have_no_interva
     found = paired_difference((np.array([2.0, 6.0, 0.0]), counts), (np.array([3.0, 9.0, 0.0]), counts), np.arange(3))
     assert found == Paired(1.0, None, 0.5)
     assert paired_difference((counts, counts * 0), (counts, counts), np.arange(3)) is None
-
-
-def test_quantiles_of_student_are_those_of_the_tables() -> None:
-    for freedom, quantile in {4: 2.7764, 9: 2.2622, 29: 2.0452, 1000: 1.9623}.items():
-        assert student_quantile(freedom) == pytest.approx(quantile, rel=3e-3)
 
 
 def test_the_p_value_is_exact_for_few_and_drawn_for_many() -> None:
@@ -98,6 +93,11 @@ def test_values_come_back_and_a_damaged_file_is_named(tmp_path: Path) -> None:
         ("rewards/accuracies", Paired(0.1, (0.05, 0.15), 0.001), "better than a: rewards/accuracies 0.6 -> 0.7"),
         ("rewards/accuracies", Paired(-0.1, (-0.15, -0.05), 0.001), "worse than a"),
         ("rewards/accuracies", Paired(0.1, (-0.05, 0.15), 0.2), "no difference shown from a"),
+        (
+            "rewards/accuracies",
+            Paired(0.0, (0.0, 0.0), 1.0),
+            "no difference shown from a: rewards/accuracies 0.6",
+        ),
         ("rewards/accuracies", Paired(0.1, None, 0.2), "no difference shown from a"),
         ("rewards/accuracies", None, "not comparable with a record by record"),
         ("loss", Paired(0.1, (0.05, 0.15), 0.001), "worse than a: loss 0.6 -> 0.7"),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dpoctl.recipe import RecipeError, parse_recipe
-from dpoctl.runs.expected import Comparison, compare, read_comparisons
+from dpoctl.runs.expected import ExpectedMetric, compare, read_comparisons
 
 ROWS = [
     {"step": 0, "eval_loss": 0.69},
@@ -18,7 +18,7 @@ ROWS = [
 def test_the_last_value_of_a_metric_is_compared_with_both_ends_of_its_range() -> None:
     ranges = {"eval_loss": [0.5, 0.54], "loss": [0.1, 0.5], "eval_other_loss": [0, 1], "eval_los": [0, 1]}
     loss, train, wrong, missing = compare(ranges, ROWS)
-    assert loss == Comparison("eval_loss", 0.5, 0.54, 0.5, True)
+    assert loss == ExpectedMetric("eval_loss", 0.5, 0.54, 0.5, True)
     assert (train.value, train.is_met) == (0.6, False)
     assert (wrong.value, wrong.is_met) == (missing.value, missing.is_met) == (None, False)
     assert str(loss) == "eval_loss 0.5, expected 0.5 to 0.54: yes"

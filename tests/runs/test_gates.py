@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from dpoctl.recipe.schema import GateSection
+from dpoctl.recipe.eval_sections import GateSection
 from dpoctl.runs.gates import check_gates, find_metric, metric_paths
 
 REPORT: dict[str, Any] = {

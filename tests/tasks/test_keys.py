@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import Field, fields, replace
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +16,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from huggingface_hub import HfApi, constants
-from key_cases import CASES, GATE_CASES, REPORT, SOURCE_CASES, Outcome
+from key_cases import BENCHMARK_KEYS, CASES, GATE_CASES, JUDGE_CASES, REPORT, SOURCE_CASES, Outcome
 from loss_samples import random_scores
 from pydantic import BaseModel
+from scripted_server import scripted, steady
 from tiny_runs import merge, pair_rows
 from tiny_world import build_world
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -29,11 +31,16 @@ from dpoctl.errors import UserError
 from dpoctl.losses import LOSSES
 from dpoctl.recipe import parse_recipe
 from dpoctl.recipe.document import write_yaml
+from dpoctl.recipe.eval_sections import GateSection
+from dpoctl.recipe.judge_section import JudgeSection
 from dpoctl.recipe.key_errors import hints, unwrap
-from dpoctl.recipe.schema import GateSection, Recipe
+from dpoctl.recipe.schema import Recipe
 from dpoctl.runs import trackers
 from dpoctl.runs.gates import check_gates
+from dpoctl.tasks import judging
 from dpoctl.tasks import train as training
+from dpoctl.tasks.judging import build_judge
+from dpoctl.tasks.served import Endpoint
 from dpoctl.tasks.sharding import choose_sharding
 from dpoctl.tasks.task import build_terms
 
@@ -70,7 +77,8 @@ def section_in(hint: Any) -> type[BaseModel] | None:
 
 def test_the_table_has_every_key_of_the_schema_and_no_other() -> None:
     of_sources = {f"data.{where}.{key}" for where in ("train", "eval") for key in SOURCE_CASES}
-    of_sources |= {f"eval.gates.{key}" for key in GATE_CASES}
+    of_sources |= {f"eval.gates.{key}" for key in GATE_CASES} | {f"eval.benchmarks.{key}" for key in BENCHMARK_KEYS}
+    of_sources |= {f"eval.judge.{key}" for key in JUDGE_CASES}
     keys = set(leaves(Recipe))
     assert keys - CASES.keys() - of_sources == set(), "a key without a case: say here what it changes"
     assert CASES.keys() | of_sources == keys
@@ -212,6 +220,32 @@ def test_a_changed_key_of_a_gate_changes_its_verdict(key: str) -> None:
     given, change = GATE_CASES[key]
     gates = [GateSection(**given), GateSection(**given | change)]
     assert [gate.passed for gate in check_gates(REPORT, gates)] == [True, False]
+
+
+@pytest.mark.parametrize("key", JUDGE_CASES)
+def test_a_changed_key_of_a_judge_changes_what_it_asks_or_answers(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openai")
+    monkeypatch.setenv("OTHER_KEY", "another")
+    monkeypatch.setattr(judging, "Endpoint", partial(Endpoint, retries=0))
+    (tmp_path / "own.txt").write_text("{prompt} {first} {second}")
+    given, change = JUDGE_CASES[key]
+    outcomes = []
+    with scripted(steady(lambda body: "[[7]]", 0.05)) as server:
+        for number, keys in enumerate((given, given | change)):
+            monkeypatch.setenv("DPOCTL_CACHE", str(tmp_path / str(number)))
+            keys = placed(keys, {"template": str(tmp_path / "own.txt")})
+            section = JudgeSection(**(({} if keys["type"] == "command" else {"url": server.url}) | keys))
+            server.most, before = 0, len(server.bodies)
+            try:
+                votes = str(build_judge(section)(["hm?"] * 2, ["a", "b"], ["c", "d"]))
+            except UserError as error:
+                votes = error.message
+            asked = sorted(json.dumps(body) for body in server.bodies[before:])
+            keys_sent = [headers["authorization"] for headers in server.headers[before:]]
+            outcomes.append((votes, asked, keys_sent, server.most))
+    assert outcomes[0] != outcomes[1]
 
 
 JUDGED_ROWS = {"rankings": ["{rankings.jsonl}"], "labels": ["{labels.jsonl}"]}
