@@ -89,7 +89,7 @@ def write_report(run: Path, output: Path | None = None) -> Path:
 
 def report_verdict(run: Path) -> Verdict | None:
     """Return the verdict of the newest result of a run's own eval sets; None if there is none of its weights."""
-    return verdict_of(_official(run, read_results(run)))
+    return verdict_of(official_result(run, read_results(run)))
 
 
 def refresh_report(run: Path) -> None:

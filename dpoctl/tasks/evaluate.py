@@ -119,10 +119,7 @@ def run(
     if not accelerator.is_main_process:
         return True
     is_compared = bool(tables) or any(one.reference is not None for one in samples)
-    # Gates change no number.
-    settings = [text for text in overrides if not text.startswith("eval.gates=")]
-    settings += [f"repeats={repeats}"] if repeats > 1 else []
-    settings += [f"texts of {served.endpoint.name}"] if served else []
+    settings = _settings(overrides, repeats, served)
     origin = _origin(run, recipe, prepared, limit, settings, is_own=data is None, is_compared=is_compared)
     if baseline is not None:
         origin = replace(origin, baseline=baseline.name, official=False)
@@ -139,6 +136,13 @@ def run(
         for line in (*map(str, gates), where):
             console.say(line)
     return all(gate.passed for gate in gates)
+
+
+def _settings(overrides: Sequence[str], repeats: int, served: Client | None) -> list[str]:
+    """Return what of a command line changes the numbers of its result; gates change none."""
+    settings = [text for text in overrides if not text.startswith("eval.gates=")]
+    settings += [f"repeats={repeats}"] if repeats > 1 else []
+    return [*settings, *([f"texts of {served.endpoint.name}"] if served else [])]
 
 
 def _show_result(
