@@ -72,6 +72,7 @@ def training_command(method: str, help: str) -> Callable[..., None]:
             dry_run=dry_run,
             verbose=verbose,
             json_output=json_output,
+            processes=num_processes or 1,
         )
 
     command.__doc__ = help
