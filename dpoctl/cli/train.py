@@ -66,13 +66,10 @@ def training_command(method: str, help: str) -> Callable[..., None]:
             checked,
             recipe_text=text,
             document=examined.document,
-            resume=resume,
             allow_changed=allow_changed or [],
-            overwrite=overwrite,
-            dry_run=dry_run,
-            verbose=verbose,
-            json_output=json_output,
             processes=num_processes or 1,
+            json_output=json_output,
+            **{"resume": resume, "overwrite": overwrite, "dry_run": dry_run, "verbose": verbose},
         )
 
     command.__doc__ = help

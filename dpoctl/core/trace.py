@@ -63,7 +63,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Trace:
-    """What a step would take.
+    """The bytes and FLOPs of a step.
 
     Attributes:
         weights: bytes of weights and buffers.
@@ -193,7 +193,7 @@ class _Mixed(nn.Module):
 
 
 def _one_rank(backward: Callable[[Tensor], None]) -> Any:
-    """What the objective asks of an accelerator, where there is one rank."""
+    """Return as much of an accelerator as the objective asks for, where there is one rank."""
     return SimpleNamespace(
         device=torch.device("cpu"),
         num_processes=1,
@@ -211,7 +211,8 @@ def _faked(batch: Batch, fakes: FakeTensorMode) -> Batch:
     def fake(value: Any) -> Any:
         return fakes.from_tensor(value) if isinstance(value, Tensor) and not isinstance(value, FakeTensor) else value
 
-    return _mapped(batch.to(torch.device("cpu")), fake)
+    faked: Batch = _mapped(batch.to(torch.device("cpu")), fake)
+    return faked
 
 
 def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
@@ -287,7 +288,7 @@ class Tracker(TorchDispatchMode):
 
     def __post_init__(self) -> None:
         """Begin."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._known: dict[int, int] = {}
         self._found: dict[str, Phase] = {}
         self._peak = self._workspace = 0
@@ -386,7 +387,7 @@ def working_bytes(name: str, args: Any) -> int:
         (rows, heads, width), (keys, shared, _) = query.shape, key.shape
         padded = rows + 128 * (len(args[6]) - 1)
         apart = 2 * keys * heads * width * key.element_size() if shared != heads else 0
-        return padded * heads * (width + 1) * FLOAT + apart
+        return int(padded * heads * (width + 1) * FLOAT + apart)
     return 0
 
 

@@ -166,7 +166,9 @@ def _did_you_mean(name: str, known: Iterable[str]) -> str | None:
     return f"did you mean '{close[0]}'?" if close else None
 
 
-def _base_model(recipe: "Recipe", tokenizer: PreTrainedTokenizerBase, layers: int | None = None) -> PreTrainedModel:
+def _base_model(
+    recipe: "Recipe", tokenizer: PreTrainedTokenizerBase | None, layers: int | None = None
+) -> PreTrainedModel:
     section = recipe.model
     if section.from_scratch is not None:
         spec = section.from_scratch

@@ -60,7 +60,7 @@ def traced_policy(
         UsageError: it is not a causal language model, or no module matches the adapter's targets.
     """
     model = build_base(recipe, tokenizer, layers)
-    model.to(weight_dtype(recipe, dtype))
+    nn.Module.to(model, weight_dtype(recipe, dtype))
     model.train(False)
     _grow_vocabulary(model, len(tokenizer))
     source, lora = _source(recipe)
@@ -177,7 +177,7 @@ def _dynamic_map(functional: Any, fakes: FakeTensorMode) -> Iterator[None]:
 
 
 def _named(name: str, parameter: nn.Parameter, **attributes: Any) -> nn.Parameter:
-    parameter.__class__ = type(name, (_Packed,), {})  # type: ignore[assignment]
+    parameter.__class__ = type(name, (_Packed,), {})
     vars(parameter).update(attributes)
     return parameter
 

@@ -25,7 +25,7 @@ from dpoctl.recipe.diagnostics import Diagnostic, KeyPath
 from dpoctl.recipe.facts import AnswerLengths, Facts, RowCounts
 from dpoctl.recipe.schema import Recipe
 from dpoctl.tasks.paths import find_wrong_paths
-from dpoctl.tasks.plan import Place, forecast_of, recomputed, refuse, refuse_before_data
+from dpoctl.tasks.plan import Target, forecast_of, recomputed, refuse, refuse_before_data
 from dpoctl.tasks.setup import quiet_libraries
 from dpoctl.tasks.task import build_task
 
@@ -88,7 +88,7 @@ def _states_that_do_not_fit(recipe: Recipe, gpu: str | None) -> Iterator[Diagnos
 
     On a machine without a GPU it is a note: a recipe is often checked where it is written, and not where it will run.
     """
-    place = Place.of(gpu or "auto", 1)
+    place = Target.of(gpu or "auto", 1)
     try:
         refuse_before_data(recipe, place)
     except UsageError as error:
@@ -101,7 +101,7 @@ def _memory_notes(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: PreparedData, gpu: str | None
 ) -> Iterator[Diagnostic]:
     """Yield whether a run does not fit on a GPU, or fits because layers are recomputed."""
-    place = Place.of(gpu or "auto", 1)
+    place = Target.of(gpu or "auto", 1)
     if place.card is None:
         return
     forecast = forecast_of(recipe, tokenizer, data, place)

@@ -19,8 +19,13 @@ from dpoctl.tasks.footprint import Footprint, Subject, formula, fullest, measure
 # took twice as long as an H100 ran them.
 CPU_TOKENS = 2048
 GPU_ACTIVATIONS = 1 << 26
-FRAGMENTATION = {"cuda": 0.05, "cpu": 0.05}
-"""What the allocator holds beyond what lives, as a share of what comes and goes in a step."""
+FRAGMENTATION = {("cuda", 2): 0.05, ("cuda", 4): 0.05, ("cpu", 2): 0.5, ("cpu", 4): 0.25}
+"""What the allocator holds beyond what lives, as a share of what comes and goes; by device and bytes of a number.
+
+On a CPU it is the C library's, whose heap is left with holes: fitted to six runs, see docs/planning.md.
+"""
+CPU_CONTEXT = 250_000_000
+"""Bytes that a process on a CPU holds besides: what is left of loading, data, kernels; fitted to the same runs."""
 SMALL = 30_000_000
 """Parameters of a model for which a trace would take longer than it is worth: on a CPU it fits in any case."""
 SEARCHES = 4
@@ -29,7 +34,7 @@ SEARCHES = 4
 
 @dataclass(frozen=True)
 class Division:
-    """How a model lies on its processes.
+    """The division of a model over its processes.
 
     Attributes:
         shards: number of processes that share a model; 1 if each holds all of it.
@@ -180,7 +185,7 @@ class Estimator:
                 best, moment = parts, name
         moving = sum(best[name] for name in ("gradients", "activations", "head", "attention workspace", "other"))
         best["context"] = self.context
-        best["fragmentation"] = int(moving * FRAGMENTATION[self.subject.kind])
+        best["fragmentation"] = int(moving * FRAGMENTATION[self.subject.kind, self.subject.dtype.itemsize])
         return best, moment
 
     def _gathered(self, found: Footprint) -> int:

@@ -1,4 +1,4 @@
-"""Whether a run fits in memory: the arithmetic of what does not, and the keys that would make it fit."""
+"""Runs that do not fit in memory: the arithmetic, and the keys that would make them fit."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass

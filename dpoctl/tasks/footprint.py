@@ -7,6 +7,7 @@ Traces are kept in the cache folder.
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -50,7 +51,7 @@ FOUR_BITS = 0.55
 
 @dataclass(frozen=True)
 class Footprint:
-    """What one process takes in a step, if the model is not divided.
+    """The bytes and FLOPs of a process in a step, if the model is not divided.
 
     Attributes:
         trace: bytes and FLOPs of its fullest micro-batch.
@@ -73,7 +74,7 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is traced.
+    """A run to trace: the recipe, its rows, and the kind of machine.
 
     Attributes:
         recipe: checked and complete.
@@ -225,7 +226,8 @@ def _one_depth(subject: Subject, records: Sequence[int], every: int, several: bo
 def _unpacked(count: int, model: torch.nn.Module) -> int:
     """Return the number of parameters of a model whose packed weights hold two in a byte."""
     packed = [p for p in model.parameters() if type(p).__name__ == "Params4bit"]
-    return count + sum(int(np.prod(p.quant_state.shape)) - p.numel() for p in packed)  # type: ignore[attr-defined]
+    shapes: list[Any] = [vars(parameter)["quant_state"].shape for parameter in packed]
+    return count + sum(math.prod(shape) for shape in shapes) - sum(parameter.numel() for parameter in packed)
 
 
 def _copies(recipe: Recipe) -> int:
@@ -261,8 +263,8 @@ def _extended(small: Footprint, large: Footprint, times: float) -> Footprint:
         phases={name: phase(found, b.phases[name]) for name, found in a.phases.items() if name in b.phases},
         flops={name: line(found, b.flops.get(name, 0)) for name, found in a.flops.items()},
     )
-    counts = {name: line(getattr(small, name), getattr(large, name)) for name in ("parameters", "trained")}
-    return replace(small, trace=trace, **counts)
+    parameters, trained = line(small.parameters, large.parameters), line(small.trained, large.trained)
+    return replace(small, trace=trace, parameters=parameters, trained=trained)
 
 
 def formula(subject: Subject, records: Sequence[int], every: int) -> Footprint:

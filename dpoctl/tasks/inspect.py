@@ -27,7 +27,7 @@ from dpoctl.recipe.consistency import resolved_yaml
 from dpoctl.recipe.document import Document
 from dpoctl.recipe.schema import Recipe
 from dpoctl.tasks.check import facts_of
-from dpoctl.tasks.plan import Forecast, Place, as_lines, as_numbers, forecast_of, refuse
+from dpoctl.tasks.plan import Forecast, Target, as_lines, as_numbers, forecast_of, refuse
 from dpoctl.tasks.setup import quiet_libraries, read_data, training_plan
 from dpoctl.tasks.task import build_task
 
@@ -96,7 +96,7 @@ def show_plan(
     tokenizer, data = read_data(recipe)
     advice = advise(recipe, document, facts_of(recipe, tokenizer, data))
     numbers = _plan_numbers(recipe, data)
-    forecast = forecast_of(recipe, tokenizer, data, Place.of("auto", processes))
+    forecast = forecast_of(recipe, tokenizer, data, Target.of("auto", processes))
     if json_output:
         with_recipe = {"recipe": yaml.safe_load(resolved_yaml(recipe))} if verbose else {}
         numbers["forecast"] = {"memory": {"fits": True}} if _is_rough(forecast) else as_numbers(recipe, forecast)

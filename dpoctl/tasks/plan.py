@@ -20,7 +20,7 @@ from dpoctl.errors import UsageError
 from dpoctl.model.cards import CONTEXT, Card, find_card
 from dpoctl.model.memory import checkpointing_choices, free_bytes
 from dpoctl.recipe.schema import LoraSection, QuantizationSection, Recipe
-from dpoctl.tasks.estimate import Division, Estimate, Estimator, Work, work_of
+from dpoctl.tasks.estimate import CPU_CONTEXT, Division, Estimate, Estimator, Work, work_of
 from dpoctl.tasks.fit import refuse_states, remedies, too_large
 from dpoctl.tasks.footprint import Subject
 from dpoctl.tasks.setup import quiet_libraries, read_data
@@ -33,8 +33,8 @@ GB = 1e9
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a run is planned: a GPU by name, or this machine's CPU.
+class Target:
+    """A place for a run: a GPU by name, or this machine's CPU.
 
     Attributes:
         card: the GPU; None is the CPU.
@@ -47,7 +47,7 @@ class Place:
     capacity: float
 
     @classmethod
-    def of(cls, gpu: str, processes: int) -> "Place":
+    def of(cls, gpu: str, processes: int) -> "Target":
         """Return a GPU by its name; `auto` is the GPU of this machine, or its CPU if it has none."""
         if gpu == "auto" and not torch.cuda.is_available():
             return cls(None, processes, free_bytes(torch.device("cpu")) / max(1, processes))
@@ -62,7 +62,7 @@ class Place:
     @property
     def context(self) -> int:
         """Bytes that are taken before the first tensor."""
-        return 0 if self.card is None else CONTEXT
+        return CPU_CONTEXT if self.card is None else CONTEXT
 
     @property
     def words(self) -> str:
@@ -93,7 +93,7 @@ class Forecast:
         measured: what some steps took there, if they were taken.
     """
 
-    place: Place
+    place: Target
     estimate: Estimate
     division: Division
     plan: Plan
@@ -131,7 +131,7 @@ def run(
         UsageError: the run does not fit; with the arithmetic, and the keys that would make it fit.
     """
     quiet_libraries()
-    place = Place.of(gpu, processes)
+    place = Target.of(gpu, processes)
     if measured and (place.processes > 1 or (gpu != "auto")):
         raise UsageError(
             "--measure takes steps in one process on this machine", hint="leave out --gpu and --num-processes"
@@ -157,7 +157,7 @@ def run(
         console.emit(f"measured in {min(3, forecast.plan.num_steps)} steps: {found.peak / GB:.2f} GB")
 
 
-def refuse_before_data(recipe: Recipe, place: Place) -> None:
+def refuse_before_data(recipe: Recipe, place: Target) -> None:
     """Refuse a run whose weights, gradients and optimizer state alone do not fit, before its data are prepared.
 
     Raises:
@@ -177,7 +177,7 @@ def forecast_of(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     data: PreparedData,
-    place: Place,
+    place: Target,
     measured: Measured | None = None,
 ) -> Forecast:
     """Return the forecast of a run.
@@ -207,7 +207,7 @@ def _estimator(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     data: PreparedData,
-    place: Place,
+    place: Target,
     division: Division = WHOLE,
 ) -> Estimator:
     lengths, cache = Lengths.of(data.train), Cache(cache_dir())
@@ -340,7 +340,7 @@ def _compare(
     for kind in kinds:
         changed = _as_kind(recipe, kind)
         for count in gpus:
-            forecast = forecast_of(changed, tokenizer, data, Place.of(gpu, count))
+            forecast = forecast_of(changed, tokenizer, data, Target.of(gpu, count))
             rows.append({"kind": kind, **as_numbers(changed, forecast)})
     if json_output:
         console.emit(json.dumps({"alternatives": rows}))

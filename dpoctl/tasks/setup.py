@@ -48,7 +48,7 @@ from dpoctl.model.sharding import Gradients, Sharding, part
 from dpoctl.model.tokenizer import load_tokenizer, stop_tokens
 from dpoctl.recipe.schema import Recipe
 from dpoctl.tasks import fsdp_options
-from dpoctl.tasks.estimate import Division, Estimate, Estimator, useful_tokens
+from dpoctl.tasks.estimate import CPU_CONTEXT, Division, Estimate, Estimator, useful_tokens
 from dpoctl.tasks.extensions import NO_EXTENSIONS, Extensions
 from dpoctl.tasks.fit import Remedy, refuse_states, remedies, too_large
 from dpoctl.tasks.footprint import Subject
@@ -150,14 +150,15 @@ class Setup:
         least = float(self.accelerator.gather(capacity).min())
         if self.accelerator.is_main_process:
             estimate = self._estimator(store, least).choose()
-        (estimate,) = broadcast_object_list([estimate])
+        found: list[Estimate | None] = broadcast_object_list([estimate])
+        (estimate,) = found
         assert estimate is not None
         if estimate.live > estimate.capacity:
-            found = self._remedies(store, least, estimate) if self.accelerator.is_main_process else []
-            raise too_large(estimate.parts, estimate.capacity, f"this {device.type}", found)
+            remedies = self._remedies(store, least) if self.accelerator.is_main_process else []
+            raise too_large(estimate.parts, estimate.capacity, f"this {device.type}", remedies)
         return estimate
 
-    def _remedies(self, store: TokenStore, capacity: float, estimate: Estimate) -> list[Remedy]:
+    def _remedies(self, store: TokenStore, capacity: float) -> list[Remedy]:
         """Return the changes that would make the run fit."""
 
         def peak(changed: Recipe) -> int:
@@ -184,7 +185,8 @@ class Setup:
             Cache(cache_dir()),
             None if self.extensions.model_init is None else self.policy.causal,
         )
-        return Estimator(subject, capacity, division)
+        # What is free on a GPU is so beside its context.
+        return Estimator(subject, capacity, division, CPU_CONTEXT if subject.kind == "cpu" else 0)
 
     def reading_tokens(self, lengths: Lengths) -> int:
         """Return the token budget of passes that keep no graph: activations of one layer at a time."""

@@ -91,7 +91,7 @@ def _cpu_rate() -> float:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a few real steps took.
+    """The outcome of a few real steps.
 
     Attributes:
         rate: operations a second.

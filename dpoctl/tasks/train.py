@@ -143,13 +143,9 @@ def run(
     require_login(recipe.training)
     resume = resume or (recipe.training.resume == "auto" and not overwrite)
     accelerator = build_accelerator(recipe)
-    if accelerator.device.type == "cpu":
-        _prepare_cpu(recipe, accelerator.device)
-    if extensions.model_init is None:
-        refuse_too_large(recipe, accelerator)
+    memory = _prepare(recipe, accelerator, is_known=extensions.model_init is None)
     output = Path(recipe.training.output_dir)
     with terminable(), ExitStack() as stack, writing(output, CONTINUE), explained(accelerator):
-        memory = begin_metering(recipe, accelerator.device)
         job = _Job(recipe, recipe_text, document, accelerator, extensions, allow_changed, resume, overwrite, memory)
         # Before an earlier run in it is deleted.
         require_shared(accelerator, RunDirectory(recipe.training.output_dir).path)
@@ -167,6 +163,15 @@ def run(
     else:
         _say_done(directory.path, recipe, has_evals=bool(data.evals), seconds=time.monotonic() - began)
     return summary
+
+
+def _prepare(recipe: Recipe, accelerator: Accelerator, *, is_known: bool) -> MemoryMeter:
+    """Refuse what cannot run here, before data are prepared, and begin to measure memory."""
+    if accelerator.device.type == "cpu":
+        _prepare_cpu(recipe, accelerator.device)
+    if is_known:
+        refuse_too_large(recipe, accelerator)
+    return begin_metering(recipe, accelerator.device)
 
 
 def _prepare_cpu(recipe: Recipe, cpu: torch.device) -> None:

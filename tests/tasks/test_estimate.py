@@ -21,6 +21,7 @@ from dpoctl.core.meters import Meter
 from dpoctl.core.objective import Objective
 from dpoctl.core.planner import Lengths
 from dpoctl.core.reader import Reader
+from dpoctl.core.trace import Phase, Trace
 from dpoctl.data.cache import Cache
 from dpoctl.model.load import load_policy
 from dpoctl.model.memory import set_gradient_checkpointing
@@ -147,8 +148,8 @@ def lines(fitting: dict[int, int]) -> Callable[..., Footprint]:
 
     def measured(subject: Any, budget: int, every: int) -> Footprint:
         peak = int(budget * 1e9 / fitting.get(every, 1))
-        phases = {"forward": footprint.Phase(peak, 0, 0)}
-        return Footprint(footprint.Trace(0, 0, 0, peak, phases, {}), budget, budget, 1, 1, 1)
+        phases = {"forward": Phase(peak, 0, 0)}
+        return Footprint(Trace(0, 0, 0, peak, phases, {}), budget, budget, 1, 1, 1)
 
     return measured
 
@@ -168,7 +169,7 @@ def test_layers_are_recomputed_where_two_of_the_longest_records_do_not_fit_other
     kind: str, longest: int, fitting: dict[int, int], expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(estimate, "measure_footprint", lines(fitting))
-    monkeypatch.setattr(estimate, "FRAGMENTATION", {"cpu": 0, "cuda": 0})
+    monkeypatch.setattr(estimate, "FRAGMENTATION", {("cpu", 4): 0, ("cuda", 4): 0})
     training = SimpleNamespace(gradient_checkpointing="auto", max_tokens_per_device="auto")
     config = SimpleNamespace(hidden_size=256, vocab_size=1 << 20, num_hidden_layers=4)
     recipe = SimpleNamespace(training=training, lora=None)

@@ -14,8 +14,9 @@ from dpoctl.model.cards import CARDS, CONTEXT
 from dpoctl.recipe import parse_recipe
 from dpoctl.recipe.schema import Recipe
 from dpoctl.runs.report import render
-from dpoctl.tasks import check, estimate, fit, plan
-from dpoctl.tasks.plan import Place
+from dpoctl.tasks import check, estimate, plan
+from dpoctl.tasks.footprint import states_of
+from dpoctl.tasks.plan import Target
 
 Run = Callable[..., dict[str, Any]]
 
@@ -26,10 +27,10 @@ def parse(recipe: dict[str, Any], changes: dict[str, Any] | None = None) -> Reci
 
 @pytest.fixture
 def little(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Give every place so many bytes, a GPU with no context."""
+    """Give every place so many bytes, a GPU without a context."""
 
     def of(size: float) -> None:
-        monkeypatch.setattr(Place, "of", lambda gpu, processes: Place(CARDS["rtx4090"], processes, size))
+        monkeypatch.setattr(Target, "of", lambda gpu, processes: Target(CARDS["rtx4090"], processes, size))
         monkeypatch.setattr(plan, "CONTEXT", 0)
 
     return of
@@ -70,7 +71,7 @@ def test_what_cannot_fit_is_refused_with_what_would_fit_before_its_data_are_read
     """Weights, gradients, moments and copies of a parameter have 18 bytes in bfloat16; 8 and 6 fit into 9."""
     monkeypatch.setattr(plan, "read_data", lambda *_: pytest.fail("data were read"))
     recipe = parse(dpo_recipe, {"model.dtype": "bfloat16"})
-    size = sum(fit.states_of(recipe, None, Place(None, 1, 0).dtype(recipe)).values())
+    size = sum(states_of(recipe, None, Target(None, 1, 0).dtype(recipe)).values())
     little(size / 2)
     with pytest.raises(UsageError) as refusal:
         plan.run(recipe)
@@ -119,4 +120,4 @@ def test_a_run_says_what_was_predicted_and_what_was_measured(
 
 def test_a_gpu_by_another_name_is_refused() -> None:
     with pytest.raises(UsageError, match="--gpu h1000: not a known GPU; give one of rtx3090"):
-        Place.of("h1000", 1)
+        Target.of("h1000", 1)
