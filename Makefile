@@ -10,7 +10,7 @@ OWN_INDEX = $(shell $(PYTHON) -m pip config list 2>/dev/null | grep index-url)
 TORCH_INDEX ?= $(if $(HAS_GPU)$(OWN_INDEX),,$(CPU_INDEX))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lowest newest parity faults bench gpu-checks losses docs check lint type layers format clean
+.PHONY: help install demo test lowest newest parity real faults bench gpu-checks losses docs check lint type layers format clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -73,9 +73,12 @@ endef
 parity: $(STAMP)  ## Compare every loss with TRL's
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m parity tests/parity
 
+real: $(STAMP)  ## Train a real model, SmolLM2-135M, beside plain transformers; downloads 98 MB, once
+	GOMP_SPINCOUNT=20000 OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest -m real --durations=0 tests/real
+
 faults: $(STAMP)  ## Kill, cut and flood runs in every way that is known, and print what they survived
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --all-faults tests/faults tests/tasks/test_resume.py tests/tasks/test_sharding.py \
-		tests/core/test_invariance.py
+		tests/core/test_invariance.py tests/tasks/test_keys.py
 
 bench: $(STAMP)  ## Compare a training step with TRL's, in turns, and plan ten million records
 	$(BIN)/python tests/benchmarks/step_speed.py

@@ -31,7 +31,7 @@ ENDS = {
     "muse": "<|eot|>",
     "phi3": "<|endoftext|>",
     "zephyr": "</s>",
-    **dict.fromkeys(["chatml", "lfm2", "nemotron", "qwen"], "<|im_end|>"),
+    **dict.fromkeys(["chatml", "hermes", "lfm2", "nemotron", "qwen", "smollm3"], "<|im_end|>"),
     "glm": "<|endoftext|>",
 }
 """The end-of-sequence token of the tokenizers that come with a family's templates, by how their names begin."""

@@ -46,12 +46,24 @@ class Outcome:
         return [file.read_text() for file in sorted(self.folder.glob("samples/*.jsonl"))]
 
     @property
+    def best(self) -> tuple[str, int, float]:
+        """The metric of the model that was exported, its step and its value."""
+        found = json.loads((self.folder / "best.json").read_text())
+        return found["metric"], found["step"], found["value"]
+
+    @property
     def checkpoints(self) -> list[str]:
         return sorted(path.name for path in (self.folder / "checkpoints").iterdir())
 
     @property
     def files(self) -> set[str]:
         return {path.name for path in self.folder.iterdir()}
+
+    @property
+    def expected(self) -> list[dict[str, Any]]:
+        """What became of the metrics that the recipe expects."""
+        found: list[dict[str, Any]] = json.loads((self.folder / "expected.json").read_text())
+        return found
 
     @property
     def adapter(self) -> dict[str, Any]:
@@ -101,6 +113,12 @@ SCRATCH = {
 }
 HUB = {"path": "some/pairs", "split": "a"}
 SAVING = {"training.save_steps": 1}
+# The loss falls at every step, and the policy is never as far from its reference as at the end.
+KEEPING = {
+    "training.num_train_epochs": 2,
+    "training.eval_steps": 1,
+    "training.keep_best": {"metric": "eval_loss", "mode": "max"},
+}
 SHORT = {"data.max_length": 60, "data.overlong": "truncate"}
 WANDB = {"training.report_to": ["wandb"]}
 SAMPLES = {"eval.samples": {"max_new_tokens": 24, "temperature": 1.5}}
@@ -135,6 +153,12 @@ CASES: dict[str, Case] = {
     "lora.target_modules": Case(["q_proj", "v_proj"], lambda o: sorted(o.adapter["target_modules"]), LORA),
     "lora.modules_to_save": Case(["lm_head"], given=LORA),
     "lora.use_rslora": Case(True, given=LORA),
+    "lora.use_dora": Case(True, given=LORA),
+    "lora.init_lora_weights": Case("pissa", given=LORA),
+    "lora.rank_pattern": Case({"layers.0.*": 1}, lambda o: o.adapter["rank_pattern"], LORA),
+    "lora.alpha_pattern": Case({"layers.0.*": 1}, given=LORA),
+    "lora.layers_to_transform": Case([0], given=LORA),
+    "lora.loraplus_lr_ratio": Case(16, "weights", LORA),
     "data.eval_size": Case(3, lambda o: o.account["held_out"], {"data.eval": None, "data.eval_size": 1}),
     "data.max_length": Case(60, lambda o: o.account["rejected"]),
     "data.max_prompt_length": Case(30, lambda o: o.account["rejected"]),
@@ -144,7 +168,10 @@ CASES: dict[str, Case] = {
     "data.chat_template_kwargs": Case({"greeting": "hello"}, given={"model.model_name_or_path": "{greeting}"}),
     "sft.loss_on": Case("last", given={"method": "sft", "data.train": ["{turns.jsonl}"]}),
     "dpo.loss_on": Case("assistant", given={"data.train": ["{sides.jsonl}"]}),
+    "sft.train_on_think": Case("none", given={"method": "sft", "data.train": ["{thinking.jsonl}"]}),
+    "dpo.train_on_think": Case("none", given={"data.train": ["{thinking.jsonl}"]}),
     "sft.average": Case("responses", given={"method": "sft", "data.train": ["{turns.jsonl}"]}),
+    "sft.neftune_noise_alpha": Case(50.0, given={"method": "sft", "data.train": ["{turns.jsonl}"]}),
     "dpo.loss": Case([{"type": "sigmoid"}, {"type": "sft", "weight": 0.5}]),
     "dpo.reference.sync_steps": Case(1, given={"training.num_train_epochs": 2}),
     "dpo.reference.sync_alpha": Case(0.3, given={"training.num_train_epochs": 2, "dpo.reference.sync_steps": 1}),
@@ -157,7 +184,8 @@ CASES: dict[str, Case] = {
     "eval.samples.top_p": Case(0.1, "samples", SAMPLES),
     "eval.samples.seed": Case(1, "samples", SAMPLES),
     "eval.samples.per_prompt": Case(2, "samples", SAMPLES),
-    "eval.judge.type": Case("model", "refused", JUDGED),
+    "eval.samples.refusals": Case(["no"], lambda o: o.resolved["eval"]["samples"]["refusals"], SAMPLES),
+    "eval.judge.type": Case("rubric", "refused", JUDGED),
     "eval.judge.categories": Case({"any": ["never"]}, given=JUDGED),
     "eval.judge.target": Case("no", given=JUDGED),
     "training.output_dir": Case("{tiny}-elsewhere", lambda o: str(o.folder) if "model.safetensors" in o.files else ""),
@@ -169,6 +197,10 @@ CASES: dict[str, Case] = {
     "training.lr_scheduler_type": Case(
         "linear", "weights", {"training.global_batch_size": 2, "training.warmup_steps": 0}
     ),
+    "training.lr_scheduler_kwargs": Case(
+        {"num_cycles": 1.0}, "weights", {"training.global_batch_size": 2, "training.warmup_steps": 0}
+    ),
+    "training.warmup_from_zero": Case(True, "weights"),
     "training.warmup_ratio": Case(1.0, "weights"),
     "training.warmup_steps": Case(2, "weights"),
     "training.weight_decay": Case(0.5, "weights"),
@@ -177,7 +209,9 @@ CASES: dict[str, Case] = {
     "training.adam_epsilon": Case(0.1, "weights"),
     "training.max_grad_norm": Case(0.01, "weights", {"training.adam_epsilon": 0.1}),
     "training.optim": Case("rmsprop", "weights"),
+    "training.optim_args": Case({"momentum": 0.5}, "weights", {"training.optim": "muon"}),
     "training.param_dtype": Case("bfloat16", "weights", {"model.dtype": "bfloat16"}),
+    "training.trainable": Case([r"layers\.0\."], "weights"),
     "training.gradient_checkpointing": Case(
         True, lambda o: o.forwards["mlp"], {"training.gradient_checkpointing": False}
     ),
@@ -190,6 +224,10 @@ CASES: dict[str, Case] = {
     "training.eval_steps": Case(1, "evaluations"),
     "training.save_steps": Case(1, "checkpoints"),
     "training.save_total_limit": Case(3, "checkpoints", SAVING | {"training.global_batch_size": 2}),
+    "training.keep_best.metric": Case("eval_rewards/margins", "best", KEEPING),
+    "training.keep_best.mode": Case("min", "best", KEEPING),
+    "training.early_stopping.patience": Case(1, "steps", KEEPING | {"training.early_stopping": {"patience": 9}}),
+    "training.early_stopping.min_delta": Case(1e3, "steps", KEEPING | {"training.early_stopping": {"patience": 1}}),
     "training.resume": Case("never", "refused", {"training.resume": "auto", "training.output_dir": "{again}"}),
     "training.on_nonfinite": Case("stop", "refused", {"training.on_nonfinite": "skip", "training.learning_rate": 1e30}),
     "training.ddp_timeout": Case(60, lambda o: o.asked["timeout"][0]["arguments"]),
@@ -200,6 +238,7 @@ CASES: dict[str, Case] = {
         False, lambda o: o.asked["repository"][0]["private"], {"training.hub_model_id": "me/model"}
     ),
     "training.seed": Case(2, "weights"),
+    "expected": Case({"eval_loss": [0.0, 9.0]}, "expected", {"expected": {"eval_loss": [8.0, 9.0]}}),
 }
 """Every leaf key of the recipe, but for the keys of sources."""
 
@@ -235,3 +274,36 @@ SOURCE_CASES: dict[str, tuple[Any, dict[str, Any], Callable[[dict[str, Any], Out
     "metrics": ("mine", {}, lambda _, o: o.resolved["data"]),
 }
 """Every key of a source: a changed value, the source it is changed in, and what must differ."""
+
+
+GATE = {"metric": "rewards/accuracies", "min": 0.5}
+REPORT = {"loss": 0.4, "rewards/accuracies": 0.6, "rewards/accuracies_ci": [0.4, 0.8]}
+GATE_CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "metric": (GATE, {"metric": "loss"}),
+    "min": (GATE, {"min": 0.7}),
+    "max": (GATE, {"max": 0.55}),
+    "by": (GATE, {"by": "lower"}),
+}
+"""Every key of a gate: the gate, and the change after which the same result no longer passes."""
+
+BENCHMARK_KEYS = {"task": "smoke_choice", "num_fewshot": 1, "limit": 3, "include_path": "", "chat_template": True}
+"""Every key of a benchmark, and a value that changes its figures; the folder is another one in each test."""
+ASKING = {"type": "pairwise", "model": "tiny"}
+RATING = {"type": "rubric", "model": "tiny"}
+JUDGE_CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "url": (ASKING, {"url": "http://127.0.0.1:9/v1", "timeout": 0.2}),
+    "model": (ASKING, {"model": "other"}),
+    "api_key_env": (ASKING, {"api_key_env": "OTHER_KEY"}),
+    "template": (ASKING, {"template": "{template}"}),
+    "lowest": (RATING, {"lowest": 0}),
+    "highest": (RATING, {"highest": 5}),
+    "max_new_tokens": (ASKING, {"max_new_tokens": 9}),
+    "temperature": (ASKING, {"temperature": 0.5}),
+    "request": (ASKING, {"request": {"reasoning_effort": "low"}}),
+    "concurrency": (ASKING | {"concurrency": 1}, {"concurrency": 4}),
+    "timeout": (ASKING, {"timeout": 0.01}),
+    "max_requests": (ASKING, {"max_requests": 1}),
+    "command": ({"type": "command", "command": ["true"]}, {"command": ["false"]}),
+    "calibration": (ASKING, {"calibration": "nowhere.jsonl"}),
+}
+"""The keys of judges that compare, but for `type`: a judge, and a change after which it asks or answers otherwise."""

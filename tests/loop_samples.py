@@ -1,6 +1,6 @@
 """An observer for the tests of the loop, and a model of one parameter that a run takes no time to train."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -26,12 +26,15 @@ class Notes:
         rows: the metrics that were logged, each with its step.
         hear: called with each event.
         stop_after: the event after which it asks for the end.
+        bests: the steps whose evaluation it wants a checkpoint of.
     """
 
-    def __init__(self, hear: Callable[[str], object] = lambda event: None, stop_after: str = "") -> None:
+    def __init__(
+        self, hear: Callable[[str], object] = lambda event: None, stop_after: str = "", bests: Collection[int] = ()
+    ) -> None:
         self.events: list[str] = []
         self.rows: list[tuple[int, dict[str, float]]] = []
-        self.hear, self.stop_after = hear, stop_after
+        self.hear, self.stop_after, self.bests = hear, stop_after, bests
 
     def advance(self, step: int) -> None:
         self._note(f"advance {step}")
@@ -46,6 +49,9 @@ class Notes:
 
     def should_stop(self) -> bool:
         return self.stop_after in self.events
+
+    def wants_checkpoint(self, step: int) -> bool:
+        return step in self.bests
 
     def save(self, step: int, *, owes_evaluation: bool) -> None:
         self._note(f"save {step}{', evaluation owed' if owes_evaluation else ''}")

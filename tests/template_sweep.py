@@ -1,6 +1,6 @@
 """Every chat template with every shape of conversation: what is trained on, read back from the token ids.
 
-`python tests/template_sweep.py` prints the table of docs/templates.md.
+`python tests/template_sweep.py` prints the tables of docs/templates.md.
 """
 
 import importlib.util
@@ -15,8 +15,8 @@ from typing import Any
 from chat_samples import OWN, assistant, build_tokenizer, system, user
 
 from dpoctl.data import formats
-from dpoctl.data.records import Reject
-from dpoctl.data.rendering import Renderer
+from dpoctl.data.records import Record, Reject
+from dpoctl.data.rendering import Rendered, Renderer
 from dpoctl.data.tokenize import Encoder
 
 found = importlib.util.find_spec("trl")
@@ -171,5 +171,44 @@ def table() -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]) + "\n"
 
 
+THINKS = assistant("Umbrella needed.") | dict.fromkeys(("reasoning_content", "reasoning", "thinking"), "Clouds ahead.")
+INLINE = assistant("<think>\nClouds ahead.\n</think>\n\nUmbrella needed.")
+
+
+def thinking_of(case: Case) -> tuple[str, ...]:
+    """Return what a template does with thinking: the cells of its line in the table."""
+    start = case.renderers["last"].chat.generation_prompt
+    opens = "ended" if start.rstrip().endswith("</think>") else "opened" if start.rstrip().endswith("<think>") else ""
+    kept = {name: _keeps(case, [turn]) for name, turn in (("last", THINKS), ("content", INLINE))}
+    empty = _rendered(case, [assistant("Umbrella needed.")])
+    is_written = not isinstance(empty, str) and "thinking_empty" in empty.notes
+    return kept["last"], _keeps(case, [THINKS, MORE, SORRY]), kept["content"], opens, "written" if is_written else ""
+
+
+def _keeps(case: Case, turns: list[dict[str, Any]]) -> str:
+    rendered = _rendered(case, turns)
+    if isinstance(rendered, str):
+        return rendered
+    ((start, end), *_) = rendered.completions[0].spans
+    return "kept" if "Clouds ahead." in rendered.completions[0].text[start:end] else "dropped"
+
+
+def _rendered(case: Case, turns: list[dict[str, Any]]) -> Rendered | str:
+    try:
+        return case.renderers["assistant"].render(Record([ASK], (turns,)))
+    except Reject as reject:
+        return f"`{reject.reason}`"
+
+
+def thinking_table() -> str:
+    """Return what templates do with thinking as Markdown; those that drop all of it stand in the last line."""
+    lines = defaultdict(list)
+    for label, path in FILES.items():
+        lines[thinking_of(Case(path.stem, path.read_text(encoding="utf-8")))].append(label)
+    head = ["templates", "last turn", "earlier turns", "`<think>` in the content", "before the answer", "empty block"]
+    rows = [[", ".join(labels), *line] for line, labels in sorted(lines.items(), reverse=True)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]) + "\n"
+
+
 if __name__ == "__main__":
-    sys.stdout.write(table())
+    sys.stdout.write(table() + "\n" + thinking_table())

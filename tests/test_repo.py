@@ -19,7 +19,8 @@ from dpoctl.cli.app import app
 from dpoctl.errors import UserError
 from dpoctl.recipe import Recipe, parse_recipe, schema
 from dpoctl.recipe.pair_generation import load_contrastive
-from dpoctl.recipe.schema import Section
+from dpoctl.recipe.sampled_pairs import load_sampled
+from dpoctl.recipe.section import Section
 from dpoctl.runs.signals import SIGNALS
 
 ROOT = Path(__file__).parents[1]
@@ -49,8 +50,9 @@ def test_there_are_recipes():
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.name)
 def test_every_recipe_loads_for_its_method(file):
     method = yaml.safe_load(file.read_text(encoding="utf-8"))["method"]
-    if method == "contrastive":
-        assert load_contrastive(file).model.model_name_or_path.startswith("runs/")
+    if method in ("contrastive", "sampled"):
+        recipe = load_contrastive(file) if method == "contrastive" else load_sampled(file)
+        assert recipe.model.model_name_or_path.startswith("runs/")
         return
     recipe = load_recipe(file, command=method)
     assert recipe.method == method

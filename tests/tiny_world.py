@@ -105,6 +105,8 @@ def build_world(root: Path, tokenizer: PreTrainedTokenizerFast) -> dict[str, str
         [{"prompt": row["prompt"], "completion": answer, "label": answer == row["chosen"]} for row, answer in labelled],
     )
     write_rows(root / "turns.jsonl", [{"messages": DEMONSTRATION}] * 4)
+    thought = [{"role": "assistant", "content": "<think>hello?</think>maybe"}]
+    write_rows(root / "thinking.jsonl", [row | {"chosen": thought} for row in rows])
     write_rows(root / "sides.jsonl", [two_turns(row) for row in rows])
     write_rows(root / "rated.jsonl", [rated(row, number) for number, row in enumerate(rows)])
     write_rows(root / "safety.jsonl", [safety(row, number) for number, row in enumerate(rows)])

@@ -11,8 +11,11 @@ from dpoctl import __version__
 from dpoctl.cli import failure, launch, machine, streams
 from dpoctl.cli.chat import chat
 from dpoctl.cli.check import check
+from dpoctl.cli.compare import compare
 from dpoctl.cli.convert_data import convert_data
 from dpoctl.cli.eval import evaluate
+from dpoctl.cli.import_config import import_config
+from dpoctl.cli.init import init
 from dpoctl.cli.inspect import inspect
 from dpoctl.cli.merge import merge
 from dpoctl.cli.plan import plan
@@ -64,9 +67,12 @@ for command, name, panel, summary in (
     (check, "check", "Train", "Report what is wrong or unusual in a recipe."),
     (plan, "plan", "Train", "Estimate memory, time and disk of a run before it runs."),
     (recipes, "recipes", "Train", "List and copy the recipes of dpoctl, and explain their keys."),
+    (init, "init", "Train", "Write a first recipe for your model, data and GPU."),
+    (import_config, "import", "Train", "Turn a config of TRL, axolotl, LLaMA-Factory or torchtune into a recipe."),
     (convert_data, "convert-data", "Data", "Convert data of any known format to canonical JSONL."),
     (inspect, "inspect", "Data", "Show and check training rows as the model sees them."),
     (evaluate, "eval", "Measure", "Evaluate a finished run on held-out data."),
+    (compare, "compare", "Measure", "Compare runs: recipes, results, differences with p-values."),
     (report, "report", "Measure", "Write one HTML file about a run: charts, samples, advice."),
     (chat, "chat", "Use", "Chat with the model of a finished run."),
     (merge, "merge", "Use", "Merge the LoRA adapter of a run into its base model."),

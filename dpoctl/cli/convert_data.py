@@ -11,9 +11,9 @@ from dpoctl.errors import UsageError
 from dpoctl.tasks import import_libraries
 
 if TYPE_CHECKING:
-    from dpoctl.recipe.schema import Source as RecipeSource
+    from dpoctl.recipe.data_section import Source as RecipeSource
 
-CONTRASTIVE = "contrastive"
+CONTRASTIVE, SAMPLED = "contrastive", "sampled"
 
 READING, CHOOSING, WRITING = "Reading", "Choosing rows and pairs", "Writing"
 
@@ -56,7 +56,9 @@ ColumnMap = Annotated[
 Detect = Annotated[bool, _option(READING, "Only print the format of SRC and its options.", "--detect")]
 Set = Annotated[
     list[str] | None,
-    _option(READING, "Change a value of a contrastive recipe. Can be repeated.", "--set", metavar="KEY=VALUE"),
+    _option(
+        READING, "Change a value of a contrastive or sampled recipe. Can be repeated.", "--set", metavar="KEY=VALUE"
+    ),
 ]
 To = Annotated[
     Literal["pairs", "unpaired", "messages"] | None,
@@ -143,7 +145,7 @@ def convert_data(
 
     Convert data of any known format to canonical JSONL, and count the rows that cannot be used.
 
-    With --format contrastive, SRC is a recipe: a model writes the pairs, two answers under opposite instructions.
+    With --format contrastive or --format sampled, SRC is a recipe by which a model writes the answers of pairs.
     """  # noqa: D415 - the help shows an example first
     choices = {
         "option": option,
@@ -162,8 +164,8 @@ def convert_data(
         "detect": detect or None,
     }
     given = {name: value for name, value in choices.items() if value is not None}
-    if format == CONTRASTIVE:
-        _generate_pairs(source, output, given, rejects, overrides or [], json_output)
+    if format in (CONTRASTIVE, SAMPLED):
+        _generate_pairs(source, format, output, given, rejects, overrides or [], json_output)
     else:
         _convert(_build_source(source, format, given, overrides), output, given, rejects, json_output)
 
@@ -195,7 +197,7 @@ def _convert(
 def _build_source(path: str, format: str, given: dict[str, Any], overrides: list[str] | None) -> "RecipeSource":
     """Return the options as a recipe's data source."""
     from dpoctl.data.formats import FORMATS
-    from dpoctl.recipe.schema import Source as RecipeSource
+    from dpoctl.recipe.data_section import Source as RecipeSource
     from dpoctl.recipe.secrets import refuse_secret_argument
 
     for name, texts in {
@@ -206,9 +208,11 @@ def _build_source(path: str, format: str, given: dict[str, Any], overrides: list
         for text in texts or ():
             refuse_secret_argument(name, text)
     if overrides:
-        raise UsageError(f"--set has no effect without --format {CONTRASTIVE}: it changes a recipe")
+        raise UsageError(f"--set has no effect without --format {CONTRASTIVE} or {SAMPLED}: it changes a recipe")
     if format != "auto" and format not in FORMATS:
-        raise UsageError(f"--format: expected one of auto, {', '.join(FORMATS)}, {CONTRASTIVE}, got {format!r}")
+        raise UsageError(
+            f"--format: expected one of auto, {', '.join(FORMATS)}, {CONTRASTIVE}, {SAMPLED}, got {format!r}"
+        )
     try:
         path.encode()
     except UnicodeEncodeError as error:
@@ -257,16 +261,26 @@ def _refuse(names: Collection[str], why: str, hint: str | None = None) -> None:
 
 
 def _generate_pairs(
-    source: str, output: str, given: dict[str, Any], rejects: str | None, overrides: list[str], json_output: bool
+    source: str,
+    method: str,
+    output: str,
+    given: dict[str, Any],
+    rejects: str | None,
+    overrides: list[str],
+    json_output: bool,
 ) -> None:
-    hint = "set items.split and items.column in the recipe" if given.keys() & {"split", "column_map"} else None
-    _refuse(given, f"--format {CONTRASTIVE} takes its settings from the recipe", hint)
+    section = "items" if method == CONTRASTIVE else "prompts"
+    hint = f"set {section}.split and {section}.column in the recipe" if given.keys() & {"split", "column_map"} else None
+    _refuse(given, f"--format {method} takes its settings from the recipe", hint)
     if output == "-":
         raise UsageError(
-            f"--format {CONTRASTIVE} cannot write to stdout: it continues from its file after an interruption",
+            f"--format {method} cannot write to stdout: it continues from its file after an interruption",
             hint="pass a file with -o",
         )
     import_libraries()
-    from dpoctl.tasks.pair_generation import run
+    if method == CONTRASTIVE:
+        from dpoctl.tasks.pair_generation import run
+    else:
+        from dpoctl.tasks.sampled_pairs import run
 
     run(source, output=output, rejects=rejects, overrides=overrides, json_output=json_output)

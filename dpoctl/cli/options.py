@@ -8,7 +8,7 @@ import typer
 from dpoctl.errors import UsageError
 
 
-def _existing(run: Path) -> Path:
+def existing(run: Path) -> Path:
     """Refuse a missing run directory here, before torch is imported."""
     if not run.is_dir():
         raise UsageError(f"RUN: there is no directory {str(run)!r}", hint="pass the training.output_dir of a run")
@@ -18,7 +18,7 @@ def _existing(run: Path) -> Path:
 RunPath = Annotated[
     Path,
     typer.Argument(
-        metavar="RUN", help="The run directory (training.output_dir).", callback=_existing, show_default=False
+        metavar="RUN", help="The run directory (training.output_dir).", callback=existing, show_default=False
     ),
 ]
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]

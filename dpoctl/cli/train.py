@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -62,6 +62,7 @@ def training_command(method: str, help: str) -> Callable[..., None]:
         import_libraries()
         from dpoctl.tasks.train import run
 
+        flags: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "dry_run": dry_run, "verbose": verbose}
         run(
             checked,
             recipe_text=text,
@@ -69,7 +70,7 @@ def training_command(method: str, help: str) -> Callable[..., None]:
             allow_changed=allow_changed or [],
             processes=num_processes or 1,
             json_output=json_output,
-            **{"resume": resume, "overwrite": overwrite, "dry_run": dry_run, "verbose": verbose},
+            **flags,
         )
 
     command.__doc__ = help

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from dpoctl import console
 from dpoctl.core.meters import Meter, Total, standard_error
-from dpoctl.core.objective import Objective
+from dpoctl.core.objective import Objective, Watch
 from dpoctl.core.planner import Lengths, Plan
 from dpoctl.core.reader import Prefetcher, Reader
 from dpoctl.core.step import Stepper, StepResult
@@ -79,6 +79,9 @@ class Observer(Protocol):
     def should_stop(self) -> bool:
         """Whether the run shall end after this step, the same on all ranks."""
 
+    def wants_checkpoint(self, step: int) -> bool:
+        """Whether a step that was evaluated shall have a checkpoint, the same on all ranks."""
+
     def save(self, step: int, *, owes_evaluation: bool) -> None:
         """Begin to write the checkpoint of a step, whose evaluation may still have to be made."""
 
@@ -119,6 +122,8 @@ def fit(
     with StopRequest() as stop, Prefetcher(stepper.reader, accelerator.process_index) as prefetcher:
         if owes_evaluation and (signum := _evaluate_all(stepper, observer, evals, start, stop)):
             raise StoppedError(signum, start)
+        if start > 0 and observer.should_stop():
+            return start
         for done in range(start + 1, stepper.plan.num_steps + 1):
             step, batches = prefetcher.take(stepper.plan, done - 1)
             began = time.monotonic()
@@ -161,14 +166,17 @@ def _conclude(
         if not (signum or last):
             # It may have come while samples were drawn; the next step may take as long again.
             signum = _agreed(stop, stepper.objective.accelerator)
-    if signum and not is_logged:
+    saving = saving or last or signum or (evaluating and observer.wants_checkpoint(done))
+    if saving and not is_logged:
         _log(stepper, observer, meter, done, result)
-    if saving or last or signum:
+    if saving:
         observer.save(done, owes_evaluation=owes_evaluation)
     return last, signum
 
 
-def evaluate(objective: Objective, reader: Reader, plan: Plan, stop: StopRequest | None = None) -> Metrics:
+def evaluate(
+    objective: Objective, reader: Reader, plan: Plan, stop: StopRequest | None = None, watch: Watch | None = None
+) -> Metrics:
     """Return the exact means over an evaluation set, for any number of ranks and micro-batches.
 
     With them comes `loss_se`, the standard error of the loss, unless the loss couples the records.
@@ -178,6 +186,7 @@ def evaluate(objective: Objective, reader: Reader, plan: Plan, stop: StopRequest
         reader: reads the set.
         plan: one pass over the set.
         stop: ends the evaluation, on all ranks together.
+        watch: gets the scores of the records of this rank.
 
     Raises:
         EvaluationStoppedError: a rank got a signal.
@@ -190,7 +199,7 @@ def evaluate(objective: Objective, reader: Reader, plan: Plan, stop: StopRequest
             for step in plan:
                 if stop is not None and (signum := _agreed(stop, objective.accelerator)):
                     raise EvaluationStoppedError(signum)
-                objective.evaluate(step, reader, meter)
+                objective.evaluate(step, reader, meter, watch)
                 progress.advance(len(step.records))
     finally:
         scorer.train(was_training)

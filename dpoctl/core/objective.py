@@ -49,6 +49,9 @@ class TermValues:
 Report = Callable[[Scores, Sequence[TermValues], Mapping[int, str]], Mapping[str, Total]]
 """Metrics of some scores, given the values of each term and the names of sources that have metrics of their own."""
 
+Watch = Callable[[Sequence[int], Scores], None]
+"""A receiver of the scores of some records, given their numbers."""
+
 
 class RunningReference(Protocol):
     """A reference that runs beside the policy."""
@@ -123,10 +126,21 @@ class Objective:
         self.memory = memory
 
     @torch.no_grad()
-    def evaluate(self, step: Step, reader: Reader, meter: Meter) -> None:
-        """Add the metrics of a step of evaluation data to the meter."""
+    def evaluate(self, step: Step, reader: Reader, meter: Meter, watch: Watch | None = None) -> None:
+        """Add the metrics of a step of evaluation data to the meter.
+
+        Args:
+            step: of one pass over the data.
+            reader: reads its records.
+            meter: takes the metrics.
+            watch: gets the scores of the records of this rank.
+        """
         terms = tuple(replace(term, loss=term.loss.at_eval()) for term in self.terms)
         local = [(batch, self.score(batch)) for batch in self._batches(step, reader)]
+        if watch is not None:
+            for records, (_, scores) in zip(step.schedule[self.accelerator.process_index], local, strict=True):
+                if records:
+                    watch(records, scores)
         if _couples(terms):
             whole = self._gather(step, reader, [scores for _, scores in local])
             self._record_metrics(meter, whole, evaluate_terms(terms, whole), step, reader, counts=self._is_main)

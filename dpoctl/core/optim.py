@@ -1,91 +1,120 @@
-"""The optimizers of a recipe, and its learning rate as a pure function of the step number."""
+"""The optimizers of a recipe."""
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer, RMSprop
+from transformers.optimization import Adafactor
 
 from dpoctl.core.low_precision import BFloat16AdamW, rounded
+from dpoctl.core.muon import MuonAdamW
 from dpoctl.errors import SetupError
-from dpoctl.recipe.schema import TrainingSection
+from dpoctl.recipe.schema import LoraSection, TrainingSection
+
+BITSANDBYTES = {
+    "adamw_8bit": "AdamW8bit",
+    "paged_adamw_32bit": "PagedAdamW32bit",
+    "paged_adamw_8bit": "PagedAdamW8bit",
+    "lion_32bit": "Lion32bit",
+    "lion_8bit": "Lion8bit",
+    "paged_lion_32bit": "PagedLion32bit",
+    "paged_lion_8bit": "PagedLion8bit",
+}
+"""The optimizers of bitsandbytes, and their classes."""
+_MOMENTS = {
+    **{"adamw_8bit": 2, "rmsprop": 4, "lion_32bit": 4, "lion_8bit": 1},
+    **dict.fromkeys(("adafactor", "paged_adamw_32bit", "paged_adamw_8bit", "paged_lion_32bit", "paged_lion_8bit"), 0),
+}
+"""Bytes of the moments of each parameter. Pages can leave the device, and Adafactor keeps a row and a column."""
 
 
-def build_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], training: TrainingSection) -> Optimizer:
-    """Build the recipe's optimizer over the trainable parameters; biases and norms have no weight decay."""
-    trained = [p for _, p in parameters if p.requires_grad]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": training.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+def build_optimizer(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    training: TrainingSection,
+    *,
+    outside: Collection[str] = (),
+    scales: Mapping[str, float] | None = None,
+) -> Optimizer:
+    """Build the recipe's optimizer over the trainable parameters; biases and norms have no weight decay.
+
+    Args:
+        parameters: the parameters by name.
+        training: the settings of the optimizer.
+        outside: names of parameters outside of the hidden layers, for which there is no Muon.
+        scales: the learning rate of some parameters, in relation to that of all others, by name.
+    """
+    trained = [(name, p) for name, p in parameters if p.requires_grad]
+    scales = scales or {}
+    in_bfloat16 = training.param_dtype == "bfloat16"
     adam: dict[str, Any] = {
         "lr": training.learning_rate,
         "betas": (training.adam_beta1, training.adam_beta2),
         "eps": training.adam_epsilon,
     }
-    in_bfloat16 = training.param_dtype == "bfloat16"
+    if training.optim == "muon":
+        hidden = {name for name, p in trained if p.ndim == 2 and name not in outside}
+        matrices, others = (
+            _groups([(name, p) for name, p in trained if (name in hidden) == is_hidden], scales, training)
+            for is_hidden in (True, False)
+        )
+        muon = {"adjust_lr_fn": "match_rms_adamw"} | training.optim_args
+        return MuonAdamW(matrices, others, muon | {"lr": training.learning_rate}, adam)
+    groups = _groups(trained, scales, training)
     if training.optim == "adamw":
         return BFloat16AdamW(groups, seed=training.seed, **adam) if in_bfloat16 else AdamW(groups, fused=True, **adam)
     if training.optim == "rmsprop":
         return RMSprop(groups, lr=training.learning_rate, eps=training.adam_epsilon)
+    if training.optim == "adafactor":
+        arguments = {"scale_parameter": False} | training.optim_args
+        return Adafactor(groups, lr=training.learning_rate, relative_step=False, **arguments)
+    if "lion" in training.optim:
+        del adam["eps"]
+    kind = _bitsandbytes_class(training.optim, trained[0][1].device)
+    optimizer: Optimizer = (rounded(kind, training.seed) if in_bfloat16 else kind)(groups, **adam)
+    return optimizer
+
+
+def rate_scales(lora: LoraSection | None, parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, float]:
+    """Return the parameters that LoRA+ gives a learning rate of their own, in relation to that of the others."""
+    ratio = None if lora is None else lora.loraplus_lr_ratio
+    scaled = (".lora_B.", ".lora_embedding_B.", ".lora_magnitude_vector.")
+    return {name: ratio for name, _ in parameters if any(part in name for part in scaled)} if ratio else {}
+
+
+def _groups(
+    parameters: Iterable[tuple[str, nn.Parameter]], scales: Mapping[str, float], training: TrainingSection
+) -> list[dict[str, Any]]:
+    """Return groups of parameters with one weight decay and one scale of the learning rate each."""
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    for name, parameter in parameters:
+        scale, decays = scales.get(name, 1.0), parameter.ndim >= 2
+        fresh: dict[str, Any] = {"params": [], "weight_decay": training.weight_decay if decays else 0.0}
+        fresh |= {} if scale == 1.0 else {"lr_scale": scale, "lr": training.learning_rate * scale}
+        groups.setdefault((scale, not decays), fresh)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
+def _bitsandbytes_class(optim: str, device: torch.device) -> type[Optimizer]:
     if find_spec("bitsandbytes") is None:
-        raise SetupError(f"optim {training.optim} needs bitsandbytes", hint="pip install 'dpoctl[quant]'")
+        raise SetupError(f"optim {optim} needs bitsandbytes", hint="pip install 'dpoctl[quant]'")
     import bitsandbytes  # noqa: PLC0415 - an optional extra
 
     # Pages move between a device and its host; on a CPU alone there is nothing to page.
-    paged = trained[0].device.type != "cpu"
-    kinds = {
-        "adamw_8bit": "AdamW8bit",
-        "paged_adamw_32bit": "PagedAdamW32bit" if paged else "AdamW32bit",
-        "paged_adamw_8bit": "PagedAdamW8bit" if paged else "AdamW8bit",
-    }
-    kind = getattr(bitsandbytes.optim, kinds[training.optim])
-    optimizer: Optimizer = (rounded(kind, training.seed) if in_bfloat16 else kind)(groups, **adam)
-    return optimizer
+    name = BITSANDBYTES[optim] if device.type != "cpu" else BITSANDBYTES[optim].removeprefix("Paged")
+    kind: type[Optimizer] = getattr(bitsandbytes.optim, name)
+    return kind
 
 
 def state_bytes(training: TrainingSection) -> tuple[int, int, int]:
     """Return the bytes of each trained parameter in full fine-tuning: its weight, its gradient, its moments.
 
-    Pages can leave the device, so the moments of paged optimizers count as nothing.
+    Of Muon these are the moments of AdamW, the most that a parameter has.
     """
     weight = 2 if training.param_dtype == "bfloat16" else 4
-    moments = {"adamw": 2 * weight, "adamw_8bit": 2, "rmsprop": 4}.get(training.optim, 0)
-    return weight, weight, moments
-
-
-def warmup_steps(training: TrainingSection, num_steps: int) -> int:
-    """Return the number of warm-up steps; a tenth of the run unless the recipe sets it."""
-    if training.warmup_steps is not None:
-        return training.warmup_steps
-    ratio = 0.1 if training.warmup_ratio is None else training.warmup_ratio
-    # 0.07 * 100 is a little more than 7 in floating point.
-    return math.ceil(round(ratio * num_steps, 6))
-
-
-def learning_rate(training: TrainingSection, num_steps: int) -> Callable[[int], float]:
-    """Return the learning rate of each step, counted from 0.
-
-    It rises linearly to its full value at the last step of the warm-up (the first step is not wasted on zero), then
-    is constant, falls linearly, or falls along a half cosine, to reach zero just after the last step.
-    """
-    warmup = warmup_steps(training, num_steps)
-
-    def rate(number: int) -> float:
-        if number < warmup:
-            return training.learning_rate * (number + 1) / warmup
-        progress = (number - warmup) / max(1, num_steps - warmup)
-        shape = {
-            "constant": 1.0,
-            "linear": 1 - progress,
-            "cosine": (1 + math.cos(math.pi * progress)) / 2,
-        }[training.lr_scheduler_type]
-        return training.learning_rate * shape
-
-    return rate
+    return weight, weight, _MOMENTS.get(training.optim, 2 * weight)
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dpoctl import console
 from dpoctl.data.formats.detect import options_of
+from dpoctl.data.formats.transcripts import with_messages
 from dpoctl.data.formats.trl import canonical_rows
 from dpoctl.data.grouping import Majority, unpaired
 from dpoctl.data.output import Stdout, WholeFile
@@ -27,13 +28,12 @@ from dpoctl.data.pipeline import (
 from dpoctl.data.records import Record, Reject, Row, Text, strings_of
 from dpoctl.data.row_report import json_text, lengths_table
 from dpoctl.data.sources import STDIN, location, reads_once
-from dpoctl.data.transcripts import with_messages
 from dpoctl.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from dpoctl.recipe.schema import Source
+    from dpoctl.recipe.data_section import Source
 
 STDOUT = "-"
 To = Literal["pairs", "unpaired", "messages"]

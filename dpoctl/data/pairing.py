@@ -16,7 +16,7 @@ from dpoctl.data.sampling import prompt_digest
 from dpoctl.errors import DataError
 
 if TYPE_CHECKING:
-    from dpoctl.recipe.schema import Source
+    from dpoctl.recipe.data_section import Source
 
 Mode = Literal["best-worst", "best-rest", "best-random", "adjacent", "all"]
 Pairs = tuple[tuple[int, int], ...]

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dpoctl.data import formats
 from dpoctl.data.formats.detect import Detection, check_options, detect
+from dpoctl.data.formats.transcripts import as_messages
 from dpoctl.data.grouping import GROUPED, Grouper, Labels, Majority
 from dpoctl.data.json_cells import message_columns, refuse_unread, with_messages
 from dpoctl.data.pairing import Shaper, Wants, check_ranking, pairing_of
@@ -22,7 +23,7 @@ from dpoctl.data.sources import SourceRow, read_rows
 from dpoctl.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from dpoctl.recipe.schema import Source
+    from dpoctl.recipe.data_section import Source
 
 DETECTION_ROWS = 100
 """The number of first rows from which a format is detected."""
@@ -222,6 +223,9 @@ def open_source(source: "Source", *, method: str = "dpo") -> OpenedSource:
         check_options(name, source.format_options)
     except UsageError as error:
         raise UsageError(f"{source.path}: {error.message}", hint=error.hint) from error
+    if source.format_options.get(formats.AS) == "messages" and not _any_text(name, opened.sound, source.format_options):
+        why = f"the first rows of format {name} are messages already"
+        raise UsageError(f"{source.path}: option as: messages would do nothing: {why}", hint="leave it out")
     return SourceStats(source.path, name, evidence, opened.json_columns), opened.rows
 
 
@@ -251,6 +255,23 @@ def detect_format(path: str, opened: OpenedRows) -> Detection:
         return detect(opened.sound, places)
     except DataError as error:
         raise DataError(f"{path}: {error.message}", hint=error.hint) from error
+
+
+def _any_text(name: str, rows: list[Row], options: Mapping[str, Any]) -> bool:
+    """Return whether messages would be made of any of these rows, or none of them can be read."""
+    any_sound = False
+    for row in rows:
+        try:
+            plain = formats.read(name, row, {key: value for key, value in options.items() if key != formats.AS})
+        except Reject:
+            continue
+        any_sound = True
+        try:
+            if as_messages(plain) != plain:
+                return True
+        except Reject:
+            return True
+    return not any_sound
 
 
 def _head(rows: Iterator[SourceRow]) -> list[SourceRow]:

@@ -31,7 +31,8 @@ from dpoctl.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from dpoctl.recipe.schema import DataSection, Recipe, Source
+    from dpoctl.recipe.data_section import DataSection, Source
+    from dpoctl.recipe.schema import Recipe
 
 CODE_VERSION = 8
 """Part of every store's key: raise it with any change that gives the same rows other tokens."""
@@ -105,6 +106,8 @@ def prepare(
     factory = _StoreFactory(recipe, tokenizer, Cache(cache_dir, spare), evidence, stops)
     evals = {name: factory.store(name, selection) for name, selection in _evals(recipe, wants).items()}
     train = None if only_eval else factory.store("train", _train(recipe, wants))
+    if train is not None:
+        _refuse_unused_think(recipe, train)
     return PreparedData(
         evals=evals,
         recipe=recipe,
@@ -112,6 +115,19 @@ def prepare(
         sources=factory.sources(),
         train_store=train,
     )
+
+
+def _refuse_unused_think(recipe: "Recipe", train: TokenStore) -> None:
+    """Make sure that `train_on_think` keeps something out of the loss.
+
+    Raises:
+        DataError: There is nothing of that kind in the training data.
+    """
+    wanted = (recipe.sft if recipe.method == "sft" else recipe.dpo).train_on_think
+    if wanted != "all" and not train.report["template"].get("thinking_untrained"):
+        block = "an empty thinking block" if wanted == "nonempty" else "a thinking block"
+        key = f"{recipe.method}.train_on_think: {wanted}"
+        raise DataError(f"{key} would do nothing: no training row has an answer with {block}", hint="leave it out")
 
 
 def iter_texts(recipe: "Recipe", wants: Wants | None = None) -> Iterator[str]:
@@ -204,8 +220,11 @@ class _StoreFactory:
         self._cache = cache
         self._encoder = Encoder(tokenizer)
         self._evidence = evidence
-        self._loss_on = recipe.sft.loss_on if recipe.method == "sft" else recipe.dpo.loss_on
-        self._renderer = Renderer(tokenizer, recipe.data.chat_template_kwargs, self._loss_on, stops)
+        trained = recipe.sft if recipe.method == "sft" else recipe.dpo
+        self._trained = [trained.loss_on, trained.train_on_think]
+        self._renderer = Renderer(
+            tokenizer, recipe.data.chat_template_kwargs, trained.loss_on, stops, trained.train_on_think
+        )
         self._stops = None if stops is None else sorted(stops)
         self._special_tokens = dict(tokenizer.special_tokens_map)
         self._held_out: HeldOut | None = None
@@ -331,7 +350,7 @@ class _StoreFactory:
             "wants": selection.wants,
             "sources": [_source_identity(source, selection, data) for source in selection.sources],
             "tokenizer": [self._encoder.state, self._encoder.bos, self._encoder.eos, self._special_tokens],
-            "template": [self._renderer.templates, data.chat_template_kwargs, self._loss_on, self._stops],
+            "template": [self._renderer.templates, data.chat_template_kwargs, self._trained, self._stops],
             "duplicates": data.duplicates,
         }
         if selection.eval_size is not None:

@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Any
 from dpoctl.data.chat_template import ChatTemplate
 from dpoctl.data.messages import shared_turns, through_answer
 from dpoctl.data.records import Message, Record, Reject, Text
+from dpoctl.data.thinking import find_block
 from dpoctl.data.turn_ends import TurnEnds, alternatives, common_length
-from dpoctl.data.turn_fields import TEXT, call_texts, is_written
+from dpoctl.data.turn_fields import TEXT, THINKING, call_texts, is_written
 from dpoctl.data.turns import CLOSED_STUB, OPEN_STUB, Turn, dropped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from dpoctl.recipe.schema import TrainOnThink
 
 BREAK = "\ufdd0"
 """A noncharacter that is put into control strings of contents; the tokenizer sees only the parts beside it."""
@@ -58,6 +61,7 @@ class Renderer:
         template_kwargs: Further variables of the template.
         loss_on: `assistant` trains on every assistant turn of a response, `last` on the last one.
         stops: The ids at which the model's generation stops; None if they are not known.
+        train_on_think: The thinking blocks of those turns that are trained on.
 
     Raises:
         UsageError: A variable has the name of one that every template gets.
@@ -69,10 +73,12 @@ class Renderer:
         template_kwargs: dict[str, Any],
         loss_on: str = "assistant",
         stops: Collection[int] | None = None,
+        train_on_think: "TrainOnThink" = "all",
     ) -> None:
         self.chat = ChatTemplate(tokenizer, template_kwargs)
         self.ends = TurnEnds(tokenizer, stops)
         self.loss_on = loss_on
+        self.train_on_think = train_on_think
         self.templates = (self.chat.text, self.chat.tools_text)
         """The chat template and that for conversations with tools, each with fixed dates, or None."""
         tokens = tokenizer.added_tokens_decoder.values()
@@ -244,12 +250,28 @@ class _Conversation:
             end = turn.end(start)
             turn.check(start, end.at)
             at = end.at
-            spans.append((start, at))
+            spans.append((self._behind_thinking(messages[index], full, start, at, is_first=index == first), at))
         if any(left[1] > right[0] for left, right in pairwise(spans)):
             raise Reject("nothing_to_learn", "no assistant turn could be told apart in the rendered conversation")
         shifted = [(left - offset, right - offset) for left, right in spans]
         shifted[-1] = (shifted[-1][0], shifted[-1][1] + len(end.more))
         return Completion(full[offset:at] + end.more, tuple(shifted), needs_eos=trained[-1] == last and not end.stops)
+
+    def _behind_thinking(self, message: Message, full: str, start: int, end: int, *, is_first: bool) -> int:
+        """Find where the part of a turn begins that is trained on: at its start, or behind its thinking block."""
+        wanted, at = self._renderer.train_on_think, start
+        block = find_block(self._context if is_first else full[:start], full, start, end)
+        # Some templates write an empty block before one that the content holds.
+        while block is not None and (wanted == "none" or (wanted == "nonempty" and block.is_empty)):
+            self._notes.add("thinking_untrained")
+            at = block.end
+            block = find_block(full[:at], full, at, end)
+        if block is not None and block.is_empty:
+            self._notes.add("thinking_empty")
+        given = [str(message[name]) for name in THINKING if message.get(name)]
+        if wanted == "none" and at == start and any(is_written(text, full[start:end]) for text in given):
+            raise Reject("thinking_unmarked", "the chat template writes thinking between marks that are not known")
+        return at
 
     def _start(self, turn: Turn, context: list[Message], full: str, since: int) -> int:
         """Find the start of a later answer: behind its prompt at inference, unless the template rewrites that."""

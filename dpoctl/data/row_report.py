@@ -26,6 +26,9 @@ TEMPLATE_NOTES = {
     "set loss_on: last if only earlier turns lose it, else model.chat_template to a template that writes it",
     "thinking_doubled": "the chat template writes an empty thinking block before the answer's own thinking; "
     "move the thinking to the key reasoning_content of the message",
+    "thinking_empty": "the chat template writes an empty thinking block in answers, which is trained on; "
+    "set train_on_think: nonempty to keep it out of the loss",
+    "thinking_untrained": "thinking blocks are kept out of the loss, as train_on_think says",
     "system_ignored": "the chat template does not write the system message",
     "names_ignored": "the chat template does not write the names of messages",
     "next_marker": "the model stops at the marker of the next turn; training ends answers with that marker",
@@ -40,7 +43,7 @@ TEMPLATE_NOTES = {
 }
 TOO_SLOW = "template_too_slow"
 """The reason for rows whose rejection depends on the machine, so that no store may keep it."""
-HARMLESS = {"control_tokens", "next_marker", "stop_in_text"}
+HARMLESS = {"control_tokens", "next_marker", "stop_in_text", "thinking_empty", "thinking_untrained"}
 """The notes that are no warnings."""
 HINTS = {
     "too_long": "raise data.max_length, or set data.overlong: truncate",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dpoctl.data.records import Record, Text, squeeze
 
 if TYPE_CHECKING:
-    from dpoctl.recipe.schema import Source
+    from dpoctl.recipe.data_section import Source
 
 _canonical = json.JSONEncoder(sort_keys=True).encode
 

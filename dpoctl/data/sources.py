@@ -18,7 +18,7 @@ from dpoctl.errors import DataError, SetupError, UserError
 from dpoctl.hub import hub_is_reachable
 
 if TYPE_CHECKING:
-    from dpoctl.recipe.schema import Source
+    from dpoctl.recipe.data_section import Source
 
 STDIN = "-"
 PARTICULAR = {"name": None, "split": "train", "revision": None, "data_files": None}

@@ -109,7 +109,9 @@ def build_skeleton(recipe: "Recipe", tokenizer: PreTrainedTokenizerBase | None) 
         if recipe.lora is not None and recipe.lora.start == "new":
             from dpoctl.model.lora import add_adapter  # noqa: PLC0415 - peft takes a second to import
 
-            add_adapter(model, recipe.lora, seed=recipe.training.seed)
+            # There are no weights that an adapter could start with.
+            lora = recipe.lora.model_copy(update={"init_lora_weights": "default"})
+            add_adapter(model, lora, seed=recipe.training.seed)
     return model
 
 

@@ -10,7 +10,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -54,6 +54,8 @@ class Generation:
     text: str
     finished: bool
     """True if the model ended its turn, false if `max_new_tokens` cut it off."""
+    ids: tuple[int, ...] = field(default=(), compare=False)
+    """Its tokens with the one that ends the turn; empty if they are not known."""
 
 
 def generate(
@@ -90,7 +92,7 @@ def generate(
     # Prompts of similar length in one batch need less padding.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
     generations: dict[int, Generation] = {}
-    with _generation_mode(causal):
+    with generation_mode(causal):
         for start in range(0, len(order), sampling.batch_size):
             chunk = order[start : start + sampling.batch_size]
             batch = _Batch(causal, tokenizer, [prompts[i] for i in chunk], [seeds[i] for i in chunk], sampling)
@@ -125,7 +127,7 @@ def stream(
 
     def work() -> None:
         try:
-            with _generation_mode(causal):
+            with generation_mode(causal):
                 batch.run(streamer=pieces, stopping_criteria=StoppingCriteriaList([stop]))
         except BaseException as error:  # raised again in the caller's thread
             failures.append(error)
@@ -194,7 +196,7 @@ class _Batch:
     def _decode(self, ids: list[int]) -> Generation:
         end = next((index for index, token in enumerate(ids) if token in self._stop_tokens), None)
         text = self._tokenizer.decode(ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Generation(str(text), end is not None)
+        return Generation(str(text), end is not None, tuple(ids if end is None else ids[: end + 1]))
 
 
 class _SampleToken(LogitsProcessor):
@@ -246,19 +248,26 @@ def _seeds(prompts: Sequence[Sequence[int]], seed: int) -> list[int]:
 
 
 @contextmanager
-def _generation_mode(causal: PreTrainedModel) -> Iterator[None]:
-    """Prepare a model, which may be in training, to generate, and restore its state afterwards.
-
-    Eval mode also turns gradient checkpointing off, which does not allow a KV cache.
-    """
-    modes = [(module, module.training) for module in causal.modules()]
-    settings = causal.generation_config
+def library_forward(causal: PreTrainedModel) -> Iterator[None]:
+    """Let a model take the inputs that other libraries give it: its own attention, uncompiled, in one precision."""
     with ExitStack() as stack:
         stack.enter_context(uncompiled(causal))
         if causal.config._attn_implementation == SHARED_PREFIX:
             stack.enter_context(use_attention(causal, "sdpa" if causal._supports_sdpa else "eager"))
         if (dtype := _autocast_dtype(causal)) is not None:
             stack.enter_context(torch.autocast(causal.device.type, dtype))
+        yield
+
+
+@contextmanager
+def generation_mode(causal: PreTrainedModel) -> Iterator[None]:
+    """Prepare a model, which may be in training, to generate, and restore its state afterwards.
+
+    Eval mode also turns gradient checkpointing off, which does not allow a KV cache.
+    """
+    modes = [(module, module.training) for module in causal.modules()]
+    settings = causal.generation_config
+    with library_forward(causal):
         try:
             causal.eval()
             # A repetition penalty or top-k of the model's own settings would change the distribution.

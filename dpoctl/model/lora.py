@@ -1,5 +1,6 @@
 """LoRA adapters: a new one on a base model, a new one on top of an SFT adapter, or an SFT adapter trained further."""
 
+import copy
 import dataclasses
 import math
 import warnings
@@ -10,7 +11,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -20,7 +23,15 @@ from dpoctl import console
 from dpoctl.errors import SetupError, UsageError, UserError
 from dpoctl.model.lazy_weights import float32, read_whole
 from dpoctl.model.memory import is_out_of_memory
-from dpoctl.model.modules import base_layer, embedding_and_head, embedding_and_head_names, is_adapted, linear_layers
+from dpoctl.model.modules import (
+    base_layer,
+    embedding_and_head,
+    embedding_and_head_names,
+    is_adapted,
+    last_name,
+    layer_number,
+    linear_layers,
+)
 from dpoctl.model.policy import FROZEN, TRAINED
 from dpoctl.model.source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, first_line, read_json, reading_model
 
@@ -32,7 +43,7 @@ _SUPPORTED = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out", "inference_mode",
     "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "modules_to_save",
     "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
-    "target_modules", "target_parameters", "task_type", "use_rslora",
+    "target_modules", "target_parameters", "task_type", "use_dora", "use_rslora",
 }  # fmt: skip
 
 
@@ -65,6 +76,7 @@ _SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "target_modules": (_is_names, "list of names"),
     "modules_to_save": (lambda value: value is None or _is_list_of(str)(value), "list of names"),
     "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
+    "use_dora": (lambda value: isinstance(value, bool), "true or false"),
     "fan_in_fan_out": (lambda value: isinstance(value, bool), "true or false"),
 }
 """Settings that an adapter's update depends on: whether a value is one, and what it should be."""
@@ -105,12 +117,45 @@ def check_adapter(folder: Path) -> dict[str, Any]:
 def add_adapter(model: PreTrainedModel, lora: "LoraSection", *, seed: int) -> PeftModel:
     """Put a new adapter on a base model; its update starts at zero.
 
+    Or it starts as a part of the weights, which is taken out of them. Then a frozen copy stays beside it: base and copy
+    together are the weights as they were.
+
     Raises:
         UsageError: a target or a module to save does not exist, or cannot be adapted.
     """
     config = _new_config(model, lora)
+    if lora.init_lora_weights == "olora" and config.fan_in_fan_out:
+        raise UsageError(
+            "lora.init_lora_weights: olora: peft cannot decompose the transposed weights of this model",
+            hint="use pissa",
+        )
+    if lora.changes_base and getattr(model.config, "tie_word_embeddings", False):
+        ends = set(embedding_and_head_names(model)) & set(_targeted_modules(model, config))
+        if ends:
+            raise UsageError(
+                f"lora.init_lora_weights: {lora.init_lora_weights} would change embedding and head, which are tied",
+                hint=f"leave {min(ends)} out of lora.target_modules",
+            )
     with _adding_adapter(model, config, seed):
-        return get_peft_model(model, config, adapter_name=TRAINED)
+        config.init_lora_weights = True if lora.init_lora_weights == "default" else lora.init_lora_weights
+        peft_model = get_peft_model(model, config, adapter_name=TRAINED)
+        if lora.changes_base:
+            _freeze_copy(peft_model, config)
+    return peft_model
+
+
+def _freeze_copy(peft_model: PeftModel, config: LoraConfig) -> None:
+    """Put a frozen copy of the new adapter beside it."""
+    settings = copy.deepcopy(config)
+    settings.init_lora_weights, settings.modules_to_save = True, None
+    peft_model.add_adapter(FROZEN, settings)
+    tuner: Any = peft_model.base_model
+    for module in tuner.modules():
+        if is_adapted(module) and FROZEN in module.lora_A:
+            for factors in (module.lora_A, module.lora_B):
+                factors[FROZEN].weight.data = factors[TRAINED].weight.detach().clone()
+    tuner.set_adapter(TRAINED)
+    tuner.set_requires_grad(FROZEN, False)
 
 
 def stack_adapter(
@@ -126,6 +171,16 @@ def stack_adapter(
     Raises:
         UsageError: the two adapters cannot be joined into one.
     """
+    if lora.changes_base:
+        raise UsageError(
+            f"lora.init_lora_weights: {lora.init_lora_weights} starts from the weights of a model, not from an adapter",
+            hint=f"merge '{folder}' into its base model first, or remove lora.init_lora_weights",
+        )
+    if lora.use_dora or read_json(folder / ADAPTER_CONFIG).get("use_dora"):
+        raise UsageError(
+            f"adapter '{folder}' and the new one cannot be joined: the updates of DoRA are no sum",
+            hint="set lora.start: continue, or merge the adapter into its base model first",
+        )
     peft_model = load_adapter(model, folder, FROZEN, trainable=False)
     saved = _move_saved_modules_to_base(model, FROZEN)
     config = _new_config(model, lora)
@@ -240,19 +295,41 @@ def _new_config(model: PreTrainedModel, lora: "LoraSection") -> LoraConfig:
         if not any(_ends_with(other, name) for other in names):
             raise UsageError(f"lora.modules_to_save: this model has no module '{name}'", hint=_modules_hint(model))
     _note_untied(model, [*saved, *(lora.target_modules if isinstance(lora.target_modules, list) else [])])
+    # Layers can be numbered beside a list of names only.
+    targets = list(linear_layers(model)) if lora.adapts_all and lora.layers_to_transform else lora.target_modules
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
         lora_alpha=_int_if_whole(lora.lora_alpha),
         lora_dropout=lora.lora_dropout,
-        target_modules=lora.target_modules,
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern={name: _int_if_whole(alpha) for name, alpha in lora.alpha_pattern.items()},
+        target_modules=targets,
+        layers_to_transform=lora.layers_to_transform,
         modules_to_save=lora.modules_to_save,
         use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
         bias="none",
     )
-    targets = (model.get_submodule(name) for name in _targeted_modules(model, config))
-    config.fan_in_fan_out = any(isinstance(base_layer(module), Conv1D) for module in targets)
+    targeted = _targeted_modules(model, config)
+    _check_patterns(config, targeted)
+    config.fan_in_fan_out = any(isinstance(base_layer(model.get_submodule(name)), Conv1D) for name in targeted)
     return config
+
+
+def _check_patterns(config: LoraConfig, targeted: list[str]) -> None:
+    """Refuse patterns and numbers of layers that no adapted module has."""
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, key):
+            if targeted and not any(get_pattern_key([pattern], name) == pattern for name in targeted):
+                raise UsageError(
+                    f"lora.{key}: no adapted module matches '{pattern}'",
+                    hint=f"the adapted modules are {', '.join(sorted({last_name(name) for name in targeted}))}",
+                )
+    numbers = [number for name in targeted if (number := layer_number(name)) is not None]
+    if missing := sorted(set(config.layers_to_transform or ()) - set(numbers)):
+        there = f"from 0 to {max(numbers)}" if numbers else "none"
+        raise UsageError(f"lora.layers_to_transform: there is no adapted module in layer {missing[0]}", hint=there)
 
 
 def _note_untied(model: PreTrainedModel, changed: list[str]) -> None:
@@ -277,9 +354,9 @@ def _targeted_modules(model: PreTrainedModel, config: LoraConfig) -> list[str]:
         if any(_is_at_or_under(name, saved) or _ends_with(name, saved) for saved in config.modules_to_save or ()):
             continue
         if config.target_modules == "all-linear":
-            matches = isinstance(base_layer(module), (nn.Linear, Conv1D)) and module is not head
+            matches: Any = isinstance(base_layer(module), (nn.Linear, Conv1D)) and module is not head
         else:
-            matches = any(_ends_with(name, target) for target in config.target_modules or ())
+            matches = check_target_module_exists(config, name)
         if matches:
             targeted.append(name)
     return targeted
@@ -323,7 +400,7 @@ def _adding_adapter(model: PreTrainedModel, config: LoraConfig, seed: int) -> It
     hint, targets = _modules_hint(model), config.target_modules
     is_unmatched = not _targeted_modules(model, config)
     with _peft_errors("lora"), torch.random.fork_rng(devices=[]):
-        # peft initialises adapters on the CPU.
+        # peft draws adapters on the CPU.
         torch.default_generator.manual_seed(seed)
         try:
             yield

@@ -3,6 +3,8 @@
 peft is not imported here, because it takes as long as torch.
 """
 
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -38,9 +40,27 @@ def embedding_and_head_names(model: PreTrainedModel) -> list[str]:
     return [name for name, module in model.named_modules() if any(module is one for one in modules)]
 
 
+def outside_of_layers(model: PreTrainedModel) -> frozenset[str]:
+    """Return the names of the weights of the head and of all embeddings."""
+    head = embedding_and_head(model)[1]
+    modules = model.named_modules()
+    return frozenset(f"{name}.weight" for name, m in modules if m is head or isinstance(m, nn.Embedding))
+
+
+def is_trainable(name: str, patterns: Sequence[str] | None) -> bool:
+    """Whether full fine-tuning trains a weight: one of the recipe's regular expressions occurs in its name."""
+    return patterns is None or any(re.search(pattern, name) for pattern in patterns)
+
+
 def last_name(name: str) -> str:
     """Return the last component of a module's name, such as `q_proj`."""
     return name.rpartition(".")[2]
+
+
+def layer_number(name: str) -> int | None:
+    """Return the number of the decoder layer that a module belongs to by its name, as peft reads it."""
+    match = re.match(r".*?\.[^.]*\.(\d+)\.", name)
+    return int(match[1]) if match else None
 
 
 def linear_layers(model: PreTrainedModel) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from dpoctl.errors import SetupError
 
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
-_EXTRAS = {"bitsandbytes": "quant", "protobuf": "sentencepiece", "sentencepiece": "sentencepiece"}
+_EXTRAS = {"lm-eval": "bench", "bitsandbytes": "quant", "protobuf": "sentencepiece", "sentencepiece": "sentencepiece"}
 """The extra of dpoctl that installs a package."""
 _MODULES = {"protobuf": "google.protobuf"}
 """Names of modules that are not those of their packages."""

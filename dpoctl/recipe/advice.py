@@ -12,10 +12,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from dpoctl import console
+from dpoctl.recipe.data_section import Source
 from dpoctl.recipe.diagnostics import Diagnostic, KeyPath, Severity, in_order
 from dpoctl.recipe.document import Document
 from dpoctl.recipe.facts import Facts, PlannedRun
-from dpoctl.recipe.schema import Recipe, Source
+from dpoctl.recipe.schema import Recipe
 from dpoctl.redact import redact_text
 
 Rule = Callable[[PlannedRun], Iterator[Diagnostic]]
@@ -398,7 +399,8 @@ def wording(run: PlannedRun) -> Advice:
     elif facts.plain_text:
         message = (
             "the rows are text, so the chat template of the tokenizer is not applied; "
-            "use messages to train the model for chat (of transcripts, convert-data --transcripts messages makes them)"
+            "to train the model as in a chat, set format_options: {as: messages}: turns of transcripts become "
+            "messages, other prompts the user's and answers the assistant's"
         )
         yield note("plain-text", TRAIN, message)
 

@@ -2,14 +2,21 @@
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpoctl.recipe.diagnostics import Diagnostic, KeyPath, dotted
+from dpoctl.recipe.diagnostics import Diagnostic, KeyPath, NoEffect, dotted
 from dpoctl.recipe.document import write_yaml
+from dpoctl.recipe.eval_metrics import (
+    EVAL_DATA,
+    NO_EVAL_DATA,
+    find_misspelt_expectation,
+    find_unknown_metric,
+)
+from dpoctl.recipe.judge_section import find_judge_errors, unused_judge_keys
+from dpoctl.recipe.library_arguments import optimizer_errors, schedule_errors
 from dpoctl.recipe.loss_section import NamedLoss
-from dpoctl.recipe.schema import LOSS, JudgeSection, Recipe
+from dpoctl.recipe.schema import LOSS, Recipe
 
 IsInForce = Callable[[KeyPath, tuple[KeyPath, ...]], bool]
 # TensorBoard uses the name of the folder.
@@ -23,8 +30,6 @@ REFERENCE: KeyPath = ("dpo", "reference")
 EVAL_STEPS: KeyPath = ("training", "eval_steps")
 MAX_NAME, MAX_PATH = 255, 4000
 """The bytes of a file's name, and of a path with room for the files of a run below it."""
-UNDECIDED = "undecided"
-"""The name that a judge gives to a text without a category."""
 FORMAT_ROWS = {
     "hh": ("pairs",),
     "trl-explicit": ("pairs",),
@@ -40,21 +45,16 @@ ROW_REMEDIES = {
     "rankings": "use data in the format ranking",
     "labels": "convert it with `dpoctl convert-data --to unpaired`",
 }
-NO_EVAL_DATA = "there is no eval data; set data.eval or data.eval_size"
-EVAL_DATA: tuple[KeyPath, ...] = (("data", "eval"), ("data", "eval_size"))
-
-
-@dataclass(frozen=True, slots=True)
-class NoEffect:
-    """The reason why a key has no effect.
-
-    Args:
-        reason: A clause that completes "it has no effect: ...".
-        causes: The keys that make it so.
-    """
-
-    reason: str
-    causes: tuple[KeyPath, ...]
+NOT_TAKEN: dict[str, tuple[str, ...]] = {
+    "rmsprop": ("adam_beta1", "adam_beta2"),
+    "adafactor": ("adam_beta1", "adam_beta2", "adam_epsilon"),
+    **dict.fromkeys(("lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit"), ("adam_epsilon",)),
+}
+"""Keys of Adam that other optimizers do not have."""
+WHOLE_MATRICES = ("adafactor", "muon")
+"""Optimizers whose update of a weight depends on its whole matrix."""
+EVAL_KEYS = ("eval_steps", "eval_on_start", "keep_best", "early_stopping")
+"""The keys of training that only evaluations read."""
 
 
 def find_contradictions(
@@ -77,10 +77,16 @@ def find_contradictions(
     unusable = list(_names(recipe))
     yield from unusable or _model(recipe)
     yield from _quantization(recipe)
+    yield from _lora(recipe)
     yield from _data(recipe)
     yield from _training(recipe)
+    yield from _benchmarks(recipe)
+    yield from _gates(recipe)
+    if losses or recipe.method == "sft":
+        yield from find_unknown_metric(recipe, losses)
+        yield from find_misspelt_expectation(recipe, losses)
     if recipe.eval.judge is not None:
-        yield from _judge(recipe.eval.judge)
+        yield from find_judge_errors(recipe.eval.judge)
     if losses:
         yield from _batch(recipe, losses)
         yield from _formats(recipe, losses)
@@ -156,6 +162,26 @@ def _quantization(recipe: Recipe) -> Iterator[Diagnostic]:
         yield Diagnostic.error(at, message, related=(("lora",), QUANTIZATION))
 
 
+def _lora(recipe: Recipe) -> Iterator[Diagnostic]:
+    lora, sharding = recipe.lora, ("training", "sharding")
+    if lora is None:
+        return
+    whole = "use_dora" if lora.use_dora else "init_lora_weights" if lora.changes_base else None
+    if whole is not None and recipe.training.sharding == "full":
+        message = f"{whole} needs whole weight matrices, and sharding: full divides them; set sharding: none"
+        yield Diagnostic.error(("lora", whole), message, related=(sharding,))
+    init: KeyPath = ("lora", "init_lora_weights")
+    if lora.changes_base and recipe.quantization is not None:
+        message = f"init_lora_weights: {lora.init_lora_weights} changes the weights, so these cannot be quantised"
+        yield Diagnostic.error(init, message, related=(QUANTIZATION,))
+    if lora.changes_base and lora.use_dora:
+        message = f"init_lora_weights: {lora.init_lora_weights} cannot be exported with use_dora; remove one of them"
+        yield Diagnostic.error(init, message, related=(("lora", "use_dora"),))
+    if lora.layers_to_transform is not None and isinstance(lora.target_modules, str) and not lora.adapts_all:
+        message = "layers_to_transform has no effect: target_modules is a regular expression, which names the layers"
+        yield Diagnostic.error(("lora", "layers_to_transform"), message, related=(("lora", "target_modules"),))
+
+
 def _data(recipe: Recipe) -> Iterator[Diagnostic]:
     data = recipe.data
     yield from _lengths(("data", "max_prompt_length"), data.max_length, data.max_prompt_length)
@@ -177,8 +203,8 @@ def _bfloat16_weights(recipe: Recipe) -> Iterator[Diagnostic]:
     if recipe.model.dtype not in ("auto", "bfloat16"):
         message = f"param_dtype: bfloat16 needs model.dtype: auto or bfloat16, not {recipe.model.dtype}"
         yield Diagnostic.error(path, message, related=(("model", "dtype"),))
-    if recipe.training.optim == "rmsprop":
-        message = "param_dtype: bfloat16 needs one of the AdamW optimizers: rmsprop does not round stochastically"
+    if (optim := recipe.training.optim) in ("rmsprop", "adafactor", "muon"):
+        message = f"param_dtype: bfloat16 needs AdamW or Lion: {optim} does not round stochastically"
         yield Diagnostic.error(path, message, related=(("training", "optim"),))
 
 
@@ -196,6 +222,16 @@ def _training(recipe: Recipe) -> Iterator[Diagnostic]:
     training = recipe.training
     if training.warmup_ratio is not None and training.warmup_steps is not None:
         yield Diagnostic.error(("training", "warmup_steps"), "set warmup_ratio or warmup_steps, not both")
+    yield from schedule_errors(training)
+    yield from optimizer_errors(training)
+    yield from _whole_matrices(recipe)
+    given = {"warmup_ratio": training.warmup_ratio, "warmup_steps": training.warmup_steps}
+    for key in (key for key, value in given.items() if value and training.lr_scheduler_type == "constant"):
+        message = f"{key}: lr_scheduler_type: constant has no warm-up; set constant_with_warmup"
+        yield Diagnostic.error(("training", key), message, related=(("training", "lr_scheduler_type"),))
+    if training.trainable is not None and recipe.lora is not None:
+        message = "trainable is for full fine-tuning; lora.target_modules and modules_to_save say what is trained here"
+        yield Diagnostic.error(("training", "trainable"), message, related=(("lora",),))
     if training.param_dtype == "bfloat16":
         yield from _bfloat16_weights(recipe)
     if training.eval_steps is None and _has_eval_data(recipe):
@@ -204,20 +240,34 @@ def _training(recipe: Recipe) -> Iterator[Diagnostic]:
         yield Diagnostic.error(("data", key), message, related=(EVAL_STEPS,))
 
 
-def _judge(judge: JudgeSection) -> Iterator[Diagnostic]:
-    path: KeyPath = ("eval", "judge", "categories")
-    if judge.target not in judge.categories:
-        message = f"eval.judge.target: expected a category ({', '.join(judge.categories)}), got {judge.target!r}"
-        yield Diagnostic.error(("eval", "judge", "target"), message, related=(path,))
-    if UNDECIDED in judge.categories:
-        message = f"{UNDECIDED!r} is the name for texts without a category; use another name"
-        yield Diagnostic.error((*path, UNDECIDED), message)
-    seen: dict[str, str] = {}
-    for name, words in judge.categories.items():
-        for word in words:
-            if (other := seen.setdefault(word.casefold(), name)) != name:
-                message = f"{word!r} is a word of the category {other!r} too; remove it from one of them"
-                yield Diagnostic.error((*path, name), message)
+def _whole_matrices(recipe: Recipe) -> Iterator[Diagnostic]:
+    """Find what an optimizer does not work with that looks at a matrix as a whole."""
+    optim = recipe.training.optim
+    path, sharding = ("training", "optim"), ("training", "sharding")
+    if optim == "muon" and recipe.lora is not None:
+        message = "optim: muon is for full fine-tuning: the factors of an adapter are no weight matrices; use adamw"
+        yield Diagnostic.error(path, message, related=(("lora",),))
+    if optim in WHOLE_MATRICES and recipe.training.sharding == "full":
+        message = f"optim: {optim} needs whole matrices, and sharding: full divides them; use adamw, or sharding: none"
+        yield Diagnostic.error(path, message, related=(sharding,))
+
+
+def _benchmarks(recipe: Recipe) -> Iterator[Diagnostic]:
+    tasks = [one.task for one in recipe.eval.benchmarks]
+    for index, task in enumerate(tasks):
+        if task in tasks[:index]:
+            at: KeyPath = ("eval", "benchmarks", index)
+            yield Diagnostic.error(at, f"{dotted(at)}: {task!r} is in the list already; a task runs once")
+
+
+def _gates(recipe: Recipe) -> Iterator[Diagnostic]:
+    for index, gate in enumerate(recipe.eval.gates):
+        at: KeyPath = ("eval", "gates", index)
+        if gate.min is None and gate.max is None:
+            yield Diagnostic.error(at, f"{dotted(at)}: the gate has no bound; set min, max or both")
+        elif gate.min is not None and gate.max is not None and gate.min > gate.max:
+            message = f"{dotted(at)}: min ({gate.min:g}) is above max ({gate.max:g}), so no value passes"
+            yield Diagnostic.error((*at, "min"), message, related=((*at, "max"),))
 
 
 def _batch(recipe: Recipe, losses: Sequence[NamedLoss]) -> Iterator[Diagnostic]:
@@ -310,7 +360,8 @@ def _unused_in_lora(recipe: Recipe) -> dict[KeyPath, NoEffect]:
     if recipe.lora is None or recipe.lora.start == "new":
         return {}
     why = NoEffect("start: continue keeps the settings of the existing adapter", (("lora", "start"),))
-    return {("lora", key): why for key in type(recipe.lora).model_fields if key != "start"}
+    kept = ("start", "loraplus_lr_ratio")
+    return {("lora", key): why for key in type(recipe.lora).model_fields if key not in kept}
 
 
 def _unused_in_training(recipe: Recipe) -> dict[KeyPath, NoEffect]:
@@ -318,8 +369,10 @@ def _unused_in_training(recipe: Recipe) -> dict[KeyPath, NoEffect]:
     unused: dict[str, tuple[str, str]] = {}
     if training.max_steps is not None:
         unused["num_train_epochs"] = "max_steps sets the length of the run", "max_steps"
-    if training.optim == "rmsprop":
-        unused |= dict.fromkeys(("adam_beta1", "adam_beta2"), ("optim: rmsprop has no such parameter", "optim"))
+    for key in NOT_TAKEN.get(training.optim, ()):
+        unused[key] = f"optim: {training.optim} has no such parameter", "optim"
+    if training.lr_scheduler_type == "constant":
+        unused["warmup_from_zero"] = "lr_scheduler_type: constant has no warm-up", "lr_scheduler_type"
     if training.sharding == "none":
         unused |= dict.fromkeys(("replicas", "cpu_offload"), ("sharding: none divides no model", "sharding"))
     if not TRACKERS_WITH_NAMES & set(training.report_to):
@@ -330,7 +383,7 @@ def _unused_in_training(recipe: Recipe) -> dict[KeyPath, NoEffect]:
         ("training", key): NoEffect(reason, (("training", cause),)) for key, (reason, cause) in unused.items()
     }
     if not _has_eval_data(recipe):
-        found |= {("training", key): NoEffect(NO_EVAL_DATA, EVAL_DATA) for key in ("eval_steps", "eval_on_start")}
+        found |= {("training", key): NoEffect(NO_EVAL_DATA, EVAL_DATA) for key in EVAL_KEYS}
     return found
 
 
@@ -345,6 +398,8 @@ def _unused_in_eval(recipe: Recipe) -> dict[KeyPath, NoEffect]:
         keys = [key for key in type(samples).model_fields if key != "num"] if samples else []
         return {judge: why, **{(*at, key): why for key in keys}}
     unused: dict[KeyPath, NoEffect] = {}
+    if recipe.eval.judge is not None:
+        unused |= unused_judge_keys(recipe.eval.judge)
     if samples.prompts is not None:
         unused[(*at, "num")] = NoEffect("prompts sets the number of prompts", ((*at, "prompts"),))
     if samples.temperature == 0:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -189,6 +189,14 @@ def read_scalar(text: str) -> str | int | float | bool | None:
     if not math.isfinite(number):
         raise ValueError(f"{text} is not a finite number")
     return number
+
+
+def flatten(value: Any, path: str = "") -> dict[str, Any]:
+    """Return the values of nested mappings by dotted keys."""
+    if not isinstance(value, Mapping):
+        return {path: value}
+    items = ((f"{path}.{key}" if path else str(key), item) for key, item in value.items())
+    return {name: leaf for key, item in items for name, leaf in flatten(item, key).items()}
 
 
 def write_yaml(data: Any, *, inline: bool = False) -> str:

@@ -14,10 +14,12 @@ from pydantic_core import ErrorDetails, PydanticUndefined
 from dpoctl.recipe.diagnostics import Diagnostic, KeyPath, dotted, shown
 from dpoctl.recipe.document import Document, read_scalar, write_yaml
 from dpoctl.recipe.foreign_keys import remark_on, translate_key, translate_value, why_not_offered
-from dpoctl.recipe.schema import Expect
+from dpoctl.recipe.section import Expect
 
 MAX_KEY_LENGTH = 64
 MOST_LISTED = 20
+MOST_CHOICES = 6
+"""More values of a key are not listed beside the one that was probably meant."""
 TYPE_NAMES = {bool: "true or false", str: "text", dict: "a mapping", int: "a whole number", float: "a number"}
 
 
@@ -93,7 +95,9 @@ def explain(
         message = f"{dotted(path)}: expected at most {error['ctx']['max_length']} items, got {len(given)}"
         return Diagnostic.error(path, message, document.value_place(path))
     expected = f"at most {int(error['ctx']['le']):,}" if error["type"] == "less_than_equal" else describe(hint)
-    message = f"{dotted(path)}: expected {expected}, got {shown(given)}{_remedy(hint, given, inner, root)}"
+    remedy = _remedy(hint, given, inner, root)
+    is_long = len(choices(hint)) > MOST_CHOICES and "did you mean" in remedy
+    message = f"{dotted(path)}: {'' if is_long else f'expected {expected}, '}got {shown(given)}{remedy}"
     return Diagnostic.error(path, message, document.value_place(path))
 
 

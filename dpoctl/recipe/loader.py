@@ -3,7 +3,7 @@
 import copy
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ from pydantic_core import ErrorDetails
 
 from dpoctl.errors import UsageError
 from dpoctl.recipe.consistency import find_contradictions
+from dpoctl.recipe.data_section import SOURCE_FORMATS
 from dpoctl.recipe.diagnostics import Diagnostic, KeyPath, Place, RecipeError, dotted, in_order, shown
 from dpoctl.recipe.document import LINE_BREAK, VARIABLE, Document, apply_overrides, read_document
 from dpoctl.recipe.foreign_keys import recognise
 from dpoctl.recipe.key_errors import Suggester, closest, explain, field_at, hints, unwrap
 from dpoctl.recipe.loss_section import complete_losses, hyperparameters, unknown_choice
-from dpoctl.recipe.schema import LOSS, SOURCE_FORMATS, Recipe
+from dpoctl.recipe.schema import LOSS, Recipe
 from dpoctl.recipe.secrets import refuse_secrets
 from dpoctl.recipe.shipped import shipped_recipes
 
@@ -86,10 +87,9 @@ def examine_recipe(text: str, name: str, *, command: str | None = None, override
     """
     document = read_mapping(text, name, "the sections of a recipe (method, model, data, training)", overrides)
     known = known_paths()
-    if foreign := recognise(document.data, map(dotted, known)):
-        sign, message, details = foreign
-        problem = document.locate(Diagnostic.error((sign,), message))
-        raise RecipeError([replace(problem, details=tuple(details))])
+    if foreign := recognise(document.data):
+        sign, message = foreign
+        raise RecipeError([document.locate(Diagnostic.error((sign,), message.replace("FILE", name)))])
     apply_overrides(document, overrides, known, _written_out)
     if command is None:
         command = "sft" if document.data.get("method") == "sft" else "dpo"
@@ -246,7 +246,7 @@ def _where_it_is(file: Path) -> str:
     if near := _nearest(file):
         return f"did you mean {near!r}?"
     if file.stem in shipped_recipes():
-        return f"`dpoctl recipes {file.stem} -o {file.stem}.yaml` copies the one that comes with dpoctl"
+        return f"`dpoctl recipes copy {file.stem}` copies the one that comes with dpoctl"
     return "`dpoctl recipes` lists those that come with dpoctl"
 
 

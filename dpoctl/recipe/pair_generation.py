@@ -1,32 +1,26 @@
 """A contrastive recipe: settings of `dpoctl convert-data --format contrastive`, which lets a model write pairs."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import BeforeValidator, Field, ValidationError
 
+from dpoctl.recipe.data_section import source_path
 from dpoctl.recipe.diagnostics import Diagnostic, KeyPath, RecipeError, dotted, in_order
 from dpoctl.recipe.document import apply_overrides
 from dpoctl.recipe.key_errors import Suggester, closest
 from dpoctl.recipe.loader import explain_all, find_variables, keys_of, read_mapping, read_text
-from dpoctl.recipe.schema import (
-    AttnImplementation,
-    Count,
-    DType,
-    Expect,
-    NewTokens,
-    QuantizationSection,
-    Section,
-    Seed,
-    Text,
-    source_path,
-)
+from dpoctl.recipe.schema import AttnImplementation, DType, QuantizationSection
+from dpoctl.recipe.section import Count, Expect, NewTokens, Section, Seed, Text
 
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 SIDES = ("negative", "positive")
+GENERATORS = ("contrastive", "sampled")
+"""The methods of recipes by which a model writes pairs."""
+Kind = TypeVar("Kind", bound=Section)
 
 
 class ItemsSection(Section):
@@ -128,31 +122,50 @@ class ContrastiveRecipe(Section):
 
 
 def load_contrastive(path: Path | str, overrides: Sequence[str] = ()) -> ContrastiveRecipe:
-    """Read and check a contrastive recipe.
+    """Read and check a contrastive recipe; see `load_generation` for the arguments and errors."""
+    expected = "a contrastive recipe (items, model, instructions, chosen)"
+    return load_generation(ContrastiveRecipe, path, expected, overrides, _contradictions)
+
+
+def load_generation(
+    kind: type[Kind],
+    path: Path | str,
+    expected: str,
+    overrides: Sequence[str],
+    contradictions: Callable[[Kind], Iterator[tuple[KeyPath, str]]],
+) -> Kind:
+    """Read and check a recipe by which a model writes data.
 
     Args:
+        kind: The class of the recipe.
         path: The YAML file.
+        expected: The kind of file, in words.
         overrides: `key=value` texts that replace values of the file.
+        contradictions: Finds the keys that contradict each other.
 
     Raises:
         UsageError: There is no such file.
         RecipeError: All errors of the recipe, each with its line and column.
     """
-    expected = "a contrastive recipe (items, model, instructions, chosen)"
     document = read_mapping(read_text(path), str(path), expected, overrides)
-    if (method := document.data.get("method")) in ("sft", "dpo"):
-        message = f"this recipe trains a model; run `dpoctl {method}` on it"
+    method = document.data.get("method")
+    commands = {name: f"dpoctl {name}" for name in ("sft", "dpo")}
+    commands |= {name: f"dpoctl convert-data --format {name}" for name in GENERATORS}
+    (own,) = get_args(kind.model_fields["method"].annotation)
+    if method in commands and method != own:
+        what = "makes pairs in another way" if method in GENERATORS else "trains a model"
+        message = f"this recipe {what}; run `{commands[method]}` on it"
         raise RecipeError([document.locate(Diagnostic.error(("method",), message))])
-    known = list(keys_of(ContrastiveRecipe))
+    known = list(keys_of(kind))
     apply_overrides(document, overrides, known)
     problems, recipe = [*document.problems, *find_variables(document)], None
     try:
-        recipe = ContrastiveRecipe.model_validate(document.data)
+        recipe = kind.model_validate(document.data)
     except ValidationError as error:
         errors = error.errors(include_url=False)
-        problems += explain_all(errors, ContrastiveRecipe, document, Suggester(known))
+        problems += explain_all(errors, kind, document, Suggester(known))
     else:
-        found = (Diagnostic.error(path, f"{dotted(path)}: {message}") for path, message in _contradictions(recipe))
+        found = (Diagnostic.error(path, f"{dotted(path)}: {message}") for path, message in contradictions(recipe))
         problems += map(document.locate, found)
     if problems or recipe is None:
         raise RecipeError(in_order(problems))

@@ -21,7 +21,9 @@ from dpoctl.recipe.document import write_yaml
 from dpoctl.recipe.key_errors import closest, describe, hints, unwrap
 from dpoctl.recipe.loss_section import DEFAULT
 from dpoctl.recipe.pair_generation import ContrastiveRecipe
-from dpoctl.recipe.schema import Expect, Recipe
+from dpoctl.recipe.sampled_pairs import SampledRecipe
+from dpoctl.recipe.schema import Recipe
+from dpoctl.recipe.section import Expect
 
 Titles = dict[type[BaseModel], str]
 
@@ -55,12 +57,15 @@ def recipe_reference() -> str:
     """Return a page with a table of keys for each section and each loss."""
     recipe = _titles(Recipe, "Top level")
     contrastive = _titles(ContrastiveRecipe, "Contrastive recipes", "Contrastive: ")
-    titles = contrastive | recipe
+    sampled = _titles(SampledRecipe, "Sampled recipes", "Sampled: ")
+    titles = sampled | contrastive | recipe
     parts = [INTRODUCTION, *_pages(recipe, titles), LOSS_INTRODUCTION]
     for name, loss in LOSSES.items():
         summary = " ".join(inspect.cleandoc(loss.__doc__ or "").split("\n\n")[0].split())
         parts += [f"### `{name}`\n\n{summary}", _table(loss_parameters(loss), titles, _attribute_docstrings(loss))]
     parts += _pages({model: title for model, title in contrastive.items() if model not in recipe}, titles)
+    known = contrastive | recipe
+    parts += _pages({model: title for model, title in sampled.items() if model not in known}, titles)
     return "\n\n".join(parts) + "\n"
 
 
@@ -88,14 +93,18 @@ def find_keys(name: str) -> list[Key]:
 
 @cache
 def _all_keys() -> tuple[Key, ...]:
-    """Return the keys of recipes, of losses and of contrastive recipes in plain text."""
+    """Return the keys of all kinds of recipes and of losses in plain text."""
     return tuple(_iter_keys())
 
 
 def _iter_keys() -> Iterator[Key]:
-    """Yield the keys of recipes, of losses and of contrastive recipes in plain text."""
+    """Yield the keys of all kinds of recipes and of losses in plain text."""
     tables: list[tuple[str, str, Titles, type[BaseModel], Mapping[str, str] | None]] = []
-    for root, note in ((Recipe, ""), (ContrastiveRecipe, " (contrastive recipes)")):
+    for root, note in (
+        (Recipe, ""),
+        (ContrastiveRecipe, " (contrastive recipes)"),
+        (SampledRecipe, " (sampled recipes)"),
+    ):
         titles = _titles(root, "")
         tables += [(title.strip("`"), note, titles, model, None) for model, title in titles.items()]
     for name, loss in LOSSES.items():

@@ -5,77 +5,40 @@ know it then.
 """
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
+from annotated_types import Ge, Gt, Le, MinLen
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
-    GetCoreSchemaHandler,
-    ValidationError,
 )
-from pydantic_core import CoreSchema, core_schema
 
-from dpoctl.losses.base import STRICT
+from dpoctl.recipe.data_section import DataSection
 from dpoctl.recipe.diagnostics import KeyPath
+from dpoctl.recipe.eval_sections import BenchmarkSection, GateSection, benchmark_task
+from dpoctl.recipe.judge_section import JudgeSection
+from dpoctl.recipe.library_names import (
+    InitLoraWeights,
+    LrScheduler,
+    ModulePattern,
+    Optim,
+    init_name,
+    module_expression,
+    optim_name,
+)
+from dpoctl.recipe.section import Count, Expect, NewTokens, OneOf, Probability, Range, Section, Seed, Text
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-Text = Annotated[str, MinLen(1)]
-Count = Annotated[int, Ge(1), Le(1_000_000_000)]
-Tokens = Annotated[int, Ge(2), Le(100_000_000)]
-NewTokens = Annotated[int, Ge(1), Le(65_536)]
-Probability = Annotated[float, Ge(0), Lt(1)]
-Seed = Annotated[int, Ge(0), Lt(2**32)]
 AttnImplementation = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 HUB_REPOSITORY = re.compile(r"(?!.*(?:--|\.\.))\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
-PairMode = Literal["best-worst", "best-rest", "best-random", "adjacent", "all"]
-Overlong = Literal["drop", "truncate"]
-PromptTruncation = Literal["keep_end", "keep_start"]
-SOURCE_FORMATS = (
-    *("auto", "openai-preference", "arena-140k", "arena-100k", "arena-55k", "helpsteer3", "helpsteer2-preference"),
-    *("helpsteer2", "ultrafeedback-raw", "nectar", "nemo-ranking", "shp", "stack-exchange", "stack-exchange-paired"),
-    *("pku", "summarize", "comparison-gpt4", "capybara", "ultrafeedback-binarized", "argilla-cleaned", "dpo-mix"),
-    *("distilabel-orca", "orca", "axolotl", "sharegpt-ranking", "alpaca-ranking", "llamafactory-v1", "ms-swift"),
-    *("snorkel", "hh", "ranking", "trl-explicit", "trl-implicit", "generic", "llamafactory-kto", "messages"),
-    *("sharegpt", "alpaca", "capybara-conversation", "prompt-completion", "prompt-response", "text"),
+TrainOnThink = Literal["all", "nonempty", "none"]
+REFUSALS = (
+    *("I can't", "I cannot", "I can not", "I won't", "I will not", "I'm unable", "I am unable", "I'm not able"),
+    *("I am not able", "I'm sorry", "I am sorry", "I apologize", "as an AI"),
 )
-"""The values of a source's `format`: auto, or a name of `dpoctl.data.formats.FORMATS`."""
-MOST_EVAL_SETS = 200
-"""Each set keeps its files open."""
+"""The words of refusals, unless a recipe has its own."""
 LOSS: KeyPath = ("dpo", "loss")
-
-
-@dataclass(frozen=True)
-class Expect:
-    """The words for the values of a key, where those made from its type are not clear; metadata of `Annotated`."""
-
-    words: str
-
-
-@dataclass(frozen=True)
-class OneOf(Expect):
-    """The words for a union of types: pydantic reports an error for each type, and this makes them one."""
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Wrap the validation of the union."""
-        return core_schema.no_info_wrap_validator_function(self._validate, handler(source))
-
-    def _validate(self, value: Any, validate: Callable[[Any], Any]) -> Any:
-        try:
-            return validate(value)
-        except ValidationError:
-            raise ValueError(self.words) from None
-
-
-class Section(BaseModel):
-    """A part of the recipe: unknown keys are refused, values are not converted, and nothing changes after loading."""
-
-    model_config = ConfigDict(**STRICT, use_attribute_docstrings=True)
 
 
 def exactly_one(value: Any) -> Any:
@@ -83,23 +46,6 @@ def exactly_one(value: Any) -> Any:
     if type(value) is not int:
         raise ValueError("not 1")
     return value
-
-
-def source_list(value: Any) -> Any:
-    """Read a string as a list of one source."""
-    return [value] if isinstance(value, str) else value
-
-
-def source_path(value: Any) -> Any:
-    """Read a string as the path of a source."""
-    return {"path": value} if isinstance(value, str) else value
-
-
-def eval_sets(value: Any) -> Any:
-    """Read a list as the one eval set `eval`, and null as no eval set."""
-    if value is None:
-        return {}
-    return {"eval": value} if isinstance(value, str | list) else value
 
 
 def name_list(value: Any) -> Any:
@@ -121,99 +67,6 @@ def typed_config(value: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(value.get("model_type"), str):
         raise ValueError("no model_type")
     return value
-
-
-class Source(Section):
-    """A source of rows, in `data.train` or `data.eval`. A string instead of these keys is its `path`."""
-
-    path: Text = Field(examples=["pairs.jsonl"])
-    """A hub id, a file, a folder saved by `datasets`, or a built-in source such as `demo:reviewer2`."""
-    name: Text | None = Field(default=None, examples=["default"])
-    """The configuration of a hub data set."""
-    split: Text = "train"
-    """The split of a hub data set, of a folder saved by `datasets`, or of a built-in source."""
-    revision: Text | None = Field(default=None, examples=["main"])
-    """The branch, tag or commit of a hub data set."""
-    data_files: Annotated[list[Text], MinLen(1)] | None = Field(default=None, examples=[["part-0.jsonl"]])
-    """The files to read from a folder or a hub data set. null: all files."""
-    format: Text = "auto"
-    """The format of the rows (docs/data.md lists them). `auto`: detect it, and print which one was found."""
-    format_options: dict[str, Any] = Field(default={}, examples=[{"attribute": "correctness"}])
-    """Options of the format, for example the rating to compare answers by."""
-    weight: Annotated[float, Gt(0), Le(1000)] = 1.0
-    """The number of times that each row is used per epoch. 0.5: a random half of the rows; 2: every row twice."""
-    max_samples: Count | None = Field(default=None, examples=[1000])
-    """The number of rows to use, drawn in a random order. Rows that cannot be used, e.g. too long ones, do not count:
-    others are drawn until there are enough. Rows that `data.eval_size` holds out count."""
-    column_map: dict[str, Text] = Field(default={}, examples=[{"prompt": "question"}])
-    """The columns of the file by their standard names: `{prompt: question}` reads the prompt from `question`."""
-    pairs: PairMode | None = None
-    """The rated answers of a prompt that make pairs (docs/data.md). null: `best-worst`; `all` for a listwise loss."""
-    min_margin: Annotated[float, Ge(0)] | None = None
-    """Drop a pair if the ratings of its two answers differ by less than this."""
-    max_pairs_per_prompt: Count | None = None
-    """The maximum number of pairs of one prompt. The pairs with the largest rating difference are kept."""
-    ties: Literal["drop", "keep"] | None = None
-    """Drop or keep pairs with equal ratings. They are counted in both cases. null: `drop`."""
-    max_length: Tokens | None = None
-    """`data.max_length` for this source."""
-    max_prompt_length: Count | None = None
-    """`data.max_prompt_length` for this source."""
-    overlong: Overlong | None = None
-    """`data.overlong` for this source."""
-    prompt_truncation: PromptTruncation | None = None
-    """`data.prompt_truncation` for this source."""
-    metrics: Text | None = None
-    """Log separate metrics for the rows of this source, under this name. null: no separate metrics."""
-
-
-Sources = Annotated[
-    list[Annotated[Source, BeforeValidator(source_path)]],
-    MinLen(1),
-    BeforeValidator(source_list),
-    Expect("a list of sources, each a path or a mapping with a path"),
-]
-
-
-class DataSection(Section):
-    """The data for training and evaluation."""
-
-    train: Sources = Field(examples=[["pairs.jsonl"]])
-    """The sources of the training rows."""
-    eval: Annotated[
-        dict[Text, Sources],
-        BeforeValidator(eval_sets),
-        MaxLen(MOST_EVAL_SETS),
-        Expect("a list of sources, or a mapping from names to lists of sources"),
-    ] = Field(default={}, examples=[["heldout.jsonl"]])
-    """Eval sets by name. A list without a name is the eval set `eval`."""
-    eval_size: (
-        Annotated[
-            Annotated[float, Gt(0), Lt(1)] | Count,
-            OneOf("a fraction between 0 and 1, or a whole number from 1 to 1,000,000,000"),
-        ]
-        | None
-    ) = Field(default=None, examples=[0.05])
-    """Hold out this fraction, or this number, of the training rows as the eval set `eval`."""
-    max_length: Tokens = 1024
-    """The maximum number of tokens in prompt and answer together."""
-    max_prompt_length: Count | None = Field(default=None, examples=[512])
-    """The maximum number of tokens in the prompt. It must be smaller than `max_length`."""
-    overlong: Overlong = "drop"
-    """Drop or truncate rows that are too long. They are counted in both cases."""
-    prompt_truncation: PromptTruncation = "keep_end"
-    """The end of a prompt that truncation keeps: its end or its start. Only for `overlong: truncate`."""
-    duplicates: Literal["keep", "drop"] = "keep"
-    """Keep or drop repeated rows. They are counted in both cases."""
-    chat_template_kwargs: dict[str, Any] = Field(default={})
-    """Extra variables for the chat template."""
-
-    @property
-    def sources(self) -> list[tuple[KeyPath, Source]]:
-        """Every source of training and evaluation, with its path in the recipe."""
-        sets: list[tuple[KeyPath, list[Source]]] = [(("data", "train"), self.train)]
-        sets += [(("data", "eval", name), sources) for name, sources in self.eval.items()]
-        return [((*path, index), source) for path, sources in sets for index, source in enumerate(sources)]
 
 
 class TokenizerSpec(Section):
@@ -281,14 +134,41 @@ class LoraSection(Section):
     """The scale: updates are multiplied by lora_alpha / r."""
     lora_dropout: Probability = 0.0
     """Dropout on the input of the adapter. It needs `model.disable_dropout: false`."""
+    rank_pattern: dict[ModulePattern, Annotated[int, Ge(1), Le(65_536)]] = Field(default={}, examples=[{"o_proj": 4}])
+    """Other ranks for some modules: the end of their names, or a regular expression for it."""
+    alpha_pattern: dict[ModulePattern, Annotated[float, Gt(0)]] = Field(default={}, examples=[{"o_proj": 8}])
+    """Other values of `lora_alpha` for some modules, in the same way."""
     target_modules: Annotated[
-        Literal["all-linear"] | Annotated[list[Text], MinLen(1)], OneOf("all-linear, or a list of module names")
-    ] = "all-linear"
-    """The linear layers that get an adapter."""
+        Literal["all-linear"] | Annotated[list[Text], MinLen(1)] | Annotated[str, AfterValidator(module_expression)],
+        OneOf("all-linear, a list of module names, or a regular expression for whole names"),
+    ] = Field(default="all-linear", examples=[["q_proj", "v_proj"]])
+    """The layers that get an adapter: all linear ones but the head, those with these last names, or those whose whole
+    names match a regular expression such as `.*layers.[0-3].*q_proj`."""
+    layers_to_transform: Annotated[list[Annotated[int, Ge(0), Le(100_000)]], MinLen(1)] | None = Field(
+        default=None, examples=[[0, 1]]
+    )
+    """The numbers of the decoder layers that get adapters, from 0. null: all."""
     modules_to_save: list[Text] | None = Field(default=None, examples=[["lm_head"]])
     """Modules to train in full, and to save with the adapter."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r) instead."""
+    use_dora: bool = False
+    """DoRA: train the norm of each row of a weight matrix too, beside its direction."""
+    init_lora_weights: Annotated[InitLoraWeights, BeforeValidator(init_name)] = "default"
+    """How adapters start, as in peft. `default` and `gaussian`: at zero. `pissa` and `olora`: with the largest singular
+    values of the weights, or with their QR decomposition, which is then taken out of the frozen weights."""
+    loraplus_lr_ratio: Annotated[float, Ge(1)] | None = Field(default=None, examples=[16])
+    """LoRA+: the learning rate of the factor B, and of DoRA's norms, in relation to that of A. null: the same."""
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether adapters start with a part of the weights, which is taken out of these."""
+        return self.init_lora_weights in ("pissa", "olora")
+
+    @property
+    def adapts_all(self) -> bool:
+        """Whether all linear layers get an adapter, but for the head."""
+        return self.target_modules == "all-linear"
 
 
 class SftSection(Section):
@@ -296,8 +176,12 @@ class SftSection(Section):
 
     loss_on: Literal["assistant", "last"] = "assistant"
     """`assistant`: train on all assistant turns; `last`: train on the last one only."""
+    train_on_think: TrainOnThink = "all"
+    """The thinking blocks in the loss: `all`; `nonempty`: not the empty ones that some chat templates write; `none`."""
     average: Literal["tokens", "responses"] = "tokens"
     """`tokens`: the mean over all tokens; `responses`: the mean over rows of summed losses: long answers weigh more."""
+    neftune_noise_alpha: Annotated[float, Gt(0), Le(1000)] | None = Field(default=None, examples=[5])
+    """NEFTune: add uniform noise to the embeddings in training, as large as alpha / √(tokens of the row x width)."""
 
 
 class ReferenceSection(Section):
@@ -328,6 +212,8 @@ class DpoSection(Section):
     """A [loss](#losses): its `type` and its keys. Or a list of losses, which are added up, each with a `weight`."""
     loss_on: Literal["last", "assistant"] = "last"
     """`last`: the loss sees the last assistant turn only; `assistant`: all assistant turns after the shared ones."""
+    train_on_think: TrainOnThink = "all"
+    """`sft.train_on_think` for the turns that the loss sees."""
     reference: ReferenceSection = ReferenceSection()
     """The reference model."""
 
@@ -337,6 +223,24 @@ class DpoSection(Section):
         if isinstance(self.loss, dict):
             return [(LOSS, self.loss)]
         return [((*LOSS, index), spec) for index, spec in enumerate(self.loss)]
+
+
+class KeepBestSection(Section):
+    """The metric by which a run chooses the checkpoint that it exports."""
+
+    metric: Text = Field(examples=["eval_rewards/accuracies"])
+    """A metric of the evaluations, by its name in `metrics.jsonl`; of an eval set NAME it begins with `eval_NAME_`."""
+    mode: Literal["max", "min"] = Field(examples=["max"])
+    """`max`: the highest value is the best; `min`: the lowest."""
+
+
+class EarlyStoppingSection(Section):
+    """The end of a run whose `keep_best.metric` no longer improves."""
+
+    patience: Count = Field(examples=[3])
+    """Stop after this many evaluations in a row without an improvement."""
+    min_delta: Annotated[float, Ge(0)] = 0.0
+    """A change of at most this much is no improvement."""
 
 
 class TrainingSection(Section):
@@ -356,27 +260,35 @@ class TrainingSection(Section):
     """The number of optimizer steps, instead of `num_train_epochs`."""
     learning_rate: Annotated[float, Ge(0)] = Field(examples=[5e-6])
     """The highest learning rate, reached after warm-up."""
-    lr_scheduler_type: Literal["linear", "cosine", "constant"] = "cosine"
-    """The schedule of the learning rate after warm-up."""
+    lr_scheduler_type: LrScheduler = "cosine"
+    """The schedule of the learning rate, as in transformers. All but `constant` have a warm-up."""
+    lr_scheduler_kwargs: dict[str, Any] = Field(default={}, examples=[{"min_lr_rate": 0.1}])
+    """The [arguments of the schedule](training.md#learning-rate), as in transformers."""
     warmup_ratio: Annotated[float, Ge(0), Le(1)] | None = Field(default=None, examples=[0.1])
     """The fraction of steps in which the learning rate rises from 0. null: 0.1, unless `warmup_steps` is set."""
     warmup_steps: Annotated[int, Ge(0), Le(1_000_000_000)] | None = Field(default=None, examples=[100])
     """The number of warm-up steps, instead of `warmup_ratio`."""
+    warmup_from_zero: bool = False
+    """Give the first step of the warm-up a learning rate of 0, as transformers does. Otherwise it is one step ahead."""
     weight_decay: Annotated[float, Ge(0)] = 0.0
-    """Weight decay: decoupled for Adam, added to the gradient for rmsprop. Biases and norms have none."""
+    """Weight decay: added to the gradient for rmsprop, decoupled for all others. Biases and norms have none."""
     adam_beta1: Probability = 0.9
-    """The decay of Adam's first moment."""
+    """The decay of Adam's first moment; for Lion, the share of the moment in an update."""
     adam_beta2: Probability = 0.999
-    """The decay of Adam's second moment."""
+    """The decay of Adam's second moment; for Lion, that of its one moment."""
     adam_epsilon: Annotated[float, Gt(0)] = 1e-8
     """The constant added to the denominator of the update."""
     max_grad_norm: Annotated[float, Gt(0)] | None = 1.0
     """Clip gradients to this norm. null: no clipping."""
-    optim: Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "rmsprop"] = "adamw"
-    """The optimizer. `adamw_8bit` and the paged ones need bitsandbytes."""
+    optim: Annotated[Optim, BeforeValidator(optim_name)] = "adamw"
+    """The [optimizer](training.md#optimizers). The 8-bit and paged ones and Lion need bitsandbytes."""
+    optim_args: dict[str, Any] = Field(default={}, examples=[{"momentum": 0.9}])
+    """More arguments of the optimizer: `adafactor` and `muon` have some."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """The dtype of the trained weights in full fine-tuning. `bfloat16` needs half the memory for weights, gradients and
     optimizer state; updates are rounded stochastically, so that small ones are not lost."""
+    trainable: Annotated[list[ModulePattern], MinLen(1)] | None = Field(default=None, examples=[["layers.3.", "norm"]])
+    """Train the weights only in whose name one of these regular expressions occurs, in full fine-tuning. null: all."""
     gradient_checkpointing: Annotated[Literal["auto"] | bool, OneOf("auto, true or false")] = "auto"
     """Recompute activations in the backward pass, to save memory. `auto`: in as few layers as possible."""
     sharding: Literal["none", "full", "auto"] = "auto"
@@ -398,6 +310,10 @@ class TrainingSection(Section):
     """The number of steps between checkpoints. null: no checkpoints during the run."""
     save_total_limit: Annotated[int, Ge(2), Le(1_000_000)] | None = 2
     """The number of checkpoints to keep; at least 2, in case the newest is damaged. null: keep all."""
+    keep_best: KeepBestSection | None = None
+    """Keep the checkpoint of the best evaluation, and export it at the end. null: export the last step."""
+    early_stopping: EarlyStoppingSection | None = None
+    """Stop when evaluations no longer improve. null: train to the end."""
     resume: Literal["never", "auto"] = "never"
     """`auto`: continue the run in `output_dir` if there is one, like --resume; for job schedulers that restart runs."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -439,19 +355,8 @@ class SamplesSection(Section):
     """The seed of the texts. Training does not depend on it."""
     per_prompt: Annotated[int, Ge(1), Le(1000)] = 1
     """The number of texts per prompt and model."""
-
-
-class JudgeSection(Section):
-    """A rule that sorts samples into categories, and counts them."""
-
-    type: Literal["keywords"] = "keywords"
-    """`keywords`: a text gets the category whose words it contains, and none if it has words of several categories."""
-    categories: Annotated[
-        dict[Text, Annotated[list[Text], MinLen(1)]], MinLen(1), Expect("a mapping from categories to lists of words")
-    ] = Field(examples=[{"kind": ["accept"]}])
-    """The words of each category. They match whole words, in upper or lower case."""
-    target: Text = Field(examples=["kind"])
-    """The category that training should make more frequent. Its share is logged as a metric."""
+    refusals: list[Text] = Field(default=[*REFUSALS])
+    """The words that make a text a refusal, whose share `dpoctl eval` reports. They match as a judge's words do."""
 
 
 class EvalSection(Section):
@@ -460,7 +365,11 @@ class EvalSection(Section):
     samples: SamplesSection | None = None
     """Texts to generate. null: none."""
     judge: JudgeSection | None = None
-    """The rule that counts samples by category. null: none."""
+    """The judge of the samples. null: none."""
+    benchmarks: list[Annotated[BenchmarkSection, BeforeValidator(benchmark_task)]] = Field(default=[])
+    """Benchmarks to run in `dpoctl eval`, with the extra `bench`."""
+    gates: list[GateSection] = Field(default=[])
+    """Bounds that `dpoctl eval` and `dpoctl compare` check, for scripts."""
 
 
 class Recipe(Section):
@@ -486,3 +395,6 @@ class Recipe(Section):
     """Samples and their judge."""
     training: TrainingSection = Field(examples=[{"output_dir": "runs/my-run", "learning_rate": 5e-6}])
     """The optimisation, and what a run writes."""
+    expected: dict[Text, Range] = Field(default={}, examples=[{"eval_loss": [0.47, 0.54]}])
+    """The metrics that the run should end with: the lowest and the highest value of each, by its name in
+    `metrics.jsonl`. The end of the run says whether they are met, and so does `expected.json`."""

@@ -56,6 +56,8 @@ class Checkpoint:
     """Other plain data: counters, the token budget, fingerprints of what the run depends on."""
     reference: dict[str, Tensor] = field(default_factory=dict)
     """The tensors of a reference that follows the policy, by name; empty for a fixed reference."""
+    best: int | None = None
+    """The step of the best checkpoint so far, which is kept as long as this one; None if there is none."""
     world_size: int = 1
     """Number of processes that wrote it; set by `load`."""
 
@@ -185,6 +187,11 @@ def newest(checkpoints: Path) -> Path | None:
     return None
 
 
+def folder_of(checkpoints: Path, step: int) -> Path:
+    """Return the folder of the checkpoint of a step."""
+    return checkpoints / f"step-{step:06d}"
+
+
 def copied(checkpoint: Checkpoint) -> Checkpoint:
     """Return a copy on the CPU, which further training does not change."""
     copies: dict[Any, Tensor] = {}
@@ -213,9 +220,18 @@ def load(path: Path, rank: int = 0, shards: int = 1) -> Checkpoint:
             step=state["step"],
             rng=read_tree(path, f"rng-rank-{rank}") if rank < about["world_size"] else {},
             extra=state["extra"],
+            best=about.get("best"),
             world_size=about["world_size"],
             **trees,
         )
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise RunError(f"{path}: the checkpoint cannot be read: {error}") from error
+
+
+def load_weights(path: Path, rank: int = 0, shards: int = 1) -> dict[str, Tensor]:
+    """Read only the trainable tensors of a rank's part of a checkpoint; arguments and errors as of `load`."""
+    try:
+        return _read_shard(path, "weights", read_manifest(path)["shards"], rank % shards, shards)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise RunError(f"{path}: the checkpoint cannot be read: {error}") from error
 
@@ -339,7 +355,7 @@ class _Save:
     def __init__(self, checkpoints: Path, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self._size = tree_bytes([checkpoint.weights, checkpoint.optimizer, checkpoint.reference, checkpoint.rng])
-        self.final = checkpoints / f"step-{checkpoint.step:06d}"
+        self.final = folder_of(checkpoints, checkpoint.step)
         self.temporary = checkpoints / f".tmp-{self.final.name}"
         self.problem: BaseException | None = None
         self.is_told = False
@@ -355,7 +371,8 @@ class _Save:
         self.temporary.mkdir()
 
     def start(self, rank: int, world_size: int, keep: int | None, shards: int) -> None:
-        about = {"step": self.checkpoint.step, "world_size": world_size, "shards": shards}
+        step, best = self.checkpoint.step, self.checkpoint.best
+        about = {"step": step, "best": best, "world_size": world_size, "shards": shards}
         self.thread = Thread(target=self._write, args=(rank, about, keep), name="checkpoint", daemon=True)
         self.thread.start()
 
@@ -460,12 +477,19 @@ def _publish(final: Path) -> None:
 
 
 def _retire(checkpoints: Path, final: Path, keep: int | None) -> None:
-    """Delete all but the newest good checkpoints. Damaged ones are not counted, and are kept."""
+    """Delete all but the newest good checkpoints, and the best one that each of them names.
+
+    Damaged ones are not counted, and are kept.
+    """
 
     def retire() -> None:
         good = [folder for folder in _steps(checkpoints) if find_damage(folder, hashes=False) is None]
-        for folder in good[:-keep] if keep else []:
-            if folder != final:
+        newest = good[-keep:] if keep else good
+        # A run can go on from any of them, and then exports the best one that it knows.
+        bests: set[int] = {read_manifest(folder).get("best") or 0 for folder in newest}
+        kept = {final, *newest, *(folder_of(checkpoints, step) for step in bests)}
+        for folder in good:
+            if folder not in kept:
                 _discard(folder)
         for trash in _leftovers(checkpoints, "trash"):
             shutil.rmtree(trash)

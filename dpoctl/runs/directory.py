@@ -26,8 +26,8 @@ MODEL_FILES = (
 OWN_FILES = (
     *MODEL_FILES,
     *("recipe.yaml", RESOLVED_RECIPE, "env.json", "data_report.json", "rejects.jsonl"),
-    *("advice.json", "health.json", "report.html"),
-    *("metrics.jsonl", "trackers.json", "error.log", checkpoint.LATEST),
+    *("advice.json", "health.json", "expected.json", "report.html"),
+    *("metrics.jsonl", "best.json", "trackers.json", "error.log", checkpoint.LATEST),
 )
 OWN_FOLDERS = (CHECKPOINTS, "evals", "logs", "merged", "samples", "step-[0-9]*", "tensorboard")
 """With `OWN_FILES`, everything that a run writes at the root of its directory: nothing else is ever deleted there."""

@@ -10,26 +10,26 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from dpoctl import __version__, console
 from dpoctl.errors import UsageError, writing
 from dpoctl.files import write_atomically
 from dpoctl.redact import redact, redact_text
 from dpoctl.runs import charts
+from dpoctl.runs.best import NAME as BEST
 from dpoctl.runs.charts import History, figures, losses_of, number, observations, percent
+from dpoctl.runs.expected import read_comparisons
 from dpoctl.runs.metrics import STANDARD_ERROR, MetricsFile
 from dpoctl.runs.names import RESOLVED_RECIPE, require_run
+from dpoctl.runs.pages import TEMPLATES, template
 from dpoctl.runs.results import PROVENANCE, SAMPLES, fingerprint, in_words, read_results
 from dpoctl.runs.status import describe_status, read_status
 
 NAME = "report.html"
-TEMPLATES = Path(__file__).parent / "templates"
 MOST_SAMPLES = 24
 # A larger loss gives a perplexity that means nothing.
 MOST_NATS = 20
@@ -96,25 +96,9 @@ def render(run: Path) -> str:
     """Return the page as HTML."""
     css = (TEMPLATES / "report.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
-    return _template().render(css=css, css_hash=f"sha256-{digest}", size=charts, version=__version__, **_contents(run))
-
-
-@cache
-def _template() -> Template:
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_printable,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    return template("report.html.jinja").render(
+        css=css, css_hash=f"sha256-{digest}", size=charts, version=__version__, **_contents(run)
     )
-    return environment.get_template("report.html.jinja")
-
-
-def _printable(value: Any) -> Any:
-    # What is HTML already stays so.
-    return type(value)(console.printable(value)) if isinstance(value, str) else value
 
 
 class Cell(NamedTuple):
@@ -206,7 +190,13 @@ def _contents(run: Path) -> dict[str, Any]:
         "subtitle": _describe(recipe, history),
         "written": _times(rows) or _day(run / "metrics.jsonl"),
         "tiles": list(_tiles(recipe, history, official)),
-        "observations": [*_unfinished(run), *observations(history, recipe), *_symptoms(run / "health.json")],
+        "observations": [
+            *_unfinished(run),
+            *_best(run),
+            *map(str, read_comparisons(run)),
+            *observations(history, recipe),
+            *_symptoms(run / "health.json"),
+        ],
         "advice": _advice(run / "advice.json"),
         "figures": figures(history, recipe),
         "evaluations": _evaluations(history),
@@ -226,7 +216,9 @@ def _describe(recipe: Mapping[str, Any], history: History) -> str:
     lora, scratch = recipe.get("lora"), model.get("from_scratch")
     method = "SFT" if recipe.get("method") == "sft" else f"DPO ({' + '.join(map(_loss, losses_of(recipe)))})"
     name = f"a new {scratch['config'].get('model_type')}" if scratch else model.get("model_name_or_path")
-    trained = f"LoRA of rank {lora.get('r', '?')}" if lora else "all weights"
+    some = training.get("trainable")
+    whole = f"the weights {', '.join(map(str, some))}" if some else "all weights"
+    trained = f"LoRA of rank {lora.get('r', '?')}" if lora else whole
     return (
         f"{method} of {name}, {trained}; {history.last_step:,} steps of {training.get('global_batch_size')}, "
         f"learning rate {training.get('learning_rate')}"
@@ -245,6 +237,16 @@ def _unfinished(run: Path) -> Iterator[str]:
     # The report of a run is written before it records that it has finished.
     if status is not None and status["state"] not in ("finished", "running"):
         yield f"The run {describe_status(status)}."
+
+
+def _best(run: Path) -> Iterator[str]:
+    """Yield which evaluation was the best one, if the run has the model of that one."""
+    if (best := _json(run / BEST)) is not None:
+        last = "not finite" if best["last_value"] is None else number(best["last_value"])
+        yield (
+            f"The exported model is of step {best['step']:,}, the best evaluation: {best['metric']} is "
+            f"{number(best['value'])} there, and {last} at step {best['last_step']:,}, the last one."
+        )
 
 
 def _symptoms(path: Path) -> Iterator[str]:

@@ -12,6 +12,7 @@ from typing import Any
 from dpoctl.errors import UsageError
 from dpoctl.files import to_json, write_atomically
 from dpoctl.runs.names import own_folder
+from dpoctl.runs.record_values import SUFFIX, RecordValues, write_record_values
 
 FOLDER = "evals"
 SAMPLES = ".samples.jsonl"
@@ -31,7 +32,8 @@ class Provenance:
         data: for each set its sources, the key of its tokens, and the number of its records that were used.
         limit: the number of records that each set was limited to.
         baseline: the model that the policy was compared with; None if there is none.
-        official: whether these are all records of the run's own eval sets.
+        official: whether these are all records of the run's own eval sets, with the settings of its recipe.
+        settings: the settings that differ from the recipe's, as they were given.
     """
 
     run: str
@@ -41,12 +43,14 @@ class Provenance:
     limit: int | None
     baseline: str | None
     official: bool
+    settings: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """A file name that differs for every other model, data, limit or baseline."""
         keys = {name: about["key"] for name, about in self.data.items()}
-        key = json.dumps([self.model, keys, self.limit, self.baseline, self.official], sort_keys=True)
+        parts = [self.model, keys, self.limit, self.baseline, self.official, *self.settings]
+        key = json.dumps(parts, sort_keys=True)
         digest = hashlib.sha256(key.encode()).hexdigest()[:8]
         source = next((path for about in self.data.values() for path in about["sources"]), "data")
         label = "official" if self.official else re.sub(r"[^\w.-]+", "-", Path(source).name).strip(".-")[:40]
@@ -56,14 +60,26 @@ class Provenance:
         """Return the keys of `PROVENANCE`."""
         date = datetime.now(UTC).isoformat(timespec="seconds")
         values = {name: getattr(self, name) for name in PROVENANCE if name != "date"}
-        return {**values, "data": {name: dict(about) for name, about in self.data.items()}, "date": date}
+        settings = {"settings": list(self.settings)} if self.settings else {}
+        return {**values, "data": {name: dict(about) for name, about in self.data.items()}, **settings, "date": date}
 
 
-def write_result(run: Path, origin: Provenance, report: Mapping[str, Any], samples: str) -> Path:
-    """Write a result, and the lines of its samples, beside those of other models, data, limits and baselines."""
+def write_result(
+    run: Path, origin: Provenance, report: Mapping[str, Any], samples: str, values: Mapping[str, RecordValues]
+) -> Path:
+    """Write a result, beside those of other models, data, limits and baselines.
+
+    Args:
+        run: the run directory.
+        origin: what was measured.
+        report: the result.
+        samples: the lines of its samples; empty if there are none.
+        values: the metrics of the records of each eval set.
+    """
     target = own_folder(run / FOLDER) / f"{origin.name}.json"
     if samples:
         write_atomically(target.with_suffix(SAMPLES), samples)
+    write_record_values(target.with_suffix(SUFFIX), values)
     write_atomically(target, to_json(report))
     return target
 

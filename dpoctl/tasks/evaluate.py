@@ -24,14 +24,19 @@ from dpoctl.losses import Item
 from dpoctl.model.load import compute_dtype, load_policy, weight_dtype
 from dpoctl.model.source import read_json
 from dpoctl.recipe import Recipe
-from dpoctl.recipe.schema import Source
-from dpoctl.runs.directory import RunDirectory
-from dpoctl.runs.metrics import STANDARD_ERROR, MetricsFile
+from dpoctl.recipe.data_section import Source
+from dpoctl.runs.best import model_step
+from dpoctl.runs.gates import check_gates
+from dpoctl.runs.metrics import STANDARD_ERROR
 from dpoctl.runs.names import RESOLVED_RECIPE
+from dpoctl.runs.record_values import RecordValues
 from dpoctl.runs.report import NAME as REPORT
 from dpoctl.runs.report import refresh_report
 from dpoctl.runs.results import Provenance, fingerprint, in_words, write_result
+from dpoctl.runs.statistics import Z, wilson_interval
+from dpoctl.tasks.benchmarks import check_benchmarks, run_benchmarks
 from dpoctl.tasks.earlier_step import with_model
+from dpoctl.tasks.eval_samples import Writers, judge_of, sample_finished
 from dpoctl.tasks.finished_run import (
     STEP,
     FinishedRun,
@@ -42,8 +47,10 @@ from dpoctl.tasks.finished_run import (
     require_known_start,
     require_model,
 )
+from dpoctl.tasks.judging import judge_verdicts
+from dpoctl.tasks.record_values import RecordWatch
 from dpoctl.tasks.reference import Columns, Reference, with_columns
-from dpoctl.tasks.samples import Sample, Z, sample_finished, show, to_lines, wilson_interval
+from dpoctl.tasks.samples import Sample, show, to_lines
 from dpoctl.tasks.setup import Setup, build_accelerator, quiet_libraries, read_data
 from dpoctl.tasks.task import build_task
 
@@ -54,7 +61,15 @@ DEMONSTRATIONS = {
 """Formats without pairs: a model without a recipe is measured by its likelihood on them."""
 
 
-def run(run: Path, *, data: str | None = None, limit: int | None = None, json_output: bool = False) -> None:
+def run(
+    run: Path,
+    *,
+    data: str | None = None,
+    limit: int | None = None,
+    json_output: bool = False,
+    overrides: Sequence[str] = (),
+    repeats: int = 1,
+) -> bool:
     """Evaluate a finished run on its own eval sets, or on other data.
 
     Args:
@@ -62,10 +77,17 @@ def run(run: Path, *, data: str | None = None, limit: int | None = None, json_ou
         data: a file, folder or hub id to use instead of the recipe's eval sets.
         limit: use only the first rows of each set.
         json_output: print one JSON object.
+        overrides: `key=value` texts that replace values of the recipe's section `eval`.
+        repeats: draw and judge all texts so often, for the noise of the evaluation itself.
+
+    Returns:
+        Whether all gates of the recipe passed; True on ranks that print nothing.
     """
     quiet_libraries()
     run = with_model(run)
-    recipe = _recipe_of(run, data)
+    recipe = _recipe_of(run, data, overrides)
+    check_benchmarks(recipe.eval.benchmarks)
+    judge = judge_of(recipe.eval)
     accelerator = build_accelerator(recipe)
     tokenizer, prepared = read_data(recipe, accelerator, only_eval=True)
     tables: dict[str, Columns] = {}
@@ -77,42 +99,80 @@ def run(run: Path, *, data: str | None = None, limit: int | None = None, json_ou
     dtype = weight_dtype(recipe, compute_dtype(recipe, accelerator.device))
     finished = FinishedRun.load(run, accelerator.device, dtype)
     setup = Setup.of(recipe, accelerator, finished.tokenizer, finished.policy)
-    results = _evaluate(setup, prepared.evals, tables, limit)
-    sampled, samples = sample_finished(setup, finished, prepared.evals, limit)
+    results, values = _evaluate(setup, prepared.evals, tables, limit)
+    writers = Writers(repeats=repeats)
+    sampled, samples = sample_finished(setup, finished, prepared.evals, limit, judge=judge, writers=writers)
     if not accelerator.is_main_process:
-        return
-    origin = _origin(run, recipe, prepared, limit, is_own=data is None, is_compared=bool(tables) or bool(samples))
+        return True
+    is_compared = bool(tables) or bool(samples)
+    settings = [*overrides, *([f"repeats={repeats}"] if repeats > 1 else [])]
+    origin = _origin(run, recipe, prepared, limit, settings, is_own=data is None, is_compared=is_compared)
     main = results.pop("eval", {})
     report: dict[str, Any] = {**origin.to_dict(), **main, **({"sets": results} if results else {}), **sampled}
-    where = _keep(run, origin, report, to_lines(samples))
+    report |= _benchmarks(finished)
+    gates = check_gates(report, recipe.eval.gates)
+    report |= {"gates": [gate.to_dict() for gate in gates]} if gates else {}
+    where = _keep(run, origin, report, to_lines(samples), values)
     if json_output:
         console.emit(json.dumps(report))
-        return
+    else:
+        _show_result(report, {**({"eval": main} if main else {}), **results}, samples, sampled)
+        for line in (*map(str, gates), where):
+            console.say(line)
+    return all(gate.passed for gate in gates)
+
+
+def _show_result(
+    report: Mapping[str, Any],
+    results: Mapping[str, Mapping[str, Any]],
+    samples: Sequence[Sample],
+    sampled: Mapping[str, Any],
+) -> None:
+    """Print the tables of a result, and what they allow to say."""
     console.say(in_words(report))
-    _show({**({"eval": main} if main else {}), **results})
+    _show(results)
     _show_samples(samples, sampled)
-    for line in verdicts({**({"eval": main} if main else {}), **results}, sampled.get("judge")):
+    if (benchmarks := report.get("benchmarks")) is not None:
+        _show_benchmarks(benchmarks)
+    for line in verdicts(results, sampled.get("judge")):
         console.say(line)
-    console.say(where)
 
 
-def _keep(run: Path, origin: Provenance, report: Mapping[str, Any], samples: str) -> str:
+def _benchmarks(finished: FinishedRun) -> dict[str, Any]:
+    """Run the benchmarks of a recipe on the policy, and on its reference if there is one."""
+    benchmarks = finished.recipe.eval.benchmarks
+    if not benchmarks:
+        return {}
+    reference = None if is_model_only(finished.path) else finished.reference()
+    causal, tokenizer = finished.policy.causal, finished.tokenizer
+    return {"benchmarks": run_benchmarks(benchmarks, tokenizer, causal, reference)}
+
+
+def _keep(
+    run: Path, origin: Provenance, report: Mapping[str, Any], samples: str, values: Mapping[str, RecordValues]
+) -> str:
     """Write a result into its run, and say where; a model that no run describes keeps none."""
     if is_model_only(run):
         return f"{run} belongs to no run, so the result is kept nowhere; --json prints all of it"
     home = home_of(run)
     with writing(home):
-        path = write_result(home, origin, report, samples)
+        path = write_result(home, origin, report, samples, values)
     refresh_report(home)
     return f"result: {path}; report: {home / REPORT}"
 
 
 def _origin(
-    run: Path, recipe: Recipe, prepared: PreparedData, limit: int | None, *, is_own: bool, is_compared: bool
+    run: Path,
+    recipe: Recipe,
+    prepared: PreparedData,
+    limit: int | None,
+    settings: Sequence[str],
+    *,
+    is_own: bool,
+    is_compared: bool,
 ) -> Provenance:
     """Return the origin of the numbers; the run's own data are those that its training evaluated on."""
     trained_on = _data_report(home_of(run)).get("evals") or {}
-    steps = (row["step"] for row in MetricsFile(RunDirectory(run).metrics).rows())
     earlier = STEP.fullmatch(run.name)
     data = {}
     for name, store in prepared.evals.items():
@@ -125,11 +185,12 @@ def _origin(
     return Provenance(
         run=str(run),
         model=fingerprint(run),
-        step=int(earlier[1]) if earlier else max(steps, default=None),
+        step=int(earlier[1]) if earlier else model_step(run),
         data=data,
         limit=limit,
         baseline=_baseline(recipe) if is_compared else None,
-        official=is_own and limit is None and (run / RESOLVED_RECIPE).is_file(),
+        official=is_own and limit is None and not settings and (run / RESOLVED_RECIPE).is_file(),
+        settings=tuple(settings),
     )
 
 
@@ -148,14 +209,24 @@ def _baseline(recipe: Recipe) -> str:
     return model.model_name_or_path + (f"@{model.revision}" if model.revision else "")
 
 
-def _recipe_of(run: Path, data: str | None) -> Recipe:
-    """Read the recipe of a finished run; replace its eval data if other data are given."""
+def _recipe_of(run: Path, data: str | None, overrides: Sequence[str]) -> Recipe:
+    """Read the recipe of a finished run; replace its eval data if other data are given, and what else is asked for.
+
+    Raises:
+        UsageError: the run or its eval data are missing, or an override is about another section than `eval`.
+    """
+    for text in overrides:
+        if not text.startswith("eval."):
+            raise UsageError(
+                f"--set {text.partition('=')[0]}: an evaluation can only change keys of the section eval",
+                hint="for example --set eval.samples.num=100",
+            )
     recipe = recipe_of(run)
     require_model(run)
     if data is not None:
         source = {"path": data} | ({"split": "test"} if has_splits(data) else {})
         evals, cadence = json.dumps({"eval": [source]}), recipe.training.eval_steps or 1
-        changes = [f"data.eval={evals}", "data.eval_size=null", f"training.eval_steps={cadence}"]
+        changes = [f"data.eval={evals}", "data.eval_size=null", f"training.eval_steps={cadence}", *overrides]
         if is_model_only(run):
             format = open_source(Source.model_validate(source))[0].format
             method = "sft" if format in DEMONSTRATIONS else "dpo"
@@ -165,7 +236,7 @@ def _recipe_of(run: Path, data: str | None) -> Recipe:
         raise UsageError(f"{run} is a model that no run describes: it has no eval data", hint="pass --data SOURCE")
     if not recipe.data.eval and recipe.data.eval_size is None:
         raise UsageError(f"{run}: its recipe has no eval data", hint="pass some with --data SOURCE")
-    return recipe
+    return recipe_of(run, overrides) if overrides else recipe
 
 
 def _reference_tables(
@@ -184,17 +255,19 @@ def _reference_tables(
 
 def _evaluate(
     setup: Setup, stores: Stores, tables: Mapping[str, Columns], limit: int | None
-) -> dict[str, dict[str, Any]]:
-    """Return the metrics of every eval set."""
-    results = {}
+) -> tuple[dict[str, dict[str, Any]], dict[str, RecordValues]]:
+    """Return the metrics of every eval set, and those of each of its records."""
+    results, values = {}, {}
     with setup.accelerator.autocast():
         objective = setup.objective(setup.scorer())
         for name, store in stores.items():
             lengths = Lengths.of(store).first(limit)
             reader = with_columns(setup.reader(store, name), tables.get(name))
             counts = {item: int(numbers.sum()) for item, numbers in lengths.items.items()}
-            results[name] = _describe(evaluate(objective, reader, setup.plan(lengths).one_pass(lengths)), counts)
-    return results
+            watch, one_pass = RecordWatch(setup.task), setup.plan(lengths).one_pass(lengths)
+            results[name] = _describe(evaluate(objective, reader, one_pass, watch=watch), counts)
+            values[name] = watch.values(store)
+    return results, values
 
 
 def _describe(metrics: Mapping[str, Any], counts: Mapping[Item, int]) -> dict[str, Any]:
@@ -222,12 +295,24 @@ def _show(results: Mapping[str, Mapping[str, Any]]) -> None:
         console.say(table)
 
 
+def _show_benchmarks(benchmarks: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    table = Table("", "reference", "policy", "difference", title="benchmarks", title_justify="left", box=None)
+    for task, metrics in benchmarks.items():
+        for metric, one in metrics.items():
+            spread = f"  ({one['delta_ci'][0]:+.4f} to {one['delta_ci'][1]:+.4f})" if "delta_ci" in one else ""
+            cells = (f"{one[side]:.4f}" if side in one else "" for side in ("reference", "policy"))
+            delta = f"{one['delta']:+.4f}{spread}" if "delta" in one else ""
+            table.add_row(Text(f"{task} {metric}"), *cells, delta)
+    console.say(table)
+
+
 def verdicts(results: Mapping[str, Mapping[str, Any]], judge: Mapping[str, Any] | None) -> Iterator[str]:
     """Say in words whether training helped: what the intervals of accuracies and of the judge's shares allow.
 
     Args:
         results: the metrics of every eval set.
-        judge: the shares of each category among the answers of reference and policy, and the target.
+        judge: the shares of each category among the answers of reference and policy, and the target; or the numbers
+            of a judge that compares.
     """
     for name, metrics in results.items():
         if (interval := metrics.get("rewards/accuracies_ci")) is None:
@@ -238,7 +323,9 @@ def verdicts(results: Mapping[str, Mapping[str, Any]], judge: Mapping[str, Any] 
             yield f"verdict: no reward{of} differs from another: the policy is its reference"
         else:
             yield f"verdict: {share}, {_compared(interval, 0.5, 'chance')}"
-    if judge is not None:
+    if judge is not None and "type" in judge:
+        yield from judge_verdicts(judge)
+    elif judge is not None:
         target = judge["target"]
         before, after = (judge[side][target] for side in ("reference", "policy"))
         change = f"{target} answers {before['share']:.1%} -> {after['share']:.1%}"
@@ -268,9 +355,10 @@ def _show_samples(samples: Sequence[Sample], numbers: Mapping[str, Any]) -> None
     show(samples, "samples")
     sides = ("reference", "policy")
     table = Table("", *sides, title=f"{numbers['samples']['num']:,} samples", title_justify="left", box=None)
-    for name in ("finished", "distinct", "median_length"):
-        table.add_row(name, *(f"{numbers['samples'][f'{name}_{side}']:g}" for side in sides))
-    if judge := numbers.get("judge"):
+    for name in ("finished", "distinct", "median_length", "repetition", "distinct_bigrams", "refusals"):
+        table.add_row(name, *(f"{numbers['samples'][f'{name}_{side}']:.4g}" for side in sides))
+    judge = numbers.get("judge")
+    if judge and "type" not in judge:
         for category in sorted(judge["policy"], key=lambda name: name != judge["target"]):
             mark = " (target)" if category == judge["target"] else ""
             table.add_row(Text(category + mark), *(_interval(judge[side][category]) for side in sides))

@@ -1,6 +1,6 @@
 """Extensions: the user's own code in a run, from the arguments of `dpoctl.sft` and `dpoctl.dpo`."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -12,7 +12,8 @@ from dpoctl.core.collator import Collate, collate
 from dpoctl.core.loop import Metrics
 from dpoctl.core.meters import Total
 from dpoctl.core.objective import Report, TermValues
-from dpoctl.core.optim import build_optimizer, learning_rate
+from dpoctl.core.optim import build_optimizer
+from dpoctl.core.schedule import learning_rate
 from dpoctl.errors import UsageError
 from dpoctl.losses import Scores
 from dpoctl.model.source import read_json
@@ -59,18 +60,21 @@ class Extensions:
                 hint="resume it with the code that it started with",
             )
 
-    def build_optimizer(self, parameters: Iterable[tuple[str, nn.Parameter]], training: TrainingSection) -> Optimizer:
-        """Build the optimizer over the trained parameters.
-
-        Args:
-            parameters: The trained parameters by name; of a sharded model, the parts of this rank.
-            training: The settings of the optimizer.
+    def build_optimizer(
+        self,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        training: TrainingSection,
+        *,
+        outside: Collection[str],
+        scales: Mapping[str, float],
+    ) -> Optimizer:
+        """Build the optimizer over the trained parameters; the arguments are those of the recipe's own.
 
         Raises:
             UsageError: The user's callable returns something else.
         """
         if self.optimizer is None:
-            return build_optimizer(parameters, training)
+            return build_optimizer(parameters, training, outside=outside, scales=scales)
         built: object = self.optimizer([parameter for _, parameter in parameters])
         if not isinstance(built, Optimizer):
             raise UsageError(f"optimizer: it returned a {type(built).__name__}, not a torch optimizer")

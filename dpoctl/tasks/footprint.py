@@ -34,6 +34,7 @@ from dpoctl.files import write_atomically
 from dpoctl.model.from_config import build_skeleton, decoder_config
 from dpoctl.model.load import weight_dtype
 from dpoctl.model.memory import activation_bytes_per_token, set_gradient_checkpointing, simulating
+from dpoctl.model.modules import is_trainable, outside_of_layers
 from dpoctl.model.probe import ProbeResult
 from dpoctl.model.traced import traced_policy
 from dpoctl.recipe.schema import Recipe
@@ -204,7 +205,9 @@ def _one_depth(subject: Subject, records: Sequence[int], every: int, several: bo
                 scorer,
                 task.terms,
                 task.report,
-                lambda parameters: build_optimizer(parameters, recipe.training),
+                lambda parameters: build_optimizer(
+                    parameters, recipe.training, outside=outside_of_layers(policy.causal)
+                ),
                 step,
                 reader,
                 batches,
@@ -227,7 +230,7 @@ def _unpacked(count: int, model: torch.nn.Module) -> int:
     """Return the number of parameters of a model whose packed weights hold two in a byte."""
     packed = [p for p in model.parameters() if type(p).__name__ == "Params4bit"]
     shapes: list[Any] = [vars(parameter)["quant_state"].shape for parameter in packed]
-    return count + sum(math.prod(shape) for shape in shapes) - sum(parameter.numel() for parameter in packed)
+    return int(count + sum(map(math.prod, shapes)) - sum(parameter.numel() for parameter in packed))
 
 
 def _copies(recipe: Recipe) -> int:
@@ -307,7 +310,8 @@ def static_bytes(
     ends = {id(p) for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None
             for p in layer.parameters()}  # fmt: skip
     for name, parameter in model.named_parameters():
-        trained = recipe.lora is None or ".lora_" in name or ".modules_to_save." in name
+        is_adapter = ".lora_" in name or ".modules_to_save." in name
+        trained = is_adapter if recipe.lora else is_trainable(name, recipe.training.trainable)
         sizes[trained] += parameter.numel()
         packed += parameter.numel() * (is_packed and not trained and parameter.ndim == 2 and id(parameter) not in ends)
     weight, gradient, moments = state_bytes(recipe.training)
@@ -342,7 +346,7 @@ def _key(subject: Subject, records: Sequence[int], every: int, several: bool) ->
         "vocabulary": len(subject.tokenizer),
         "recipe": recipe.model_dump(mode="json", include={"method", "dpo", "sft", "lora", "quantization"}),
         "model": recipe.model.model_dump(mode="json", include={"disable_dropout"}),
-        "training": [training.optim, training.param_dtype, training.torch_compile],
+        "training": [training.optim, training.param_dtype, training.torch_compile, training.trainable],
         "machine": [subject.kind, str(subject.dtype), subject.ranks > 1, subject.layout, subject.own_head],
         "prompts": store.shared_len[list(records)].tolist(),
         "answers": [[(int(store.suffix_len[n]), int(store.num_tokens[n])) for n in numbers] for numbers in answers],

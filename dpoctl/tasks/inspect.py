@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from dpoctl import console
-from dpoctl.core.optim import warmup_steps
 from dpoctl.core.planner import Lengths
+from dpoctl.core.schedule import warmup_steps
 from dpoctl.data.cache import cache_dir
 from dpoctl.data.prepare import PreparedData, iter_texts, prepare
 from dpoctl.data.preview import CHECKS, RecordCheck, Verifier, decode_runs, mask_preview, name_of, show_record

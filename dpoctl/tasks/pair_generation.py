@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -31,15 +31,16 @@ from dpoctl.model.generate import Generation, SamplingParams, generate
 from dpoctl.model.load import load_run, resolve_dtype
 from dpoctl.model.source import find_source
 from dpoctl.model.tokenizer import read_tokenizer
+from dpoctl.recipe.data_section import Source
 from dpoctl.recipe.pair_generation import ContrastiveRecipe, load_contrastive
-from dpoctl.recipe.schema import Source
 from dpoctl.recipe.templates import template_text
 from dpoctl.runs.metrics import Progress
 from dpoctl.tasks.paths import check_contrastive_paths
 from dpoctl.tasks.setup import quiet_libraries
 
 if TYPE_CHECKING:
-    from dpoctl.recipe.pair_generation import ItemsSection
+    from dpoctl.recipe.pair_generation import ItemsSection, SamplingSection, WriterSection
+    from dpoctl.recipe.schema import QuantizationSection
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "config.json")
 PROGRESS_LINES = 20
@@ -75,20 +76,20 @@ def run(
     quiet_libraries()
     recipe = load_contrastive(path, overrides)
     check_contrastive_paths(recipe, Path(path))
-    targets = _targets(Path(output), recipe.splits)
+    targets = targets_of(Path(output), recipe.splits)
     items, left_out = read_items(recipe.items)
     wanted = sum(recipe.splits.values()) or len(items)
     if len(items) < wanted:
         raise DataError(f"{recipe.items.path}: it has {len(items):,} items, but the splits need {wanted:,} pairs")
     # The held-out items must not depend on the order of the list.
     random.Random(recipe.sampling.seed).shuffle(items)
-    writer = Writer.load(recipe)
+    writer = Writer.load(recipe.model, recipe.quantization, recipe.sampling)
     side_file = Path(output).with_name(f"{Path(output).name}.partial")
     outcome = PairOutcome(left_out=left_out)
     with Answers(writer, side_file) as answers, Progress(wanted, unit="pair") as progress:
         _generate(recipe, items, wanted, answers, outcome, progress)
-    sizes = _sizes(outcome, recipe.splits)
-    _write(outcome, sizes, targets, None if rejects is None else Path(rejects))
+    sizes = sizes_of(outcome, recipe.splits)
+    write_pairs(outcome, sizes, targets, None if rejects is None else Path(rejects))
     side_file.unlink(missing_ok=True)
     _report(outcome, recipe, sizes, targets)
     if json_output:
@@ -107,9 +108,10 @@ class Writer:
     """A hash of everything but the prompt that an answer depends on."""
 
     @classmethod
-    def load(cls, recipe: ContrastiveRecipe) -> Self:
+    def load(
+        cls, section: "WriterSection", quantization: "QuantizationSection | None", given: "SamplingSection"
+    ) -> Self:
         """Load the model of a recipe, on a GPU if there is one."""
-        section, given = recipe.model, recipe.sampling
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         device = accelerator or torch.device("cpu")
         source = find_source(
@@ -125,24 +127,27 @@ class Writer:
             device,
             resolve_dtype(section.dtype, device),
             attn_implementation=section.attn_implementation,
-            quantization=recipe.quantization,
+            quantization=quantization,
             trust_remote_code=section.trust_remote_code,
             revision=section.revision,
         )
         count = sum(parameter.numel() for parameter in policy.causal.parameters())
         console.say(f"model: {type(policy.causal).__name__}, {count / 1e6:,.1f} M parameters on {device}")
         sampling = SamplingParams(given.max_new_tokens, given.temperature, given.top_p, given.seed, given.batch_size)
-        return cls(policy.causal, tokenizer, sampling, section.chat_template_kwargs, _identity(recipe, sampling))
+        return cls(
+            policy.causal, tokenizer, sampling, section.chat_template_kwargs, _identity(section, quantization, sampling)
+        )
 
-    def as_prompt(self, prompt: str) -> Text:
+    def as_prompt(self, prompt: Text) -> Text:
         """Return a prompt for the training data: messages if the tokenizer has a chat template, else text."""
-        return [{"role": "user", "content": prompt}] if self.tokenizer.chat_template else prompt
+        has_turns = isinstance(prompt, str) and self.tokenizer.chat_template
+        return [{"role": "user", "content": prompt}] if has_turns else prompt
 
     def as_answer(self, answer: str) -> Text:
         """Return an answer for the training data."""
         return [{"role": "assistant", "content": answer}] if self.tokenizer.chat_template else answer
 
-    def token_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+    def token_ids(self, prompts: Sequence[Text]) -> list[list[int]]:
         """Tokenize prompts as training does."""
         return render_prompts(self.tokenizer, [self.as_prompt(prompt) for prompt in prompts], self.template_kwargs)
 
@@ -185,18 +190,33 @@ class Answers:
         ids = self.writer.token_ids(prompts)
         keys = [_hash(self.writer.identity, prompt) for prompt in ids]
         new = [index for index, key in enumerate(keys) if key not in self._known]
+        self._generate([ids[index] for index in new], [keys[index] for index in new])
+        return [self._known[key] for key in keys]
+
+    def as_prompt(self, prompt: Text) -> Text:
+        """Return a prompt as the model is asked; see `Writer`."""
+        return self.writer.as_prompt(prompt)
+
+    def draw(self, prompts: Sequence[Text], count: int) -> list[list[Generation]]:
+        """Answer each prompt several times; a prompt of which an answer is missing is answered anew."""
+        ids = self.writer.token_ids(prompts)
+        keys = [[_hash(self.writer.identity, prompt, number) for number in range(count)] for prompt in ids]
+        new = [index for index, some in enumerate(keys) if any(key not in self._known for key in some)]
+        self._generate([ids[index] for index in new for _ in range(count)], [key for at in new for key in keys[at]])
+        return [[self._known[key] for key in some] for some in keys]
+
+    def _generate(self, prompts: Sequence[list[int]], keys: Sequence[str]) -> None:
         writer = self.writer
         try:
-            drawn = generate(writer.causal, writer.tokenizer, [ids[index] for index in new], writer.sampling)
+            drawn = generate(writer.causal, writer.tokenizer, prompts, writer.sampling)
         except torch.OutOfMemoryError as error:
             raise RunError("out of memory", hint="lower sampling.batch_size") from error
         with writing(self._path.parent):
-            for index, answer in zip(new, drawn, strict=True):
-                self._known[keys[index]] = answer
-                row = {"key": keys[index], "text": answer.text, "finished": answer.finished}
+            for key, answer in zip(keys, drawn, strict=True):
+                self._known[key] = answer
+                row = {"key": key, "text": answer.text, "finished": answer.finished}
                 self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
             self._file.flush()
-        return [self._known[key] for key in keys]
 
 
 @dataclass
@@ -205,7 +225,8 @@ class PairOutcome:
 
     left_out: Counter[str]
     """Number of items that were not used, by reason."""
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[list[dict[str, Any]]] = field(default_factory=list)
+    """The pairs of each item that has any."""
     rejects: list[dict[str, Any]] = field(default_factory=list)
     copies: int = 0
     """Number of answers that copy an example from their prompt."""
@@ -304,14 +325,13 @@ def _add_pair(
         outcome.rejects.append(row | {"negative": negative, "positive": positive})
         return
     chosen, rejected = (negative, positive) if recipe.chosen == "negative" else (positive, negative)
-    outcome.rows.append(
-        {
-            "prompt": writer.as_prompt(asked.neutral),
-            "chosen": writer.as_answer(chosen),
-            "rejected": writer.as_answer(rejected),
-            "meta": {"synthetic_prompt": True, "item": item, "chosen": recipe.chosen},
-        }
-    )
+    row = {
+        "prompt": writer.as_prompt(asked.neutral),
+        "chosen": writer.as_answer(chosen),
+        "rejected": writer.as_answer(rejected),
+        "meta": {"synthetic_prompt": True, "item": item, "chosen": recipe.chosen},
+    }
+    outcome.rows.append([row])
     if recipe.examples is not None:
         for prompt, answer, known in (
             (asked.negative, negative, recipe.examples.negative),
@@ -331,7 +351,7 @@ def _rejection(drawn: tuple[Generation, Generation]) -> Reject | None:
     return None
 
 
-def _targets(output: Path, splits: dict[str, int]) -> dict[str, Path]:
+def targets_of(output: Path, splits: dict[str, int]) -> dict[str, Path]:
     """Return the file of each split: `pairs.jsonl` becomes `pairs-train.jsonl`."""
     if not output.parent.is_dir():
         output.parent.mkdir(parents=True)
@@ -339,7 +359,7 @@ def _targets(output: Path, splits: dict[str, int]) -> dict[str, Path]:
     return {name: output.with_name(f"{stem}-{name}{dot}{suffixes}") for name in splits} or {ALL: output}
 
 
-def _sizes(outcome: PairOutcome, splits: dict[str, int]) -> dict[str, int]:
+def sizes_of(outcome: PairOutcome, splits: dict[str, int]) -> dict[str, int]:
     """Return the number of pairs in each split; if there are too few pairs, the first split is smaller.
 
     Raises:
@@ -360,12 +380,12 @@ def _sizes(outcome: PairOutcome, splits: dict[str, int]) -> dict[str, int]:
     return sizes
 
 
-def _write(outcome: PairOutcome, sizes: dict[str, int], targets: dict[str, Path], rejects: Path | None) -> None:
+def write_pairs(outcome: PairOutcome, sizes: dict[str, int], targets: dict[str, Path], rejects: Path | None) -> None:
     """Write all files, or none."""
     rows = iter(outcome.rows)
     with ExitStack() as stack:
         for name, size in sizes.items():
-            _write_rows(stack.enter_context(WholeFile(targets[name])), islice(rows, size))
+            _write_rows(stack.enter_context(WholeFile(targets[name])), chain.from_iterable(islice(rows, size)))
         if rejects is not None:
             _write_rows(stack.enter_context(WholeFile(rejects)), outcome.rejects)
 
@@ -397,9 +417,8 @@ def _report(outcome: PairOutcome, recipe: ContrastiveRecipe, sizes: dict[str, in
         console.note(f"{share:.0%} of the answers copy an example from their prompt")
 
 
-def _identity(recipe: ContrastiveRecipe, sampling: SamplingParams) -> str:
+def _identity(section: "WriterSection", quantized: "QuantizationSection | None", sampling: SamplingParams) -> str:
     """Return a hash of everything but the prompt that an answer depends on; the batch size is not part of it."""
-    section, quantized = recipe.model, recipe.quantization
     folder = Path(section.model_name_or_path)
     files = sorted(file for pattern in WEIGHTS for file in folder.glob(pattern)) if folder.is_dir() else []
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]

@@ -9,6 +9,7 @@ from pathlib import Path
 from dpoctl.data.sources import FILE, HUB, HUB_ID, kind_of
 from dpoctl.errors import DataError, UsageError, UserError
 from dpoctl.recipe.pair_generation import ContrastiveRecipe
+from dpoctl.recipe.sampled_pairs import SampledRecipe
 from dpoctl.recipe.schema import Recipe
 from dpoctl.recipe.templates import NAMES
 from dpoctl.runs.names import is_checkpoint, run_of_checkpoint
@@ -63,6 +64,23 @@ def check_contrastive_paths(recipe: ContrastiveRecipe, file: Path) -> None:
     for error in _wrong_model("model.model_name_or_path", recipe.model.model_name_or_path, file):
         raise error
     for error in _beside("items.path", recipe.items.path, file):
+        raise error
+
+
+def check_sampled_paths(recipe: SampledRecipe, file: Path) -> None:
+    """Make sure that no model of a recipe of sampled pairs is a checkpoint, or stands beside the recipe only.
+
+    Raises:
+        UsageError: One is, or does.
+    """
+    names = {
+        "model.model_name_or_path": recipe.model and recipe.model.model_name_or_path,
+        "score.model_name_or_path": recipe.score.model_name_or_path,
+    }
+    for key, name in names.items():
+        for error in _wrong_model(key, name, file) if name is not None else ():
+            raise error
+    for error in _beside("prompts.path", recipe.prompts.path, file):
         raise error
 
 

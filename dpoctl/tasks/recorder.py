@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import torch
 import yaml
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from dpoctl import console
@@ -14,6 +15,7 @@ from dpoctl.core.guard import require_same, tensor_checksum
 from dpoctl.core.loop import Metrics
 from dpoctl.core.step import Stepper
 from dpoctl.recipe.consistency import resolved_yaml
+from dpoctl.runs.best import BestEvaluation
 from dpoctl.runs.checkpoint import Checkpoint, Saver, capture_rng, restore_rng
 from dpoctl.runs.directory import RunDirectory
 from dpoctl.runs.health import Expectation, Health
@@ -25,6 +27,9 @@ from dpoctl.tasks.setup import Setup
 
 OWES_EVALUATION = "owes_evaluation"
 """In a checkpoint: True if the run was stopped before the evaluation that was due at its step."""
+
+BEST = "best"
+"""In a checkpoint: the best evaluation so far, if the recipe asks for it."""
 
 
 class Recorder:
@@ -56,6 +61,9 @@ class Recorder:
         comparison: Comparison | None = None,
     ) -> None:
         self.last: Metrics = {}
+        keep = setup.recipe.training.keep_best
+        self.best = None if keep is None else BestEvaluation(keep.metric, keep.mode)
+        self._evaluation: Metrics = {}
         self._recipe, self._directory, self._policy, self._stepper = setup.recipe, directory, setup.policy, stepper
         self._is_sharded = setup.sharding is not None
         self._samples, self._callbacks, self._resumed, self._inputs = samples, callbacks, resumed, inputs
@@ -121,18 +129,31 @@ class Recorder:
             self._write(step, self._samples.metrics(samples))
         if samples and self._trackers is not None:
             self._trackers.log_texts(self._samples.write(step, samples), step)
+        evaluation, self._evaluation = self._evaluation, {}
+        if self.best is not None:
+            # All ranks decide alike, whatever the rounding of each.
+            (evaluation,) = broadcast_object_list([evaluation])
+            stopping = self._recipe.training.early_stopping
+            self.best.watch(step, evaluation, 0.0 if stopping is None else stopping.min_delta)
 
     def should_stop(self) -> bool:
-        """Whether a callback has asked for the end, the same on all ranks."""
+        """Whether a callback has asked for the end or evaluations no longer improve, the same on all ranks."""
+        stopping = self._recipe.training.early_stopping
+        if self.best is not None and stopping is not None and self.best.waited >= stopping.patience:
+            return True
         if not self._callbacks or self._accelerator.num_processes == 1:
             return self._stop_asked
         asked: Tensor = self._accelerator.reduce(torch.tensor(int(self._stop_asked), device=self._accelerator.device))
         return bool(asked > 0)
 
+    def wants_checkpoint(self, step: int) -> bool:
+        """Whether the evaluation of a step is the best one so far."""
+        return self.best is not None and self.best.step == step
+
     def save(self, step: int, *, owes_evaluation: bool) -> None:
         """Begin to write a checkpoint; every rank calls this at the same step."""
         stepper, objective = self._stepper, self._stepper.objective
-        weights = self._policy.trainable_state()
+        weights = self._policy.state()
         if not self._is_sharded:
             require_same(self._accelerator, "weights", tensor_checksum(weights.values()))
         extra: dict[str, Any] = {
@@ -142,12 +163,14 @@ class Recorder:
             "inputs": dict(self._inputs),
             "memory": list(objective.memory),
             OWES_EVALUATION: owes_evaluation,
+            BEST: None if self.best is None else self.best.state(),
         }
         if self._accelerator.scaler is not None:
             extra["scaler"] = self._accelerator.scaler.state_dict()
         reference = {} if objective.reference is None else objective.reference.state()
         optimizer = stepper.optimizer.optimizer.state_dict()
-        self._saver.save(Checkpoint(step, weights, optimizer, capture_rng(), extra, reference))
+        best = None if self.best is None else self.best.step
+        self._saver.save(Checkpoint(step, weights, optimizer, capture_rng(), extra, reference, best))
 
     def wait_saved(self) -> None:
         """Wait until the last checkpoint is on the disk; every rank calls this at the same step."""
@@ -157,6 +180,7 @@ class Recorder:
         """Write a row of metrics, of training or of an evaluation."""
         evaluation = any(name.startswith("eval_") for name in metrics)
         self.last = self.last | metrics
+        self._evaluation |= metrics if evaluation else {}
         if not self._accelerator.is_main_process:
             return
         self._metrics.append({"step": step, **metrics, "time": datetime.now(UTC).isoformat(timespec="seconds")})
@@ -179,8 +203,10 @@ class Recorder:
 
     def _restore(self, resumed: Checkpoint) -> None:
         stepper, objective = self._stepper, self._stepper.objective
-        self._policy.load_trainable_state(resumed.weights)
+        self._policy.load_state(resumed.weights)
         stepper.optimizer.optimizer.load_state_dict(resumed.optimizer)
+        if self.best is not None:
+            self.best.load_state(resumed.extra.get(BEST))
         stepper.guard.skipped = resumed.extra.get("skipped_steps", 0)
         objective.keep_memory(tuple(resumed.extra.get("memory", objective.memory)))
         if objective.reference is not None:

@@ -17,6 +17,7 @@ from dpoctl.model.integrity import fingerprint_adapter, fingerprint_all, fingerp
 from dpoctl.model.source import base_of, find_adapter, find_source, first_line, recipe_source
 from dpoctl.model.tokenizer import stop_tokens
 from dpoctl.recipe.consistency import resolved_yaml
+from dpoctl.recipe.document import flatten
 from dpoctl.recipe.schema import Recipe
 from dpoctl.runs.checkpoint import Checkpoint
 from dpoctl.runs.directory import RunDirectory
@@ -27,11 +28,17 @@ from dpoctl.tasks.task import build_task
 
 # Keys that do not change the result: evaluation, logging, micro-batches.
 FREE = {
-    *("eval", "data.eval", "training.output_dir", "training.logging_steps", "training.eval_steps"),
+    *("eval", "expected", "data.eval", "training.output_dir", "training.logging_steps", "training.eval_steps"),
     *("training.eval_on_start", "training.save_steps", "training.save_total_limit", "training.report_to"),
     *("training.run_name", "training.max_tokens_per_device", "training.gradient_checkpointing"),
     *("training.sharding", "training.replicas", "training.cpu_offload"),
-    *("training.resume", "training.on_nonfinite", "training.ddp_timeout"),
+    *(
+        "training.keep_best",
+        "training.early_stopping",
+        "training.resume",
+        "training.on_nonfinite",
+        "training.ddp_timeout",
+    ),
     *("training.hub_model_id", "training.hub_private_repo"),
 }
 # Packages of which another version may compute other bits.
@@ -110,8 +117,8 @@ def refuse_changes(directory: RunDirectory, recipe: Recipe, allowed: Collection[
     """
     if not directory.resolved_recipe.is_file() or not directory.checkpoints.is_dir():
         return
-    before = _flatten(_recorded(directory.resolved_recipe))
-    now = _flatten(yaml.safe_load(resolved_yaml(recipe)))
+    before = flatten(_recorded(directory.resolved_recipe))
+    now = flatten(yaml.safe_load(resolved_yaml(recipe)))
     now["data.train"] = _with_formats(now["data.train"], before.get("data.train"))
     changed = {
         key: f"{key} ({before.get(key)} -> {now.get(key)})"
@@ -169,7 +176,7 @@ def refuse_other_inputs(
 
 def _needs_start(recipe: Recipe, inputs: Mapping[str, Any]) -> bool:
     """Whether the weights that training started from are still used after the first step."""
-    if recipe.lora is not None or "model" not in inputs:
+    if recipe.lora is not None or recipe.training.trainable is not None or "model" not in inputs:
         return True
     reference = recipe.dpo.reference
     needed = recipe.method == "dpo" and build_task(recipe).needs_reference
@@ -223,13 +230,6 @@ def _with_formats(sources: list[dict[str, Any]], before: Any) -> list[dict[str, 
         now | {"format": then["format"]} if "auto" in (now["format"], then["format"]) else now
         for now, then in zip(sources, before, strict=True)
     ]
-
-
-def _flatten(value: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        return {path: value}
-    items = ((f"{path}.{key}" if path else str(key), item) for key, item in value.items())
-    return {name: leaf for key, item in items for name, leaf in _flatten(item, key).items()}
 
 
 def _digest(value: Any) -> str:

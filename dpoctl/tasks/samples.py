@@ -9,12 +9,13 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from rich.table import Table
 from rich.text import Text as Styled
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,20 +27,22 @@ from dpoctl.data.records import Text
 from dpoctl.data.store import TokenStore
 from dpoctl.data.tokenize import render_prompts
 from dpoctl.files import write_atomically
+from dpoctl.model.continuations import batch_rows, continuation_logps
 from dpoctl.model.generate import Generation, SamplingParams, generate
-from dpoctl.recipe.consistency import UNDECIDED
+from dpoctl.recipe.judge_section import UNDECIDED
 from dpoctl.recipe.schema import SamplesSection
 from dpoctl.runs.names import own_folder
-from dpoctl.tasks.finished_run import FinishedRun
+from dpoctl.runs.statistics import wilson_interval
+from dpoctl.tasks.judges import Vote
+from dpoctl.tasks.served import Client, Request
 from dpoctl.tasks.setup import Setup
 
 FOLDER = "samples"
 SHOWN = 3
+Value = TypeVar("Value")
 # Limits of a batch, prompts included: the KV cache of a 7B model stays small, and tiny models get full batches.
 TOKENS, MOST_ROWS = 16384, 64
 STEP_FILE = re.compile(r"step-(\d+)\.jsonl")
-# Two-sided 95 %.
-Z = 1.959964
 
 
 @dataclass(frozen=True)
@@ -50,18 +53,24 @@ class Sample:
         prompt: the prompt, as in the data.
         policy: the text of the trained model.
         reference: the text of the reference; None if it is not loaded.
+        repeat: the number of the draw, where the evaluation is repeated.
+        vote: the vote of a judge that compares; None if there is none.
     """
 
     prompt: Text
     policy: Generation
     reference: Generation | None
+    repeat: int = 0
+    vote: Vote | None = None
 
     def row(self) -> dict[str, Any]:
         """Return the sample as a row of the file."""
         sides = {"reference": self.reference, "policy": self.policy}
         known = {name: side for name, side in sides.items() if side is not None}
         texts = {name: side.text for name, side in known.items()}
-        return {"prompt": self.prompt, **texts, **{f"{name}_finished": side.finished for name, side in known.items()}}
+        ends = {f"{name}_finished": side.finished for name, side in known.items()}
+        repeat = {"repeat": self.repeat} if self.repeat else {}
+        return {"prompt": self.prompt, **texts, **ends, **repeat, **({"judge": self.vote.row()} if self.vote else {})}
 
 
 class Sampler:
@@ -72,16 +81,24 @@ class Sampler:
         setup: the setup of the run.
         stores: the eval sets.
         limit: use only the first prompts of each set.
+        is_own: whether the sets have the tokens of this model; prompts that are cut there are cut here.
     """
 
     def __init__(
-        self, section: SamplesSection, setup: Setup, stores: Mapping[str, TokenStore], limit: int | None = None
+        self,
+        section: SamplesSection,
+        setup: Setup,
+        stores: Mapping[str, TokenStore],
+        limit: int | None = None,
+        *,
+        is_own: bool = True,
     ) -> None:
         self._setup, self._tokenizer, self._accelerator = setup, setup.tokenizer, setup.accelerator
         tokenizer, kwargs = setup.tokenizer, setup.recipe.data.chat_template_kwargs
         if section.prompts is None:
             count = section.num if limit is None else min(section.num, limit)
-            found = [each for store in stores.values() for each in _first_prompts(store, tokenizer, kwargs, count)]
+            first = [_first_prompts(store, tokenizer, kwargs, count, is_own) for store in stores.values()]
+            found = list(chain.from_iterable(first))
         else:
             found = _given_prompts(section.prompts, next(iter(stores.values())), tokenizer, kwargs)
         self._prompts = [each for each in found for _ in range(section.per_prompt)]
@@ -89,43 +106,105 @@ class Sampler:
         rows = max(1, min(MOST_ROWS, TOKENS // longest))
         self._sampling = SamplingParams(section.max_new_tokens, section.temperature, section.top_p, section.seed, rows)
 
-    def draw(self, causal: PreTrainedModel) -> list[Generation]:
-        """Return a text for each prompt; every rank calls this and gets all of them."""
-        # A repeated prompt is another draw; one rank must see all its repetitions to count them.
-        same_prompt: dict[tuple[int, ...], list[int]] = {}
-        for index, (_, ids) in enumerate(self._prompts):
-            same_prompt.setdefault(tuple(ids), []).append(index)
-        ranks, groups = self._accelerator.num_processes, list(same_prompt.values())
-        shares = [[index for group in groups[rank::ranks] for index in group] for rank in range(ranks)]
-        mine = shares[self._accelerator.process_index]
+    @property
+    def prompts(self) -> list[Text]:
+        """The prompt of each text, in the order of the texts."""
+        return [prompt for prompt, _ in self._prompts]
+
+    def draw(self, causal: PreTrainedModel, repeat: int = 0) -> list[Generation]:
+        """Return a text for each prompt; every rank calls this and gets all of them.
+
+        Args:
+            causal: the model.
+            repeat: the number of the draw: each has random numbers of its own.
+        """
+        sampling = replace(self._sampling, seed=self._sampling.seed + repeat)
+        mine, most = self._shares([ids for _, ids in self._prompts])
         prompts = [self._prompts[index][1] for index in mine]
         with (
             console.WorkProgress("drawing samples", len(prompts), "texts") as progress,
             torch.no_grad(),
             self._accelerator.autocast(),
         ):
-            texts = self._generate(causal, prompts, max(map(len, shares)), progress.advance)
-        found: dict[int, Generation] = dict(gather_object(list(zip(mine, texts, strict=True))))
+            texts = self._generate(causal, prompts, most, sampling, progress.advance)
+        return self._gathered(mine, texts)
+
+    def ask(self, client: Client, repeat: int = 0) -> list[Generation]:
+        """Return a text of a served model for each prompt; every rank calls this, and the first one asks."""
+        texts: list[Any] = [None]
+        if self._accelerator.is_main_process:
+            seen: Counter[str] = Counter()
+            requests = []
+            for prompt, _ in self._prompts:
+                key = json.dumps(prompt, sort_keys=True)
+                number = repeat * len(self._prompts) + seen[key]
+                requests.append(Request(prompt, self._fields(number), repeat=number))
+                seen[key] += 1
+            texts = [[Generation(one.text, one.finished) for one in client.ask(requests, "drawing samples from")]]
+        return list(broadcast_object_list(texts)[0])
+
+    def logps(self, causal: PreTrainedModel, texts: Sequence[Generation]) -> list[float]:
+        """Return the log-probability of each text after its prompt; every rank calls this and gets all of them."""
+        encode = self._tokenizer.encode
+        rows = [
+            (ids, text.ids or encode(text.text, add_special_tokens=False) or ids[-1:])
+            for (_, ids), text in zip(self._prompts, texts, strict=True)
+        ]
+        mine, most = self._shares([(*prompt, *text) for prompt, text in rows])
+        some, size = [rows[index] for index in mine] or rows[:1], batch_rows(rows)
+        with self._accelerator.autocast():
+            if self._setup.sharded is None:
+                found = continuation_logps(causal, some, size=size)
+            else:
+                rounds = -(-most // size)
+                found = self._setup.inside(lambda: continuation_logps(causal, some, size=size, rounds=rounds))
+        return self._gathered(mine, found[: len(mine)])
+
+    def _fields(self, number: int) -> dict[str, Any]:
+        """Return the fields of the request for a draw."""
+        sampling = self._sampling
+        fields = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
+        return fields | ({"top_p": sampling.top_p, "seed": sampling.seed + number} if sampling.temperature else {})
+
+    def _shares(self, rows: Sequence[Sequence[int]]) -> tuple[list[int], int]:
+        """Return the numbers of this rank's rows, and the most that a rank has."""
+        # A repeated prompt is another draw; one rank must see all its repetitions to count them.
+        same: dict[tuple[int, ...], list[int]] = {}
+        for index, ids in enumerate(rows):
+            same.setdefault(tuple(ids), []).append(index)
+        ranks, groups = self._accelerator.num_processes, list(same.values())
+        shares = [[index for group in groups[rank::ranks] for index in group] for rank in range(ranks)]
+        return shares[self._accelerator.process_index], max(map(len, shares))
+
+    def _gathered(self, mine: Sequence[int], values: Sequence[Value]) -> list[Value]:
+        """Return the values of all ranks, in the order of the prompts."""
+        found: dict[int, Value] = dict(gather_object(list(zip(mine, values, strict=True))))
         return [found[index] for index in range(len(self._prompts))]
 
     def _generate(
-        self, causal: PreTrainedModel, prompts: list[list[int]], most: int, on_batch: Callable[[int], None]
+        self,
+        causal: PreTrainedModel,
+        prompts: list[list[int]],
+        most: int,
+        sampling: SamplingParams,
+        on_batch: Callable[[int], None],
     ) -> list[Generation]:
         """Continue the prompts of this rank; the ranks of a sharded model, with at most `most` prompts, in step."""
         if self._setup.sharded is None:
-            return generate(causal, self._tokenizer, prompts, self._sampling, on_batch=on_batch)
-        some, rounds = prompts or [self._prompts[0][1]], -(-most // self._sampling.batch_size)
+            return generate(causal, self._tokenizer, prompts, sampling, on_batch=on_batch)
+        some, rounds = prompts or [self._prompts[0][1]], -(-most // sampling.batch_size)
         texts = self._setup.inside(
-            lambda: generate(causal, self._tokenizer, some, self._sampling, on_batch=on_batch, rounds=rounds)
+            lambda: generate(causal, self._tokenizer, some, sampling, on_batch=on_batch, rounds=rounds)
         )
         return texts[: len(prompts)]
 
-    def pair(self, policy: Sequence[Generation], reference: Sequence[Generation] | None) -> list[Sample]:
+    def pair(
+        self, policy: Sequence[Generation], reference: Sequence[Generation] | None, repeat: int = 0
+    ) -> list[Sample]:
         """Return a sample for each prompt."""
         others: Sequence[Generation | None] = reference or [None] * len(policy)
-        return [
-            Sample(prompt, text, other) for (prompt, _), text, other in zip(self._prompts, policy, others, strict=True)
-        ]
+        rows = zip(self._prompts, policy, others, strict=True)
+        return [Sample(prompt, text, other, repeat) for (prompt, _), text, other in rows]
 
 
 class Samples:
@@ -187,42 +266,11 @@ class Samples:
             # Of a median of values that are distributed normally.
             error = math.sqrt(math.pi / 2 * statistics.variance(lengths) / len(lengths))
             metrics["eval_samples/median_length_se"] = error
-        if self._judge is not None:
+        if self._judge is not None and self._judge.target is not None:
             target = self._judge.target
             shares = KeywordJudge(self._judge.categories).count([one.policy.text for one in samples])
             metrics[f"eval_judge/{target}"] = shares[target]["share"]
         return metrics
-
-
-def sample_finished(
-    setup: Setup, finished: FinishedRun, stores: Mapping[str, TokenStore], limit: int | None = None
-) -> tuple[dict[str, Any], list[Sample]]:
-    """Sample a finished run and its reference; every rank calls this.
-
-    Args:
-        setup: the setup of the finished model, with the recipe of the evaluation.
-        finished: the run.
-        stores: the eval sets.
-        limit: use only the first prompts of each set.
-
-    Returns:
-        The statistics, under `samples` and `judge`, and the samples; both empty if the recipe asks for none.
-    """
-    section, judge = setup.recipe.eval.samples, setup.recipe.eval.judge
-    if section is None or not section.num or not stores:
-        return {}, []
-    sampler = Sampler(section, setup, stores, limit)
-    policy = sampler.draw(finished.policy.causal)
-    with finished.reference() as causal:
-        reference = sampler.draw(causal)
-    samples = sampler.pair(policy, reference)
-    report: dict[str, Any] = {"samples": describe(samples)}
-    if judge is not None:
-        count = KeywordJudge(judge.categories).count
-        sides = {"reference": reference, "policy": policy}
-        shares = {name: count([one.text for one in side]) for name, side in sides.items()}
-        report["judge"] = {"target": judge.target, **shares}
-    return report, samples
 
 
 def describe(samples: Sequence[Sample]) -> dict[str, Any]:
@@ -291,18 +339,6 @@ class KeywordJudge:
         return {name: {"share": share, "ci": list(wilson_interval(share, total))} for name, share in shares.items()}
 
 
-def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """Return the 95 % confidence interval of a share (Wilson, 1927).
-
-    Args:
-        share: share of successes.
-        count: number of independent trials.
-    """
-    centre = (share + Z * Z / (2 * count)) / (1 + Z * Z / count)
-    spread = Z * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count)) / (1 + Z * Z / count)
-    return max(0.0, centre - spread), min(1.0, centre + spread)
-
-
 def _first(samples: Sequence[Sample]) -> list[Sample]:
     """Return the first samples of different prompts."""
     found: dict[str, Sample] = {}
@@ -326,12 +362,15 @@ def _prompt_text(sample: Sample) -> str:
 
 
 def _first_prompts(
-    store: TokenStore, tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any], count: int
+    store: TokenStore, tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any], count: int, is_own: bool
 ) -> Iterator[tuple[Text, list[int]]]:
     """Yield the first prompts of a store, with their token ids in training."""
     records = range(min(count, len(store)))
     prompts = [store.texts(index).prompt for index in records]
     for index, prompt, ids in zip(records, prompts, render_prompts(tokenizer, prompts, template_kwargs), strict=True):
+        if not is_own:
+            yield prompt, ids
+            continue
         example = store.example(index)
         kept = example.shared[: len(ids)].tolist()
         if kept != ids:  # the prompt was too long and was truncated: it ends where the answer begins

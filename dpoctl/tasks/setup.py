@@ -31,7 +31,7 @@ from dpoctl import console
 from dpoctl.core.guard import require_same, tensor_checksum
 from dpoctl.core.logps import Result, Scorer
 from dpoctl.core.objective import Objective, RunningReference
-from dpoctl.core.optim import state_bytes
+from dpoctl.core.optim import rate_scales, state_bytes
 from dpoctl.core.planner import Lengths, Plan
 from dpoctl.core.reader import Reader
 from dpoctl.data.cache import Cache, cache_dir
@@ -42,6 +42,7 @@ from dpoctl.errors import SetupError
 from dpoctl.model.lazy_weights import is_lazy
 from dpoctl.model.load import compute_dtype
 from dpoctl.model.memory import activation_bytes_per_token, free_bytes
+from dpoctl.model.modules import outside_of_layers
 from dpoctl.model.policy import Policy
 from dpoctl.model.probe import ProbeResult, probe
 from dpoctl.model.sharding import Gradients, Sharding, part
@@ -100,7 +101,7 @@ class Setup:
         sharding: Sharding | None = None,
     ) -> Self:
         """Shard a model, if it is to be, and probe it; every rank calls this, and all use the first rank's result."""
-        sharded = None if sharding is None else _shard(policy, sharding, accelerator, build_task(recipe))
+        sharded = None if sharding is None else _shard(policy, sharding, accelerator, recipe)
         with accelerator.autocast():
             found = _inside(sharded, lambda: probe(policy.causal, max_length=recipe.data.max_length))
         (result,) = broadcast_object_list([found])
@@ -185,6 +186,9 @@ class Setup:
             Cache(cache_dir()),
             None if self.extensions.model_init is None else self.policy.causal,
         )
+        if Estimator(subject, capacity).is_small:
+            # Loaded, it need not be built again to be counted.
+            subject = replace(subject, model=self.policy.causal)
         # What is free on a GPU is so beside its context.
         return Estimator(subject, capacity, division, CPU_CONTEXT if subject.kind == "cpu" else 0)
 
@@ -231,7 +235,8 @@ class Setup:
         if self.sharded is not None:
             return self.sharded
         confidence = "confidence" in self.task.needs and not is_reference
-        return Scorer(self.policy.model, self.policy.causal, self.probe, confidence=confidence)
+        alpha = noise_alpha(self.recipe)
+        return Scorer(self.policy.model, self.policy.causal, self.probe, confidence=confidence, noise_alpha=alpha)
 
     def inside(self, action: Callable[[], Result]) -> Result:
         """Run an action that calls the model and not the scorer; the ranks of a sharded model call it in step."""
@@ -239,13 +244,18 @@ class Setup:
 
     def prepare(self) -> tuple[nn.Module, Any, Callable[[float], Tensor]]:
         """Return the scorer and the optimizer, wrapped for all ranks, and what clips the gradient to a norm."""
-        parameters = [(name, p) for name, p in self.policy.model.named_parameters() if p.requires_grad]
+        policy, training = self.policy, self.recipe.training
+        parameters = [(name, p) for name, p in policy.model.named_parameters() if p.requires_grad]
+        special: Any = {
+            "outside": outside_of_layers(policy.causal),
+            "scales": rate_scales(self.recipe.lora, parameters),
+        }
         if self.sharding is None:
-            optimizer = self.extensions.build_optimizer(parameters, self.recipe.training)
+            optimizer = self.extensions.build_optimizer(parameters, training, **special)
             scorer, optimizer = self.accelerator.prepare(self.scorer().train(), optimizer)
             return scorer, optimizer, lambda bound: self.accelerator.clip_grad_norm_(scorer.parameters(), bound)
         gradients = Gradients(self.sharding, parameters)
-        optimizer = self.extensions.build_optimizer(gradients.parts(), self.recipe.training)
+        optimizer = self.extensions.build_optimizer(gradients.parts(), training, **special)
         # Offloaded parts stay in host memory.
         optimizer = self.accelerator.prepare_optimizer(optimizer, device_placement=False)
         return self.scorer().train(), optimizer, gradients.clip
@@ -261,10 +271,16 @@ class Setup:
         return Objective(self.accelerator, scorer, self.task.terms, report, reference, self.recipe.training.seed)
 
 
-def _shard(policy: Policy, sharding: Sharding, accelerator: Accelerator, task: Task) -> Scorer:
+def noise_alpha(recipe: Recipe) -> float | None:
+    """Return the alpha of NEFTune, if there is noise in the training."""
+    return recipe.sft.neftune_noise_alpha if recipe.method == "sft" else None
+
+
+def _shard(policy: Policy, sharding: Sharding, accelerator: Accelerator, recipe: Recipe) -> Scorer:
     """Divide a model over the ranks, and return the scorer that runs it."""
     unknown = ProbeResult("padded", own_head=False, reason="not probed yet")
-    scorer = Scorer(policy.model, policy.causal, unknown, confidence="confidence" in task.needs)
+    confidence = "confidence" in build_task(recipe).needs
+    scorer = Scorer(policy.model, policy.causal, unknown, confidence=confidence, noise_alpha=noise_alpha(recipe))
     # Of a model that is still in its files these are compared.
     if not any(is_lazy(parameter) for parameter in policy.model.parameters()):
         require_same(accelerator, "model", tensor_checksum(policy.model.parameters()))

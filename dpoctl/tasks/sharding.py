@@ -15,6 +15,7 @@ from dpoctl.errors import UsageError
 from dpoctl.model.load import compute_dtype
 from dpoctl.model.memory import free_bytes
 from dpoctl.model.sharding import Sharding
+from dpoctl.recipe.consistency import WHOLE_MATRICES
 from dpoctl.recipe.schema import Recipe, TrainingSection
 from dpoctl.tasks import fsdp_options
 from dpoctl.tasks.estimate import Estimator
@@ -99,6 +100,18 @@ def _refuse(recipe: Recipe, ranks: int, dtype: torch.dtype) -> None:
         raise UsageError(
             f"training.replicas is {training.replicas}, which does not divide {ranks} processes",
             hint="set it to the number of machines, or to 1",
+        )
+    if training.optim in WHOLE_MATRICES:
+        raise UsageError(
+            f"training.optim: {training.optim} needs whole matrices, and a sharded model has parts of them",
+            hint="set training.optim: adamw, or training.sharding: none",
+        )
+    lora = recipe.lora
+    if lora is not None and (lora.use_dora or lora.changes_base):
+        key = "use_dora" if lora.use_dora else "init_lora_weights"
+        raise UsageError(
+            f"lora.{key} needs whole weight matrices, and a sharded model has parts of them",
+            hint=f"remove lora.{key}, or set training.sharding: none",
         )
     if dtype == torch.float16:
         raise UsageError("a sharded model cannot compute in float16", hint="set model.dtype: bfloat16")

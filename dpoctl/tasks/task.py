@@ -98,9 +98,13 @@ class PreferenceMetrics:
 
     loss: PreferenceLoss
 
+    def items(self, scores: Scores) -> dict[str, ItemMetric]:
+        """Return rewards, log-probabilities and lengths by pair, or by labelled response."""
+        return _by_label(self.loss, scores) if self.loss.rows == "labels" else _by_pair(self.loss, scores)
+
     def __call__(self, scores: Scores, values: Sequence[TermValues], names: Mapping[int, str]) -> dict[str, Total]:
         """Return the totals of rewards, log-probabilities and lengths, and the metrics of the losses themselves."""
-        metrics = _by_label(self.loss, scores) if self.loss.rows == "labels" else _by_pair(self.loss, scores)
+        metrics = self.items(scores)
         if any(isinstance(term.loss, TargetNLL) for term in values):
             metrics["nll_loss"] = _nll(scores)
         own = {name: Total(*total) for term in values for name, total in term.loss.metrics(scores).items()}
@@ -115,8 +119,18 @@ def build_loss(average: Literal["tokens", "responses"]) -> Loss:
 def sft_metrics(scores: Scores, values: Sequence[TermValues], names: Mapping[int, str]) -> dict[str, Total]:
     """Return the nats per trained token: the loss itself, unless that is a mean over responses."""
     metric = "loss" if values[0].loss.item == "tokens" else "nll_loss"
-    nats = ItemMetric(-scores.logps, scores.num_tokens.to(scores.logps.dtype), scores.outline.records)
-    return by_source({metric: nats}, scores.outline.sources, names)
+    return by_source({metric: _nats(scores)}, scores.outline.sources, names)
+
+
+def record_metrics(task: Task, scores: Scores) -> dict[str, ItemMetric]:
+    """Return the metrics of a task by item, before they are added up over records."""
+    if isinstance(task.report, PreferenceMetrics):
+        return task.report.items(scores)
+    return {"nll_loss": _nats(scores)}
+
+
+def _nats(scores: Scores) -> ItemMetric:
+    return ItemMetric(-scores.logps, scores.num_tokens.to(scores.logps.dtype), scores.outline.records)
 
 
 def _terms(*, type: str, weight: float = 1.0, **parameters: Any) -> tuple[Term, ...]:

@@ -20,9 +20,9 @@ from dpoctl import __version__, console
 from dpoctl.core.guard import Guard, require_same, require_shared
 from dpoctl.core.loop import Cadence, EvalSet, fit
 from dpoctl.core.objective import Objective
-from dpoctl.core.optim import warmup_steps
 from dpoctl.core.planner import Lengths, Plan
 from dpoctl.core.reader import Reader
+from dpoctl.core.schedule import warmup_steps
 from dpoctl.core.step import LESS_MEMORY, MemoryRetry, Stepper
 from dpoctl.data.prepare import PreparedData
 from dpoctl.errors import LostRanksError, RunError, UsageError, writing
@@ -38,15 +38,20 @@ from dpoctl.recipe.document import Document
 from dpoctl.recipe.schema import Recipe, TrainingSection
 from dpoctl.recipe.secrets import without_secrets
 from dpoctl.runs import checkpoint
+from dpoctl.runs.best import write_best
 from dpoctl.runs.checkpoint import Checkpoint
 from dpoctl.runs.directory import RunDirectory
 from dpoctl.runs.environment import describe_environment
+from dpoctl.runs.expected import NAME as EXPECTED
+from dpoctl.runs.expected import compare, to_dicts
 from dpoctl.runs.health import Expectation
+from dpoctl.runs.metrics import MetricsFile
 from dpoctl.runs.report import NAME as REPORT
 from dpoctl.runs.report import refresh_report
 from dpoctl.runs.signals import terminable
 from dpoctl.runs.status import Status, recorded_status
 from dpoctl.runs.trackers import check_installed
+from dpoctl.tasks.best_model import take_best
 from dpoctl.tasks.check import facts_of
 from dpoctl.tasks.comparison import Comparison, begin_metering
 from dpoctl.tasks.estimate import Estimate
@@ -156,8 +161,7 @@ def run(
             _write_data_report(directory, data)
         summary = _train(job, directory, status, tokenizer, data)
         if accelerator.is_main_process:
-            refresh_report(directory.path)
-            upload(directory.path, recipe.training)
+            summary |= _finish(directory, recipe)
     if json_output:
         console.emit(json.dumps(summary))
     else:
@@ -186,6 +190,18 @@ def _prepare_cpu(recipe: Recipe, cpu: torch.device) -> None:
             hint="set model.dtype: bfloat16, or leave it out, which is float32 on a CPU",
         )
     keep_freed_memory()
+
+
+def _finish(directory: RunDirectory, recipe: Recipe) -> dict[str, Any]:
+    """Compare the run with what its recipe expects, write its report, and upload it; return the comparison."""
+    found = compare(recipe.expected, MetricsFile(directory.metrics).rows())
+    for one in found:
+        (console.say if one.is_met else console.warn)(str(one))
+    if found:
+        directory.write_json(EXPECTED, to_dicts(found))
+    refresh_report(directory.path)
+    upload(directory.path, recipe.training)
+    return {"expected": to_dicts(found)} if found else {}
 
 
 def _say_done(run: Path, recipe: Recipe, *, has_evals: bool, seconds: float) -> None:
@@ -309,9 +325,15 @@ def _train(
         done = fit(stepper, recorder, cadence, evals, start=max(start, 0), owes_evaluation=owed)
     if comparison is not None:
         comparison.conclude()
+    best = recorder.best
+    if best is not None:
+        take_best(setup, directory.checkpoints, best, done, plan.num_steps)
     _write_model(setup, directory, inputs)
+    if accelerator.is_main_process:
+        write_best(directory.path, best)
     accelerator.wait_for_everyone()
-    return {"output_dir": str(directory.path), "steps": done, "metrics": recorder.last}
+    summary = {"output_dir": str(directory.path), "steps": done, "metrics": recorder.last}
+    return summary if best is None else summary | {"best": {"step": best.step, best.metric: best.value}}
 
 
 def _evals(

@@ -139,7 +139,7 @@ def describe(rows: int, seconds: float, sequences: Iterator[np.ndarray]) -> dict
 def write_explicit(data: Path, explicit: Path) -> None:
     """Give TRL the rows with their prompts split off, by the converter."""
     from dpoctl.data.convert import Conversion, run
-    from dpoctl.recipe.schema import Source
+    from dpoctl.recipe.data_section import Source
 
     run(Conversion(Source(path=str(data)), str(explicit)))
 

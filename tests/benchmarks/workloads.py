@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from dpoctl.data.convert import Conversion, run
-from dpoctl.recipe.schema import Source
+from dpoctl.recipe.data_section import Source
 
 VOCABULARY = 32_000
 SEED = 0

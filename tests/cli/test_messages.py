@@ -117,6 +117,22 @@ def evaluate(shell: Shell) -> None:
     shell.run("eval", "runs/lora", "--data", "pairs.jsonl", "--limit", "2", "--json", only=ENDS)
     shell.run("eval", "nowhere")
     shell.run("eval", "model")
+    resolved = Path("runs/lora/recipe.resolved.yaml")
+    gates = "gates: [{metric: loss, max: 100}, {metric: judge.win_rate, min: 0.5, by: lower}]"
+    resolved.write_text(resolved.read_text().replace("gates: []", gates))
+    shell.run("eval", "runs/lora", title="gates", only="gate ")
+
+
+@scene
+def compare(shell: Shell) -> None:
+    shell.run("compare", "runs/lora")
+    shell.run("compare", "runs/lora", "nowhere")
+    shell.run("compare", "runs/lora", "runs/dpo")
+    shell.run("eval", "runs/lora", title="measured", only="result: ")
+    shell.run("eval", "runs/dpo", title="measured", only="result: ")
+    shell.run("compare", "runs/lora", "runs/dpo", "--markdown", "no/comment.md")
+    shell.run("compare", "runs/lora", "runs/dpo", "--markdown", "comment.md")
+    shell.add("comment.md", Path("comment.md").read_text())
 
 
 @scene
@@ -192,8 +208,13 @@ def command_line(shell: Shell) -> None:
         ("dpo", "missing.yaml"),
         ("dpo", "recipes/gpt2-smoke.yaml"),
         ("recipes", "gpt2"),
-        ("recipes", "gpt2-smoke", "-o", "recipe.yaml"),
-        ("recipes", "-o", "new.yaml"),
+        ("recipes", "copy", "gpt2-smoke", "recipe.yaml"),
+        ("recipes", "copy", "gpt2-smoke", "new.yaml"),
+        ("recipes", "copy"),
+        ("recipes", "gpt2-smoke", "new.yaml"),
+        ("init", "--model", "me/model"),
+        ("init", "--gpu", "abacus", "--model", "me/model", "--data", "pairs.jsonl"),
+        ("import", "gone.yaml"),
         ("recipes", "gpt2-smoke", "--key", "beta"),
         ("recipes", "--key", "eval_steps"),
         ("recipes", "--key", "eval_step"),
@@ -281,8 +302,13 @@ def recipe_errors(shell: Shell) -> None:
         {"training.warmup_ration": 0.1},
         {"training.learning_rate": "fast"},
         {"training.global_batch_size": 0},
-        {"training.optim": "adamw_torch"},
-        {"training.lr_scheduler_type": "constant_with_warmup"},
+        {"training.optim": "adamw_apex_fused"},
+        {"training.optim": "muon", "lora": {"r": 4}},
+        {"training.optim": "adafactor", "training.sharding": "full"},
+        {"training.lr_scheduler_type": "greedy"},
+        {"training.lr_scheduler_type": "constant", "training.warmup_ratio": 0.1},
+        {"training.lr_scheduler_kwargs": {"num_cycle": 2}},
+        {"training.lr_scheduler_type": "warmup_stable_decay"},
         {"training.packing": True, "training.gradient_accumulation_steps": 4},
         {"training.report_to": "mlflow"},
         {"dpo": {"loss": {"type": "sigmod"}}},

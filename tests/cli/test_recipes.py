@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from dpoctl.cli.app import main
+from dpoctl.cli.recipes import complete_name, table
 from dpoctl.recipe import shipped
 from dpoctl.recipe.loader import known_paths
+from dpoctl.recipe.shipped import describe_recipe, shipped_recipes
 
 ROOT = Path(__file__).parents[2]
 Call = Callable[..., str]
@@ -34,15 +36,49 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tm
 def test_every_recipe_is_listed_with_what_it_is(call: Call) -> None:
     listed = json.loads(call("--json"))
     assert sorted(listed) == sorted(file.stem for file in (ROOT / "recipes").glob("*.yaml"))
-    assert listed["pythia28-shp-dpo"] == "DPO of Pythia 2.8B on Stanford Human Preferences, after pythia28-hh-sft.yaml"
-    assert all(len(text) > 20 for text in listed.values())
+    assert listed["zephyr-7b-dpo"] == {
+        "summary": "DPO of Zephyr 7B, all weights, on UltraFeedback",
+        "model": "alignment-handbook/zephyr-7b-sft-full",
+        "method": "dpo",
+        "trained": "full",
+        "gpu": "8 x 80 GB",
+        "memory": "107.9 GiB",
+        "expected": {
+            "eval_loss": [0.49, 0.515],
+            "eval_rewards/accuracies": [0.74, 0.785],
+            "eval_rewards/margins": [0.9, 1.15],
+        },
+    }
+    assert all(20 < len(entry["summary"]) < 150 for entry in listed.values())
+    assert [(e["gpu"], e["memory"]) for name, e in listed.items() if name.startswith("reviewer2-d")] == [("", "")]
+
+
+def test_the_table_has_a_line_for_each_recipe_and_no_line_is_wider_than_the_terminal() -> None:
+    found = {name: describe_recipe(file) for name, file in shipped_recipes().items()}
+    whole, wide, narrow = (table(found, width) for width in (None, 150, 79))
+    assert len(whole) == len(found) + 1
+    (line,) = [line for line in whole if line.startswith("mistral7b-lora ")]
+    assert line.split("  ")[-1] == "loss 0.47-0.54, accuracy 0.72-0.77, margin 0.8-1.3"
+    assert max(map(len, wide)) <= 150
+    assert max(map(len, narrow)) <= 79
+    at = next(number for number, line in enumerate(narrow) if line.startswith("mistral7b-lora "))
+    assert narrow[at + 1] == "  expected loss 0.47-0.54, accuracy 0.72-0.77, margin 0.8-1.3"
+
+
+def test_names_of_recipes_complete_in_a_shell() -> None:
+    assert complete_name("reviewer2-sf") == ["reviewer2-sft"]
+    assert complete_name("co") == ["copy"]
 
 
 def test_a_recipe_is_copied_as_it_is(call: Call) -> None:
     original = (ROOT / "recipes" / "reviewer2-dpo.yaml").read_text(encoding="utf-8")
     assert call("recipes/reviewer2-dpo.yaml") == original
-    call("reviewer2-dpo", "-o", "mine.yaml")
-    assert Path("mine.yaml").read_text(encoding="utf-8") == original
+    assert call("copy", "reviewer2-dpo", "mine.yaml") == "mine.yaml\n"
+    assert call("copy", "reviewer2-dpo") == "reviewer2-dpo.yaml\n"
+    Path("folder").mkdir()
+    assert json.loads(call("copy", "reviewer2-dpo", "folder", "--json")) == {"output": "folder/reviewer2-dpo.yaml"}
+    for copy in ("mine.yaml", "reviewer2-dpo.yaml", "folder/reviewer2-dpo.yaml"):
+        assert Path(copy).read_text(encoding="utf-8") == original
 
 
 def test_the_recipes_of_a_wheel_are_found(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -51,9 +87,11 @@ def test_the_recipes_of_a_wheel_are_found(call: Call, monkeypatch: pytest.Monkey
     assert (ROOT / source, target) == (ROOT / "recipes", "dpoctl/recipes")
     installed = tmp_path / "site-packages" / target
     installed.mkdir(parents=True)
-    (installed / "one.yaml").write_text("# A first thing. A second.\nmethod: dpo\n")
+    (installed / "one.yaml").write_text(
+        "# A first thing. A second.\n# GPU: 8 GB\nmethod: dpo\nmodel: {model_name_or_path: me/some-model}\n"
+    )
     monkeypatch.setattr(shipped, "PACKAGE", installed.parent)
-    assert call() == "one: A first thing\n"
+    assert call().splitlines()[1].split() == ["one", "some-model", "dpo", "full", "8", "GB"]
 
 
 def test_every_key_can_be_looked_up(call: Call) -> None:

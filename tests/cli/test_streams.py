@@ -107,11 +107,18 @@ def test_a_run_whose_disk_for_messages_is_full_goes_on(recipe: Path, tmp_path: P
     assert "step 6/6" in (tmp_path / "run" / "logs" / "console.log").read_text()
 
 
+def take_hangups() -> None:
+    """Take SIGHUP, which `nohup` has programs ignore: so the tests may be started by it too."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 def test_a_closed_terminal_stops_a_run_with_a_checkpoint(recipe: Path, tmp_path: Path) -> None:
     leader, follower = os.openpty()
     arguments = command("sft", recipe, "--set", "training.max_steps=100000")
-    run = subprocess.Popen(arguments, stdin=follower, stdout=follower, stderr=follower, start_new_session=True)
+    run = subprocess.Popen(
+        arguments, stdin=follower, stdout=follower, stderr=follower, start_new_session=True, preexec_fn=take_hangups
+    )
     os.close(follower)
     deadline = time.monotonic() + 100
     os.set_blocking(leader, False)
@@ -123,7 +130,10 @@ def test_a_closed_terminal_stops_a_run_with_a_checkpoint(recipe: Path, tmp_path:
             time.sleep(0.02)
     os.close(leader)
     run.send_signal(signal.SIGHUP)
-    assert run.wait(60) == 129
+    try:
+        assert run.wait(60) == 129
+    finally:
+        run.kill()
     status = json.loads((tmp_path / "run" / "run_status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("stopped", 129)
     assert status["checkpoint"]

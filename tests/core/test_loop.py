@@ -142,6 +142,19 @@ def test_an_evaluation_that_is_owed_comes_first() -> None:
     assert notes.events == [f"log eval {STEPS}", f"evaluated {STEPS}"]
 
 
+def test_the_best_evaluation_gets_a_checkpoint_whenever_it_comes() -> None:
+    notes, stepper = Notes(bests={4}), stepper_of()
+    fit(stepper, notes, Cadence(logging=3, eval=2), evals_of(stepper))
+    assert notes.events[4:10] == ["advance 3", "log 3", "advance 4", "log eval 4", "evaluated 4", "log 4"]
+    assert [event for event in notes.events if event.startswith("save")] == ["save 4", f"save {STEPS}"]
+
+
+def test_a_run_that_was_to_end_at_the_step_that_it_resumes_from_ends_there() -> None:
+    notes = Notes(stop_after="evaluated 5")
+    assert fit(stepper_of(), notes, Cadence(), evals_of(stepper_of()), start=5, owes_evaluation=True) == 5
+    assert notes.events == ["log eval 5", "evaluated 5"]
+
+
 @pytest.mark.parametrize(("event", "done"), [("log 2", 2), ("log eval 4", 4)])
 def test_the_observer_ends_the_run_after_what_it_was_told(event: str, done: int) -> None:
     notes, stepper = Notes(stop_after=event), stepper_of()

@@ -15,7 +15,7 @@ from dpoctl.data.formats import FORMATS
 from dpoctl.data.formats.pairs import TURN
 from dpoctl.errors import DataError, UsageError
 from dpoctl.files import temporary_file
-from dpoctl.recipe.schema import Source
+from dpoctl.recipe.data_section import Source
 
 FIXTURES = sorted((Path(__file__).parent / "fixtures").iterdir())
 

@@ -7,7 +7,7 @@ import pytest
 from format_samples import assistant, user
 
 from dpoctl.data.convert import Conversion, detect, run
-from dpoctl.recipe.schema import Source
+from dpoctl.recipe.data_section import Source
 
 TURNS = [[user(f"q{number}"), assistant(f'an "answer"\n{number}')] for number in range(4)]
 SHAREGPT = [[{"from": "human", "value": turns[0]["content"]}, {"from": "gpt", "value": "a"}] for turns in TURNS]

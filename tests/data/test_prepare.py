@@ -9,7 +9,7 @@ from dpoctl.data import prepare as module
 from dpoctl.data.build import RecordEncoder
 from dpoctl.data.cache import cache_dir
 from dpoctl.data.prepare import iter_texts
-from dpoctl.errors import DataError
+from dpoctl.errors import DataError, UsageError
 
 
 def prompts(store):
@@ -339,3 +339,21 @@ def test_rows_that_a_busy_machine_leaves_out_are_not_kept_out_of_later_runs(
     assert message.endswith("; start again on an idle machine, or set model.chat_template to another one")
     assert not list((tmp_path / "cache").rglob("*.bin"))
     assert run(using=mine, train=[path], chat_template_kwargs={"busy": False}).report["train"]["used"] > slow
+
+
+def test_transcripts_read_as_messages_are_the_tokens_of_those_messages(run, write_rows):
+    turns = ["why?", "so", "really?"]
+    chosen, rejected = "\n\nHuman: why?\n\nAssistant: so\n\nHuman: really?\n\nAssistant:", " yes"
+    transcript = write_rows([{"chosen": chosen + rejected, "rejected": chosen + " no"}] * 3, "hh.jsonl")
+    roles = ["user", "assistant", "user"]
+    talk = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=True)]
+    answers = {side: [{"role": "assistant", "content": text}] for side, text in (("chosen", "yes"), ("rejected", "no"))}
+    messages = write_rows([{"prompt": talk} | answers] * 3, "messages.jsonl")
+    one, other = (
+        run(train=[source]).train.example(0)
+        for source in ({"path": transcript, "format_options": {"as": "messages"}}, messages)
+    )
+    assert one.shared.tolist() == other.shared.tolist()
+    assert [row.tolist() for row in one.suffixes] == [row.tolist() for row in other.suffixes]
+    with pytest.raises(UsageError, match=r"messages\.jsonl: option as: messages would do nothing"):
+        run(train=[{"path": messages, "format_options": {"as": "messages"}}])

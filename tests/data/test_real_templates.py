@@ -23,12 +23,15 @@ OTHER_END = {"phi3": "<|end|>", "glm4moe_training": "<|user|>"}
 
 DEEPSEEK = dict.fromkeys(CONVERSATIONS, "thinking_stub") | {"think": "thinking_dropped, thinking_stub"}
 NEMOTRON = dict.fromkeys(CONVERSATIONS, "thinking_stub")
-QWEN3_5 = {"turns": "history_rewritten, thinking_stub"}
+EMPTY = dict.fromkeys(CONVERSATIONS, "thinking_empty")
+QWEN3 = EMPTY | {"turns": "history_rewritten, thinking_empty"}
+QWEN3_5 = EMPTY | {"turns": "history_rewritten, thinking_empty, thinking_stub"}
+QWEN3_8 = EMPTY | {"think": "thinking_doubled, thinking_empty"}
 OUTCOMES: dict[str, dict[str, str]] = {
     "our gemma": {"system": "refused: template_refuses"},
     "our mistral-v0.1": {"system": "refused: template_refuses"},
     "our mistral-v0.3": {"system": "system_dropped"},
-    "our qwen3": {"turns": "history_rewritten"},
+    "our qwen3": QWEN3,
     "deepseek_r1_distill": DEEPSEEK,
     "deepseek_r1_distill_training": NEMOTRON,
     "deepseekv3": DEEPSEEK,
@@ -37,7 +40,8 @@ OUTCOMES: dict[str, dict[str, str]] = {
     "gemma_training": {"system": "refused: template_refuses"},
     "gptoss": {"turns": "history_rewritten"},
     "gptoss_training": {"turns": "history_rewritten"},
-    "glm4moe": {"turns": "turns_without_end"},
+    "glm4moe": EMPTY | {"turns": "thinking_empty, turns_without_end"},
+    "glm4moe_training": EMPTY,
     "nemotron_3_5_lightning": NEMOTRON,
     "nemotron_3_5_lightning_training": NEMOTRON,
     "nemotron_3_nano": NEMOTRON,
@@ -46,13 +50,16 @@ OUTCOMES: dict[str, dict[str, str]] = {
     "nemotron_3_super_training": NEMOTRON,
     "nemotron_3_ultra": NEMOTRON,
     "nemotron_3_ultra_training": NEMOTRON,
-    "qwen3": {"turns": "history_rewritten"},
-    "qwen3_5_nothink": QWEN3_5 | {"think": "refused: thinking_refused"},
+    "qwen3": QWEN3,
+    "qwen3_training": EMPTY,
+    "qwen3_5_nothink": {"turns": "history_rewritten, thinking_stub", "think": "refused: thinking_refused"},
     "qwen3_5_nothink_training": {"think": "refused: thinking_refused"},
     "qwen3_5_think": QWEN3_5,
+    "qwen3_5_think_training": EMPTY,
     "qwen3_6": QWEN3_5,
-    "qwen3_8": {"think": "thinking_doubled"},
-    "qwen3_8_training": {"think": "thinking_doubled"},
+    "qwen3_6_training": EMPTY,
+    "qwen3_8": QWEN3_8,
+    "qwen3_8_training": QWEN3_8,
 }
 """What is not simply verified, by template and conversation."""
 

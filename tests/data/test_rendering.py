@@ -132,7 +132,7 @@ def test_history_that_the_template_rewrites_is_found_and_noted(render):
     turns = [assistant("<think>hm</think>\none"), user("two"), assistant("three")]
     rendered = render(QWEN3, [user("q")], turns)
     assert scored(rendered.completions[0]) == ["one<|im_end|>", "<think>\n\n</think>\n\nthree<|im_end|>"]
-    assert rendered.notes == ("history_rewritten", "thinking_dropped")
+    assert rendered.notes == ("history_rewritten", "thinking_dropped", "thinking_empty")
 
 
 def test_a_thinking_stub_of_the_generation_prompt_is_part_of_the_prompt(render):

@@ -11,7 +11,7 @@ from dpoctl.data import sources
 from dpoctl.data.records import Reject
 from dpoctl.data.sources import fingerprint, location, read_rows
 from dpoctl.errors import DataError, SetupError
-from dpoctl.recipe.schema import Source
+from dpoctl.recipe.data_section import Source
 
 
 def rows(**source):

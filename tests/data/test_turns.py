@@ -88,7 +88,7 @@ def test_a_call_without_text_is_found_although_the_template_rewrites_it_once_oth
     first, _ = spans(rendered.completions[0])
     assert first.startswith("<tool_call>")
     assert first.endswith("</tool_call><|im_end|>")
-    assert rendered.notes == ("history_rewritten",)
+    assert rendered.notes == ("history_rewritten", "thinking_empty")
 
 
 @pytest.mark.parametrize("special", [True, False])

@@ -265,7 +265,7 @@ def test_a_folder_of_a_model_whatever_is_wrong_with_it(
             return what, str(hung)[:300]
         return what, problem_of(ended)
 
-    played(600 if whole else 16, one, tally, "a folder of a model is damaged or edited")
+    played(1_000 if whole else 16, one, tally, "a folder of a model is damaged or edited")
 
 
 def test_a_folder_of_a_finished_run_whatever_is_wrong_with_it(
@@ -303,7 +303,7 @@ def test_a_folder_of_a_finished_run_whatever_is_wrong_with_it(
             return what, problem
         return what, problem_of(ended)
 
-    played(650 if whole else 20, one, tally, "a folder of a finished run is damaged or edited")
+    played(1_000 if whole else 20, one, tally, "a folder of a finished run is damaged or edited")
 
 
 def accepted(original: Path, copy: Path, said: str) -> str | None:

@@ -33,6 +33,11 @@ ROUTES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "gpt2": ("gpt2", {}, {"r": 4}),
     "gpt2 head": ("gpt2", {}, {"r": 4, "target_modules": ["c_attn", "lm_head"]}),
     "mixtral": ("mixtral", {}, {"r": 4}),
+    "llama dora": ("llama", {"tie_word_embeddings": True}, {"r": 4, "use_dora": True, "modules_to_save": ["lm_head"]}),
+    "gpt2 dora": ("gpt2", {}, {"r": 4, "use_dora": True, "use_rslora": True}),
+    "llama ranks": ("llama", {}, {"r": 4, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"layers.0.*": 7}}),
+    "llama one layer": ("llama", {}, {"r": 4, "layers_to_transform": [1]}),
+    "llama expression": ("llama", {}, {"r": 4, "target_modules": r".*layers\.0.*(q|up)_proj"}),
 }
 
 

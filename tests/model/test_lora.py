@@ -54,6 +54,12 @@ def test_the_old_names_of_fused_experts_are_accepted(
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
+        ({"target_modules": ".*w[12]"}, "lora.target_modules: no module of this model matches"),
+        ({"layers_to_transform": [0, 7]}, "layers_to_transform: there is no adapted module in layer 7; from 0 to"),
+        (
+            {"rank_pattern": {"w1": 2}},
+            "lora.rank_pattern: no adapted module matches 'w1'; the adapted modules are",
+        ),
         ({"modules_to_save": ["head"]}, "lora.modules_to_save: this model has no module 'head'; its linear layers are"),
         ({"target_modules": ["mlp"]}, "lora: Target module"),
         ({"target_modules": ["lm_head"], "modules_to_save": ["lm_head"]}, "no module of this model matches lm_head"),
@@ -94,7 +100,7 @@ def test_a_note_says_that_tied_weights_are_trained_separately(
     ("changes", "message"),
     [
         ({"bias": "all"}, "more than plain LoRA (bias: all)"),
-        ({"use_dora": True, "lora_bias": True}, "more than plain LoRA (lora_bias: True, use_dora: True)"),
+        ({"use_qalora": True, "lora_bias": True}, "more than plain LoRA (lora_bias: True, use_qalora: True)"),
         ({"init_lora_weights": "pissa"}, "more than plain LoRA (init_lora_weights: pissa)"),
         ({"trainable_token_indices": [1]}, "more than plain LoRA (trainable_token_indices: [1])"),
         ({"peft_type": "IA3"}, "has peft_type IA3, not LORA; merge it into its base model"),

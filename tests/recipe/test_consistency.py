@@ -91,6 +91,36 @@ CONTRADICTIONS = {
     ),
     "cadence without eval data": (NO_EVAL + "  eval_steps: 10\n", 9, "there is no eval data"),
     "first evaluation without eval data": (NO_EVAL + "  eval_on_start: true\n", 9, "there is no eval data"),
+    "best of no evaluation": (
+        NO_EVAL + "  keep_best: {metric: eval_loss, mode: min}\n",
+        9,
+        "training.keep_best has no effect: there is no eval data",
+    ),
+    "stopping by no metric": (
+        GOOD + "  early_stopping: {patience: 3}\n",
+        11,
+        "early_stopping needs keep_best, whose metric it watches",
+    ),
+    "best by a metric that no evaluation reports": (
+        GOOD + "  keep_best: {metric: eval_held_loss, mode: min}\n",
+        11,
+        "training.keep_best.metric: no evaluation reports 'eval_held_loss', did you mean 'eval_loss'?",
+    ),
+    "a benchmark twice": (
+        GOOD + "eval: {benchmarks: [arc_easy, {task: arc_easy, limit: 5}]}\n",
+        11,
+        "eval.benchmarks[1]: 'arc_easy' is in the list already",
+    ),
+    "a gate without a bound": (
+        GOOD + "eval: {gates: [{metric: kl, max: 8}, {metric: loss}]}\n",
+        11,
+        "eval.gates[1]: the gate has no bound",
+    ),
+    "a gate that nothing passes": (
+        GOOD + "eval: {gates: [{metric: kl, max: 8, min: 9}]}\n",
+        11,
+        "min (9) is above max (8), so no value passes",
+    ),
     "two eval sets of one name": (
         GOOD.replace("  train", "  eval_size: 9\n  train"),
         5,
@@ -108,6 +138,27 @@ CONTRADICTIONS = {
         3,
         "lora.target_modules has no effect",
     ),
+    "divided matrices of DoRA": (
+        GOOD.replace("{}", "{use_dora: true}") + "  sharding: full\n",
+        3,
+        "use_dora needs whole weight matrices",
+    ),
+    "quantised weights that an adapter changes": (
+        GOOD.replace("{}", "{init_lora_weights: olora}") + "quantization: {load_in_4bit: true}\n",
+        3,
+        "init_lora_weights: olora changes the weights, so these cannot be quantised",
+    ),
+    "weights by columns and norms": (
+        GOOD.replace("{}", "{init_lora_weights: pissa, use_dora: true}"),
+        3,
+        "cannot be exported with use_dora",
+    ),
+    "layers beside an expression": (
+        GOOD.replace("{}", "{target_modules: '.*q_proj', layers_to_transform: [1]}"),
+        3,
+        "target_modules is a regular expression, which names the layers",
+    ),
+    "one name as an expression": (GOOD.replace("{}", "{target_modules: q_proj}"), 3, "a list of module names"),
     "no reference where one is needed": (
         GOOD + DPO.format("{type: ipo}", "{mode: none}"),
         11,

@@ -16,10 +16,11 @@ from tiny_runs import merge
 from dpoctl.cli.app import main
 from dpoctl.recipe import RecipeError, parse_recipe
 from dpoctl.recipe.consistency import resolved_yaml
+from dpoctl.recipe.data_section import Source
 from dpoctl.recipe.diagnostics import Diagnostic, dotted
 from dpoctl.recipe.document import write_yaml
 from dpoctl.recipe.loader import keys_of
-from dpoctl.recipe.schema import Recipe, Source
+from dpoctl.recipe.schema import Recipe
 
 BASE = yaml.safe_load(GOOD.replace("5e-7", "5.0e-7"))
 HERE = "@here@"

@@ -8,9 +8,9 @@ from dpoctl.data.formats import FORMATS
 from dpoctl.losses import LOSSES
 from dpoctl.recipe import RecipeError, parse_recipe
 from dpoctl.recipe.consistency import FORMAT_ROWS
+from dpoctl.recipe.data_section import SOURCE_FORMATS
 from dpoctl.recipe.foreign_keys import CONVERSIONS, KEYS, LOSS_NAMES
 from dpoctl.recipe.loss_section import hyperparameters
-from dpoctl.recipe.schema import SOURCE_FORMATS
 
 GOOD = """\
 method: dpo

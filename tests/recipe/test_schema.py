@@ -10,10 +10,11 @@ from pydantic import BaseModel
 from dpoctl.losses import LOSSES
 from dpoctl.recipe import Recipe, RecipeError, parse_recipe
 from dpoctl.recipe.consistency import resolved_yaml
+from dpoctl.recipe.data_section import Source
 from dpoctl.recipe.document import read_document, write_yaml
 from dpoctl.recipe.key_errors import hints, unwrap
 from dpoctl.recipe.pair_generation import ContrastiveRecipe
-from dpoctl.recipe.schema import Source
+from dpoctl.recipe.sampled_pairs import SampledRecipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 # A specification of data to make stands there too.
@@ -227,7 +228,7 @@ def unbounded(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path] * is_open + [found for key, item in node.items() for found in unbounded(item, (*path, key))]
 
 
-@pytest.mark.parametrize("model", [Recipe, ContrastiveRecipe])
+@pytest.mark.parametrize("model", [Recipe, ContrastiveRecipe, SampledRecipe])
 def test_every_whole_number_has_a_greatest_value(model: type[BaseModel]) -> None:
     assert unbounded(model.model_json_schema()) == []
 

@@ -11,6 +11,7 @@ from dpoctl.cli.app import main
 from dpoctl.recipe import RecipeError, examine_recipe, parse_recipe
 from dpoctl.recipe.loader import keys_of
 from dpoctl.recipe.pair_generation import ContrastiveRecipe
+from dpoctl.recipe.sampled_pairs import SampledRecipe
 from dpoctl.recipe.schema import Recipe
 from dpoctl.recipe.secrets import without_secrets
 from dpoctl.redact import is_secret_name
@@ -210,7 +211,7 @@ def test_what_is_no_secret_stays_allowed(recipe: str) -> None:
 
 
 def test_no_key_of_a_recipe_has_the_name_of_a_secret() -> None:
-    names = {str(path[-1]) for model in (Recipe, ContrastiveRecipe) for path in keys_of(model)}
+    names = {str(path[-1]) for model in (Recipe, ContrastiveRecipe, SampledRecipe) for path in keys_of(model)}
     assert [name for name in names if is_secret_name(name)] == []
 
 

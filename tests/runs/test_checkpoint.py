@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import os
 import random
@@ -138,6 +139,20 @@ def test_only_the_newest_are_kept(tmp_path):
     assert names(tmp_path) == ["step-000050"]
     save(tmp_path, small(60), keep=None)
     assert names(tmp_path) == ["step-000050", "step-000060"]
+
+
+def test_the_best_checkpoint_that_a_kept_one_names_is_kept_too(tmp_path):
+    bests = {10: None, 20: 20, 30: 20, 40: 20, 50: 50, 60: 50, 70: 50}
+    kept = {}
+    for step, best in bests.items():
+        save(tmp_path, dataclasses.replace(small(step), best=best), keep=2)
+        kept[step] = [int(name.removeprefix("step-")) for name in names(tmp_path)]
+    assert kept[40] == [20, 30, 40]
+    # A run that has to go on from step 40 still has the best one that it knows.
+    assert kept[50] == [20, 40, 50]
+    assert kept[60] == [50, 60]
+    assert kept[70] == [50, 60, 70]
+    assert load(tmp_path / "step-000070").best == 50
 
 
 def test_pruning_counts_good_checkpoints_only_and_leaves_strangers_alone(tmp_path):

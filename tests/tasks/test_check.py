@@ -135,7 +135,11 @@ def test_text_that_was_rendered_part_by_part_is_found(dpo_recipe: dict[str, Any]
 
 def test_plain_text_for_a_chat_model_is_noted(dpo_recipe: dict[str, Any], tmp_path: Path) -> None:
     path = write_rows(tmp_path / "text.jsonl", as_text("How much is "))
-    assert check(dpo_recipe, {"data.train": [{"path": str(path)}]})["plain-text"].severity == "note"
+    found = check(dpo_recipe, {"data.train": [{"path": str(path)}]})["plain-text"]
+    assert found.severity == "note"
+    assert "format_options: {as: messages}" in found.message
+    as_messages = {"path": str(path), "format_options": {"as": "messages"}}
+    assert "plain-text" not in check(dpo_recipe, {"data.train": [as_messages]})
 
 
 def test_rows_that_do_not_fit_are_counted(dpo_recipe: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """`dpoctl eval`: a finished run gives the numbers that it gave in training, against the same reference."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,10 @@ from tiny_runs import metrics_of, pair_rows, write_rows
 
 from dpoctl.errors import DataError, UsageError
 from dpoctl.runs.results import PROVENANCE
+from dpoctl.runs.statistics import wilson_interval
 from dpoctl.tasks import merge
 from dpoctl.tasks.evaluate import run as evaluate
 from dpoctl.tasks.evaluate import verdicts
-from dpoctl.tasks.samples import wilson_interval
 
 Run = Callable[..., dict[str, Any]]
 Report = Callable[..., dict[str, Any]]
@@ -344,3 +345,22 @@ def test_the_verdict_says_what_the_intervals_allow() -> None:
     assert list(verdicts({}, {"target": "harsh", **shares})) == [
         "verdict: harsh answers 47.5% -> 47.5%, which chance would explain too"
     ]
+
+
+def test_gates_decide_the_exit_code_and_are_kept_with_the_result(
+    dpo_recipe: dict[str, Any], train: Run, main: Callable[..., int], capfd: pytest.CaptureFixture[str]
+) -> None:
+    gates = [{"metric": "loss", "max": 100.0}, {"metric": "judge.win_rate", "min": 0.5, "by": "lower"}]
+    recipe = train(dpo_recipe, {"eval.gates": gates})
+    run = recipe["training"]["output_dir"]
+    assert main("eval", run) == 4
+    said = capfd.readouterr().err
+    assert re.search(r"^gate passed: loss 0\.\d+ \(.* to .*\), must be at most 100$", said, re.MULTILINE)
+    assert "\ngate failed: judge.win_rate: it is not in the result\n" in said
+    assert main("eval", run, "--json") == 4
+    report = json.loads(capfd.readouterr().out)
+    assert [gate["passed"] for gate in report["gates"]] == [True, False]
+    assert next(iter(results_of(recipe).values()))["gates"] == report["gates"]
+    resolved = Path(run) / "recipe.resolved.yaml"
+    resolved.write_text(resolved.read_text().replace("judge.win_rate", "rewards/accuracies").replace("0.5", "0.0"))
+    assert main("eval", run) == 0

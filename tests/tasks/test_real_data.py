@@ -15,7 +15,7 @@ from dpoctl.core.step import Stepper
 from dpoctl.data import convert
 from dpoctl.model.attention import use_attention
 from dpoctl.model.quantize import prepare_quantised_layers
-from dpoctl.recipe.schema import Source
+from dpoctl.recipe.data_section import Source
 from dpoctl.tasks import train as task
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"

@@ -16,12 +16,30 @@ from tiny_runs import command, metrics_of, write_recipe
 from transformers import AutoModelForCausalLM
 
 from dpoctl.errors import StoppedError, UsageError
+from dpoctl.tasks import merge
 
 Run = Callable[..., dict[str, Any]]
 FULL = {"model.disable_dropout": False, "training.num_train_epochs": 2, "training.save_steps": 2}
 LORA = FULL | {"lora": {"r": 4, "lora_dropout": 0.2}}
 REMEMBERING = FULL | {"dpo.loss": {"type": "beta_dpo", "filter_ratio": 0.4}, "training.max_tokens_per_device": 100}
 KINDS = {"full": FULL, "lora": LORA, "remembering": REMEMBERING}
+FOUR_BITS = {"quantization.load_in_4bit": True, "model.dtype": "float32"}
+NUMERICS: dict[str, dict[str, Any]] = {
+    "muon": {
+        "training.optim": "muon",
+        "training.lr_scheduler_type": "warmup_stable_decay",
+        "training.lr_scheduler_kwargs": {"num_decay_steps": 3},
+    },
+    "adafactor, some weights": {"training.optim": "adafactor", "training.trainable": ["layers.1", "norm"]},
+    "pissa, moving reference": {
+        "lora": {"r": 4, "init_lora_weights": "pissa"},
+        "dpo.reference.sync_steps": 2,
+        "training.lr_scheduler_type": "polynomial",
+    },
+    "noise": {"method": "sft", "sft.neftune_noise_alpha": 5.0, "training.max_tokens_per_device": 100},
+    "lion, dora, lora+, 4 bits": FOUR_BITS
+    | {"training.optim": "lion_8bit", "lora": {"r": 4, "use_dora": True, "loraplus_lr_ratio": 4.0}},
+}
 TIMINGS = {"time", "tokens_per_second"}
 
 
@@ -50,6 +68,22 @@ def test_a_killed_run_resumes_to_the_same_bits(kind: str, dpo_recipe: dict[str, 
         weights, rows = outcome(Path(f"{whole}-killed-{kill_at}"))
         assert weights == expected[0]
         assert rows == expected[1]
+
+
+@pytest.mark.parametrize("kind", NUMERICS)
+def test_all_optimizers_and_adapters_resume_to_the_same_bits(kind: str, dpo_recipe: dict[str, Any], train: Run) -> None:
+    changes = NUMERICS[kind] | {"training.save_steps": 2, "training.warmup_steps": 1, "training.eval_steps": 2}
+    recipe = dpo_recipe | {"method": changes.get("method", "dpo")}
+    whole = Path(train(recipe, changes)["training"]["output_dir"])
+    killed = Path(f"{whole}-killed")
+    changes |= {"training.output_dir": str(killed)}
+    assert kill_in_fork(3, partial(train, recipe, changes)) == signal.SIGKILL
+    train(recipe, changes, resume=True)
+    assert outcome(killed) == outcome(whole)
+    if "lora" in changes:
+        # It compares the merged model with base + adapter.
+        merge.run(whole)
+        assert (whole / "merged" / "model.safetensors").exists()
 
 
 def kill_in_fork(kill_at: int, work: Callable[[], object]) -> int:

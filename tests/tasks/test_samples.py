@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from dpoctl import console
 from dpoctl.model.generate import Generation
+from dpoctl.runs.statistics import wilson_interval
 from dpoctl.tasks.evaluate import run as evaluate
-from dpoctl.tasks.samples import KeywordJudge, Sample, show, wilson_interval
+from dpoctl.tasks.samples import KeywordJudge, Sample, show
 
 Run = Callable[..., dict[str, Any]]
 FAST = {"training.learning_rate": 0.03, "training.eval_steps": 2, "training.max_steps": 3}

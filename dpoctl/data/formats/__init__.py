@@ -2,7 +2,7 @@
 
 A function raises `Reject(SHAPE, ...)` for a row that is not in its format at all, by which formats are detected, and
 `Reject` with another reason for a row that is in the format and cannot be used. Its keyword-only parameters are its
-options.
+options; `as` is one that the formats of plain text share.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,6 +10,7 @@ from typing import Any
 
 from dpoctl.data.formats import demonstrations, pairs, rankings, trl
 from dpoctl.data.formats.common import add_common_columns
+from dpoctl.data.formats.transcripts import as_messages
 from dpoctl.data.messages import is_from_arrow, without_nulls
 from dpoctl.data.records import Record, Row
 
@@ -61,12 +62,20 @@ FORMATS: dict[str, Format] = {
 """The formats by name; of two that need the same columns, the more specific stands first."""
 
 
+AS = "as"
+"""The option of `TEXT_FORMATS`: `text` leaves plain text as it is, `messages` makes messages of it."""
+TEXT_FORMATS = ("summarize", "hh", "ranking", "trl-explicit", "generic", "prompt-completion", "prompt-response", "text")
+"""The formats whose rows may be plain text."""
+
+
 def read(name: str, row: Row, options: Mapping[str, Any] | None = None) -> Record:
     """Read a row in a format of `FORMATS`.
 
     Raises:
         Reject: The row cannot be used.
     """
+    own = {key: value for key, value in (options or {}).items() if key != AS}
     if is_from_arrow(row):
         row = without_nulls(row)
-    return add_common_columns(row, FORMATS[name](row, **options or {}))
+    record = FORMATS[name](row, **own)
+    return add_common_columns(row, as_messages(record) if (options or {}).get(AS) == "messages" else record)

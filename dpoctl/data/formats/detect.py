@@ -4,9 +4,9 @@ import inspect
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from dpoctl.data.formats import FORMATS, Format
+from dpoctl.data.formats import AS, FORMATS, TEXT_FORMATS, Format
 from dpoctl.data.formats.common import MissingColumns
 from dpoctl.data.formats.trl import synonyms
 from dpoctl.data.messages import SHAPE
@@ -145,11 +145,12 @@ def options_of(name: str) -> dict[str, Option]:
     """List the options of a format, by name."""
     function = FORMATS[name]
     hints = typing.get_type_hints(function)
-    return {
+    own = {
         key: Option(key, hints[key], parameter.default)
         for key, parameter in inspect.signature(function).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY
     }
+    return own | ({AS: Option(AS, Literal["text", "messages"], "text")} if name in TEXT_FORMATS else {})
 
 
 def list_formats() -> str:

@@ -3,10 +3,11 @@ import re
 from pathlib import Path
 
 import pytest
-from format_samples import FIXTURES, assistant, rows, transcript, user
+from format_samples import FIXTURES, assistant, outcomes, rows, transcript, user
 
-from dpoctl.data.formats import FORMATS, read
+from dpoctl.data.formats import FORMATS, TEXT_FORMATS, read
 from dpoctl.data.formats.detect import check_options, detect, list_formats, options_of
+from dpoctl.data.records import Record
 from dpoctl.errors import DataError, UsageError
 
 EXPLICIT = {"prompt": [user("q")], "chosen": [assistant("good")], "rejected": [assistant("bad")]}
@@ -143,7 +144,7 @@ def test_options_are_listed_with_their_types_and_defaults():
         "require_chosen_safe": ((), False),
     }
     assert options["require_chosen_safe"].type is bool
-    assert options_of("hh") == {}
+    assert options_of("orca") == {}
 
 
 def test_the_list_of_formats_names_every_option_with_its_default():
@@ -184,8 +185,8 @@ def test_an_unknown_option_is_told_the_ones_there_are():
     assert error.value.hint == (
         "pku takes dimension=better|safer (default better), require_chosen_safe=bool (default false)"
     )
-    with pytest.raises(UsageError, match="hh takes no options"):
-        check_options("hh", {"strip": True})
+    with pytest.raises(UsageError, match="orca takes no options"):
+        check_options("orca", {"strip": True})
 
 
 @pytest.mark.parametrize(
@@ -206,3 +207,18 @@ def test_a_value_that_an_option_cannot_have_is_refused(name, options):
 def test_options_reach_the_format():
     row = {"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 0, "safer_response_id": 1}
     assert [read("pku", row, {"dimension": d}).responses[0][0]["content"] for d in ("better", "safer")] == ["a", "b"]
+
+
+def test_formats_whose_rows_may_be_text_can_be_read_as_messages():
+    plain = {
+        name for name in FORMATS for row in outcomes(name) if isinstance(row, Record) and isinstance(row.prompt, str)
+    }
+    assert plain == set(TEXT_FORMATS) == {name for name in FORMATS if "as" in options_of(name)}
+    for name in TEXT_FORMATS:
+        before, after = (
+            [row for row in outcomes(name, **options) if isinstance(row, Record)]
+            for options in ({}, {"as": "messages"})
+        )
+        assert all(isinstance(row.prompt, list) for row in after), name
+        # A text without turns is no conversation, and hh has a row that is unclear about its turns.
+        assert len(before) - len(after) == {"text": 3}.get(name, 0), name

@@ -1,4 +1,4 @@
-"""Transcripts, texts with turns such as `Human:` and `Assistant:`, as messages.
+"""Plain text as messages: transcripts, with turns such as `Human:` and `Assistant:`, and prompts with their answers.
 
 A transcript is read in the one spelling that it starts with, and only if all of it can be read: `Reject` says what is
 unclear about another one.
@@ -42,6 +42,23 @@ class _Spelling:
             _Turn(marker == self.user, content.strip(), None if number == 0 else _kind(gap))
             for number, (gap, marker, content) in enumerate(zip(pieces[::3], pieces[1::3], pieces[2::3], strict=True))
         ]
+
+
+def as_messages(record: Record) -> Record:
+    """Make messages of a record of plain text: one a turn of a transcript, else the user's prompt and its answers.
+
+    White space around a text, with which prompt and answer were joined, is left out. Messages stay as they are, unless
+    one holds a transcript.
+
+    Raises:
+        Reject: A transcript cannot be read whole, or the text has neither turns nor a prompt.
+    """
+    if (found := with_messages(record)) is not None or not isinstance(record.prompt, str):
+        return found or record
+    if not record.prompt:
+        raise Reject("no_turns", "the text has no turns such as Human: and Assistant:")
+    answers = tuple([assistant(answer.strip())] for answer in record.responses if isinstance(answer, str))
+    return checked(replace(record, prompt=[user(record.prompt.strip())], responses=answers))
 
 
 def with_messages(record: Record) -> Record | None:

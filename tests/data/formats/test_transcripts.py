@@ -1,8 +1,8 @@
 import pytest
 from chat_samples import assistant, system, user
 
+from dpoctl.data.formats.transcripts import as_messages, with_messages
 from dpoctl.data.records import Record, Reject
-from dpoctl.data.transcripts import with_messages
 
 TWO = [user("q1"), assistant("a1"), user("q2")]
 
@@ -75,3 +75,12 @@ def test_a_transcript_that_cannot_be_read_whole_is_rejected_with_its_reason(prom
         with_messages(pair(prompt, chosen))
     assert rejected.value.reason == reason
     assert detail in rejected.value.detail
+
+
+def test_text_without_turns_is_a_question_and_its_answers():
+    record = as_messages(pair("Is tea good?\n", " Yes. ", "No."))
+    assert record == pair([user("Is tea good?")], [assistant("Yes.")], [assistant("No.")])
+    assert as_messages(record) is record
+    with pytest.raises(Reject) as rejected:
+        as_messages(Record("", ("Tea is a drink.",)))
+    assert rejected.value.reason == "no_turns"
