@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -403,10 +404,23 @@ def _flat(text: Any) -> str:
 
 def _environment(env: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key, value in env.items():
-        if isinstance(value, Mapping):
+        if key == "forecast":
+            yield from _forecast(value)
+        elif isinstance(value, Mapping):
             yield from ((str(name), str(version)) for name, version in value.items())
         elif value is not None:
             yield key.replace("_", " "), " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _forecast(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield predicted and measured memory and speed of the run."""
+    with suppress(KeyError, TypeError, ValueError, ZeroDivisionError):
+        predicted, measured = found["memory_predicted"], found["memory_measured"]
+        share = f"{measured / predicted - 1:+.0%}"
+        yield "memory", f"{predicted / 1e9:.2f} GB predicted, {measured / 1e9:.2f} GB measured ({share})"
+        low, usual, high = found["tokens_per_second_predicted"]
+        speed = found["tokens_per_second_measured"]
+        yield "tokens a second", f"{usual:,.0f} predicted ({low:,.0f} to {high:,.0f}), {speed:,.0f} measured"
 
 
 def _text(path: Path) -> str:

@@ -278,7 +278,7 @@ def _reference_tables(
     reference = Reference(setup)
     return {
         name: reference.table(
-            setup.reader(store, name), setup.token_budget(Lengths.of(store))[0], np.arange(len(store))[:limit]
+            setup.reader(store, name), setup.reading_tokens(Lengths.of(store)), np.arange(len(store))[:limit]
         )
         for name, store in stores.items()
     }

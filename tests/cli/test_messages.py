@@ -88,6 +88,15 @@ def dry_run(shell: Shell) -> None:
 
 
 @scene
+def plan(shell: Shell) -> None:
+    shell.run("plan", shell.recipe(), "--gpu", "rtx4090")
+    shell.run("plan", "recipe.yaml", "--gpu", "a100-40gb", "--compare", "full,lora", "--gpus", "1,8", only=".*  ")
+    shell.run("plan", "recipe.yaml", "--gpu", "h1000", only=ENDS)
+    shell.run("plan", "recipe.yaml", "--gpus", "1,two", only=ENDS)
+    shell.run("plan", "recipe.yaml", "--gpu", "l4", "--measure", only=ENDS)
+
+
+@scene
 def check(shell: Shell) -> None:
     shell.run("check", shell.recipe(), only="recipe.yaml")
     shell.run("check", "recipe.yaml", "--no-data")
