@@ -19,9 +19,9 @@ from tiny_world import rated, save_adapter, save_llama
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from dpoctl.errors import UsageError
-from dpoctl.model.from_config import build_skeleton
 from dpoctl.recipe import Recipe, parse_recipe
-from dpoctl.tasks.sharding import choose_sharding, needed_bytes
+from dpoctl.tasks.footprint import states_of
+from dpoctl.tasks.sharding import choose_sharding
 
 Run = Callable[..., dict[str, Any]]
 LORA: dict[str, Any] = {"lora": {"r": 4, "lora_alpha": 8}}
@@ -328,7 +328,8 @@ def test_the_bytes_of_a_model_of_8b_parameters(
 ) -> None:
     model = {"from_scratch": {"config": LLAMA_8B, "tokenizer": {"vocab_size": 1024}}, "dtype": "bfloat16"}
     recipe = parse(scene.recipe | {"model": model}, changes)
-    needed = needed_bytes(recipe, build_skeleton(recipe, tokenizer), torch.device("cpu"))
+    dtype = torch.float32 if changes.get("model.dtype") == "float32" else torch.bfloat16
+    needed = sum(states_of(recipe, tokenizer, dtype).values())
     assert needed / 1e9 == pytest.approx(gigabytes, rel=1e-3)
 
 
