@@ -87,6 +87,11 @@ def run(
             progress.update(len(outcome.rows), {})
             if len(outcome.rows) >= wanted:
                 break
+    if 2 * (repeated := outcome.answers["repeated"]) > (drawn := outcome.answers["drawn"]):
+        console.warn(
+            f"{repeated:,} of {drawn:,} answers repeat another one to the same prompt: raise sampling.temperature; "
+            "`transformers serve` samples only if the generation_config.json of its model has do_sample: true"
+        )
     sizes = sizes_of(outcome, recipe.splits)
     write_pairs(outcome, sizes, targets, None if rejects is None else Path(rejects))
     side_file.unlink(missing_ok=True)
@@ -137,9 +142,15 @@ class _Served:
     def draw(self, prompts: Sequence[Text], count: int) -> list[list[Generation]]:
         given = self.recipe.sampling
         sampling = {"max_tokens": given.max_new_tokens, "temperature": given.temperature, "top_p": given.top_p}
-        requests = [
+        more = {} if self.recipe.endpoint is None else self.recipe.endpoint.request
+
+        def fields(number: int) -> dict[str, Any]:
             # A server that takes a seed would give the same answer again for the same one.
-            Request(prompt, sampling | {"seed": given.seed * count + number}, repeat=number)
+            body = sampling | {"seed": given.seed * count + number} | more
+            return {name: value for name, value in body.items() if value is not None}
+
+        requests = [
+            Request(prompt, fields(number), repeat=number)
             for prompt in prompts
             if not isinstance(prompt, str)
             for number in range(count)
