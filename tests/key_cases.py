@@ -111,6 +111,16 @@ SCRATCH = {
         "tokenizer": {"vocab_size": 270},
     },
 }
+EXPERTS = {
+    "method": "sft",
+    "data.train": ["{turns.jsonl}"],
+    "model.model_name_or_path": None,
+    "model.from_scratch": {
+        "config": SCRATCH["model.from_scratch"]["config"]
+        | {"model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2, "num_key_value_heads": 2},
+        "tokenizer": {"vocab_size": 270},
+    },
+}
 HUB = {"path": "some/pairs", "split": "a"}
 SAVING = {"training.save_steps": 1}
 # The loss falls at every step, and the policy is never as far from its reference as at the end.
@@ -154,6 +164,7 @@ CASES: dict[str, Case] = {
     "lora.modules_to_save": Case(["lm_head"], given=LORA),
     "lora.use_rslora": Case(True, given=LORA),
     "lora.use_dora": Case(True, given=LORA),
+    "lora.init_lora_weights": Case("pissa", given=LORA),
     "lora.rank_pattern": Case({"layers.0.*": 1}, lambda o: o.adapter["rank_pattern"], LORA),
     "lora.alpha_pattern": Case({"layers.0.*": 1}, given=LORA),
     "lora.layers_to_transform": Case([0], given=LORA),
@@ -170,6 +181,8 @@ CASES: dict[str, Case] = {
     "sft.train_on_think": Case("none", given={"method": "sft", "data.train": ["{thinking.jsonl}"]}),
     "dpo.train_on_think": Case("none", given={"data.train": ["{thinking.jsonl}"]}),
     "sft.average": Case("responses", given={"method": "sft", "data.train": ["{turns.jsonl}"]}),
+    "sft.router_aux_loss_coef": Case(0.5, "weights", EXPERTS),
+    "sft.neftune_noise_alpha": Case(50.0, given={"method": "sft", "data.train": ["{turns.jsonl}"]}),
     "dpo.loss": Case([{"type": "sigmoid"}, {"type": "sft", "weight": 0.5}]),
     "dpo.reference.sync_steps": Case(1, given={"training.num_train_epochs": 2}),
     "dpo.reference.sync_alpha": Case(0.3, given={"training.num_train_epochs": 2, "dpo.reference.sync_steps": 1}),
@@ -209,6 +222,7 @@ CASES: dict[str, Case] = {
     "training.optim": Case("rmsprop", "weights"),
     "training.optim_args": Case({"momentum": 0.5}, "weights", {"training.optim": "muon"}),
     "training.param_dtype": Case("bfloat16", "weights", {"model.dtype": "bfloat16"}),
+    "training.trainable": Case([r"layers\.0\."], "weights"),
     "training.gradient_checkpointing": Case(
         True, lambda o: o.forwards["mlp"], {"training.gradient_checkpointing": False}
     ),

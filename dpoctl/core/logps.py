@@ -4,7 +4,8 @@ Sharding, DDP and autocast wrap it, and nothing else is called: calling the back
 give unsynchronised gradients without an error.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -15,7 +16,9 @@ from dpoctl.core.batch import Batch
 from dpoctl.losses import Scores
 from dpoctl.model.attention import FLAT, SHARED_PREFIX, attention_arguments
 from dpoctl.model.head import Head
+from dpoctl.model.modules import embedding_and_head
 from dpoctl.model.probe import ProbeResult, accepts, backbone
+from dpoctl.model.routers import balance_losses, experts_per_token
 
 Result = TypeVar("Result")
 
@@ -28,16 +31,29 @@ class Scorer(nn.Module):
         causal: the causal model inside it.
         verdict: the probe's choice of layout and head.
         confidence: also score each token's confidence, as `dpoctl.model.head.score_targets` does.
+        noise_alpha: of NEFTune: in training, add uniform noise between ± alpha / √(L d) to the embeddings of a row of L
+            tokens, each of d numbers; None adds none.
+        balances: in training, also compute the load-balancing loss of each row, and leave their sum in `balance`.
     """
 
     def __init__(
-        self, model: nn.Module, causal: PreTrainedModel, verdict: ProbeResult, *, confidence: bool = False
+        self,
+        model: nn.Module,
+        causal: PreTrainedModel,
+        verdict: ProbeResult,
+        *,
+        confidence: bool = False,
+        noise_alpha: float | None = None,
+        balances: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
         # Not registered a second time: `model` owns every parameter.
         self._causal = (causal,)
         self._head = Head(causal, confidence=confidence)
+        self._noise_alpha = noise_alpha
+        self._balances = balances
+        self.balance: Tensor | None = None
         self._takes_positions = accepts(backbone(causal), "position_ids")
         self.use(verdict)
 
@@ -63,10 +79,46 @@ class Scorer(nn.Module):
             inputs["position_ids"] = batch.position_ids
         device, dtype = batch.input_ids.device, self.causal.dtype
         inputs |= attention_arguments(self.verdict.layout, batch.segments, batch.attention_mask, device, dtype)
-        if not self.verdict.own_head:
-            return self._model_logps(batch, inputs)
-        hidden = backbone(self.causal)(**inputs).last_hidden_state
+        if self._is_training and self._balances:
+            inputs["output_router_logits"] = True
+        with self._noise(batch):
+            if not self.verdict.own_head:
+                return self._model_logps(batch, inputs)
+            output = backbone(self.causal)(**inputs)
+        self._keep_balance(output, batch)
+        hidden = output.last_hidden_state
         return self._head.logps(hidden.flatten(0, 1)[batch.score_pos], batch.score_tgt)
+
+    @property
+    def _is_training(self) -> bool:
+        return self.training and torch.is_grad_enabled()
+
+    def _keep_balance(self, output: Any, batch: Batch) -> None:
+        self.balance = None
+        if self._is_training and self._balances:
+            rows, count = batch.row_numbers()
+            per_token = experts_per_token(self.causal.config)
+            assert per_token is not None
+            self.balance = balance_losses(output.router_logits, rows, count, per_token).sum()
+
+    @contextmanager
+    def _noise(self, batch: Batch) -> Iterator[None]:
+        """Add the noise of NEFTune to the embeddings inside, in training."""
+        alpha = self._noise_alpha
+        if alpha is None or not self._is_training:
+            yield
+            return
+        lengths = batch.row_lengths()
+
+        def disturb(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            bounds = (alpha / (lengths * output.shape[-1]).sqrt())[..., None].to(output.dtype)
+            return output + torch.empty_like(output).uniform_(-1, 1) * bounds
+
+        handle = embedding_and_head(self.causal)[0].register_forward_hook(disturb)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def _model_logps(self, batch: Batch, inputs: dict[str, Any]) -> Tensor:
         """Log-probabilities from the model's own logits, for heads that are not a plain matrix."""
@@ -75,7 +127,9 @@ class Scorer(nn.Module):
         kept, at = columns.unique(return_inverse=True)
         if accepts(self.causal, "logits_to_keep"):
             inputs["logits_to_keep"] = kept
-        logits = cast(Tensor, self.causal(**inputs).logits)
+        output = self.causal(**inputs)
+        self._keep_balance(output, batch)
+        logits = cast(Tensor, output.logits)
         if logits.shape[1] == width:
             at = columns
         return self._head.select(logits[rows, at], batch.score_tgt)

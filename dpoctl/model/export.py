@@ -124,7 +124,8 @@ def _gathered(policy: Policy, whole: Whole) -> Iterator[tuple[str, Tensor]]:
     seen: set[int] = set()
     for name, tensor in policy.model.state_dict(keep_vars=True).items():
         if policy.kind == "lora":
-            if any(f".{adapter}." in f"{name}." for adapter in policy.active) or _is_saved(policy, name):
+            adapters = (*policy.active, *policy.taken_out)
+            if any(f".{adapter}." in f"{name}." for adapter in adapters) or _is_saved(policy, name):
                 yield name, whole(tensor)
         # A tied weight is saved under its first name.
         elif id(tensor) not in seen:
@@ -187,14 +188,14 @@ def _save_config(policy: Policy, folder: Path) -> None:
 
 
 def _save_adapter(policy: Policy, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Save one adapter over the base model: the trained one, joined with a frozen one under it.
+    """Save one adapter over the base model: the trained one, joined with a frozen one under it, or less its own start.
 
     Args:
         policy: the policy.
         folder: takes the files.
         tensors: all tensors of its adapters, and of modules that they trained whole, by their names in `policy.model`.
     """
-    if len(policy.active) > 1:
+    if len(policy.active) > 1 or policy.taken_out:
         config, state = _joined(policy, tensors)
     else:
         trained = policy.active[0]
@@ -227,10 +228,12 @@ def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor
 def _joined(policy: Policy, tensors: Mapping[str, Tensor]) -> tuple["LoraConfig", dict[str, Tensor]]:
     """Concatenate the factors of all active adapters: the sum of two updates is one update of the summed rank.
 
-    B is multiplied by the scale, so ranks, alphas and rsLoRA may differ between adapters and between layers.
+    An update that was taken out of the base counts negative: the joined one is over the base as it was. B is multiplied
+    by the scale, so ranks, alphas and rsLoRA may differ between adapters and between layers.
     """
+    signs = dict.fromkeys(policy.active, 1.0) | dict.fromkeys(policy.taken_out, -1.0)
     layers = {
-        name: _joined_layer(module, policy.active, f"{_PREFIX}{name}.", tensors)
+        name: _joined_layer(module, signs, f"{_PREFIX}{name}.", tensors)
         for name, module in policy.causal.named_modules()
         if is_adapted(module)
     }
@@ -251,16 +254,17 @@ def _joined(policy: Policy, tensors: Mapping[str, Tensor]) -> tuple["LoraConfig"
 
 
 def _joined_layer(
-    layer: "LoraLayer", adapters: Iterable[str], prefix: str, tensors: Mapping[str, Tensor]
+    layer: "LoraLayer", signs: Mapping[str, float], prefix: str, tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    linear = [name for name in adapters if name in layer.lora_A]
+    factor = {name: sign * layer.scaling[name] for name, sign in signs.items() if name in layer.scaling}
+    linear = [name for name in factor if name in layer.lora_A]
     if linear:
         a = [tensors[f"{prefix}lora_A.{name}.weight"] for name in linear]
-        b = [tensors[f"{prefix}lora_B.{name}.weight"] * layer.scaling[name] for name in linear]
+        b = [tensors[f"{prefix}lora_B.{name}.weight"] * factor[name] for name in linear]
         return {"lora_A.weight": torch.cat(a, dim=0), "lora_B.weight": torch.cat(b, dim=1)}
-    embedding = [name for name in adapters if name in layer.lora_embedding_A]
+    embedding = [name for name in factor if name in layer.lora_embedding_A]
     a = [tensors[f"{prefix}lora_embedding_A.{name}"] for name in embedding]
-    b = [tensors[f"{prefix}lora_embedding_B.{name}"] * layer.scaling[name] for name in embedding]
+    b = [tensors[f"{prefix}lora_embedding_B.{name}"] * factor[name] for name in embedding]
     return {"lora_embedding_A": torch.cat(a, dim=0), "lora_embedding_B": torch.cat(b, dim=1)}
 
 

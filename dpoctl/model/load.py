@@ -1,7 +1,7 @@
 """Loading a policy from a recipe or from a finished run."""
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,6 +20,7 @@ from dpoctl.model.modules import (
     disable_dropout,
     embedding_and_head,
     embedding_and_head_names,
+    is_trainable,
     keep_activations_in,
     last_name,
 )
@@ -124,7 +125,7 @@ def load_policy(
             raise UsageError(f"a model {origin} is trained whole", hint="leave out lora and quantization")
         module: nn.Module = _new_model(recipe, tokenizer, model_init)
         model = cast(PreTrainedModel, module.to(device, weight_dtype(recipe, dtype)))
-        policy = _full_policy(model, None, dtype)
+        policy = _full_policy(model, None, dtype, recipe.training.trainable)
     else:
         source = recipe_source(section)
         adapter = find_adapter(source)
@@ -147,6 +148,27 @@ def load_policy(
                 tensor.data = tensor.data.to(device)
     if device.type == "cuda" and not recipe.training.torch_compile:
         fuse_layers(policy.causal, policy.dtype, compiled=True)
+    return policy
+
+
+def assemble(
+    model: PreTrainedModel, recipe: "Recipe", source: ModelSource | None, lora: "LoraSection | None", dtype: torch.dtype
+) -> Policy:
+    """Return the policy of a base model that is there already, without weights, as `load_policy` would make it.
+
+    Args:
+        model: quantised, if the recipe asks for it.
+        recipe: how it is trained.
+        source: of the model; None if it is built from scratch.
+        lora: the new adapter; None trains all weights.
+        dtype: the precision of the computation.
+    """
+    if lora is None or source is None:
+        policy = _full_policy(model, source, dtype, recipe.training.trainable)
+    else:
+        policy = _lora_policy(model, source, None, lora, dtype, recipe.training.seed)
+    if recipe.model.disable_dropout:
+        disable_dropout(policy.model, policy.causal.config)
     return policy
 
 
@@ -259,9 +281,14 @@ def _policy_from_source(
     if adapter is not None:
         _take_generation_settings(model, source)
         _resize_embedding(model, _embedding_rows(adapter, model), trained=True, seed=seed)
-    trained = lora is None or set(_vocabulary_layers(model)) <= {last_name(name) for name in saved}
+    patterns, ends = recipe.training.trainable, embedding_and_head_names(model)
+    if lora is None:
+        trained = all(is_trainable(f"{name}.weight", patterns) for name in ends)
+        _resize_embedding(model, len(tokenizer), trained=trained, seed=seed, key="training.trainable")
+        return _full_policy(model, base, dtype, patterns)
+    trained = {last_name(name) for name in ends} <= {last_name(name) for name in saved}
     _resize_embedding(model, len(tokenizer), trained=trained, seed=seed)
-    return _full_policy(model, base, dtype) if lora is None else _lora_policy(model, base, adapter, lora, dtype, seed)
+    return _lora_policy(model, base, adapter, lora, dtype, seed)
 
 
 def _refuse_division(adapter: Path, *, lazy: bool) -> None:
@@ -273,10 +300,24 @@ def _refuse_division(adapter: Path, *, lazy: bool) -> None:
         )
 
 
-def _full_policy(model: PreTrainedModel, base: ModelSource | None, dtype: torch.dtype) -> Policy:
-    """Return a policy of which all weights are trained."""
+def _full_policy(
+    model: PreTrainedModel, base: ModelSource | None, dtype: torch.dtype, patterns: Sequence[str] | None
+) -> Policy:
+    """Return a policy of which all weights are trained, or those whose names match one of the patterns."""
     original_config = _disable_cache(model)
-    model.requires_grad_(True)
+    # A tied weight has two names.
+    named = list(model.named_parameters(remove_duplicate=False))
+    for pattern in patterns or ():
+        if not any(is_trainable(name, [pattern]) for name, _ in named):
+            examples = ", ".join(name for name, _ in named[:2])
+            raise UsageError(
+                f"training.trainable: no weight of this model matches '{pattern}'",
+                hint=f"its weights have names such as {examples}, {named[-1][0]}",
+            )
+    model.requires_grad_(False)
+    for name, parameter in named:
+        if is_trainable(name, patterns):
+            parameter.requires_grad_(True)
     if dtype == torch.bfloat16:
         keep_activations_in(model, dtype)
     origin: dict[str, Any] = {} if base is None else {"base": _absolute(base), "base_revision": base.revision}
@@ -301,6 +342,7 @@ def _lora_policy(
     else:
         peft_model, saved = adapters.stack_adapter(model, adapter, lora, seed=seed)
         active = (FROZEN, TRAINED)
+    changes_base = lora.start == "new" and lora.changes_base
     adapters.cast_trainable_to_float32(model, dtype)
     fuse_lora(model)
     return Policy(
@@ -309,7 +351,8 @@ def _lora_policy(
         dtype=dtype,
         kind="lora",
         active=active,
-        reference_adapters=() if adapter is None else (FROZEN,),
+        reference_adapters=() if adapter is None and not changes_base else (FROZEN,),
+        taken_out=(FROZEN,) if changes_base else (),
         saved_modules=saved,
         original_config=original_config,
         base=_absolute(base),
@@ -419,8 +462,10 @@ def _generation_settings(source: ModelSource) -> GenerationConfig | None:
         return GenerationConfig.from_pretrained(path.parent)
 
 
-def _resize_embedding(model: PreTrainedModel, rows: int, *, trained: bool, seed: int) -> None:
-    """Grow the embedding and the head to `rows`; refuse to if the new rows would not be `trained`."""
+def _resize_embedding(
+    model: PreTrainedModel, rows: int, *, trained: bool, seed: int, key: str = "lora.modules_to_save"
+) -> None:
+    """Grow the embedding and the head to `rows`; refuse to if the new rows would not be `trained`, as `key` decides."""
     layers = [layer for layer in embedding_and_head(model) if layer is not None]
     current = int(cast(Tensor, layers[0].weight).shape[0])
     if rows <= current:
@@ -428,7 +473,7 @@ def _resize_embedding(model: PreTrainedModel, rows: int, *, trained: bool, seed:
     if not trained:
         raise UsageError(
             f"the tokenizer has {rows} tokens, but the model's embedding has {current} rows",
-            hint=f"train the new rows: set lora.modules_to_save: [{', '.join(_vocabulary_layers(model))}]",
+            hint=f"train the new rows: set {key}: [{', '.join(map(last_name, embedding_and_head_names(model)))}]",
         )
     # The new rows depend on the present ones.
     for layer in layers:
@@ -439,11 +484,6 @@ def _resize_embedding(model: PreTrainedModel, rows: int, *, trained: bool, seed:
         torch.manual_seed(seed)
         model.resize_token_embeddings(rows)
     console.note(f"the model's embedding was resized from {current} to {rows} rows, to fit the tokenizer")
-
-
-def _vocabulary_layers(model: PreTrainedModel) -> list[str]:
-    """Return the last names of the embedding and the head."""
-    return [last_name(name) for name in embedding_and_head_names(model)]
 
 
 def _embedding_rows(adapter: Path, model: PreTrainedModel) -> int:

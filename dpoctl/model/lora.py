@@ -1,5 +1,6 @@
 """LoRA adapters: a new one on a base model, a new one on top of an SFT adapter, or an SFT adapter trained further."""
 
+import copy
 import dataclasses
 import math
 import warnings
@@ -116,12 +117,46 @@ def check_adapter(folder: Path) -> dict[str, Any]:
 def add_adapter(model: PreTrainedModel, lora: "LoraSection", *, seed: int) -> PeftModel:
     """Put a new adapter on a base model; its update starts at zero.
 
+    Or it starts as a part of the weights, which is taken out of them. Then a frozen copy stays beside it: base and copy
+    together are the weights as they were.
+
     Raises:
         UsageError: a target or a module to save does not exist, or cannot be adapted.
     """
     config = _new_config(model, lora)
+    if lora.init_lora_weights == "olora" and config.fan_in_fan_out:
+        raise UsageError(
+            "lora.init_lora_weights: olora: peft cannot decompose the transposed weights of this model",
+            hint="use pissa",
+        )
+    if lora.changes_base and getattr(model.config, "tie_word_embeddings", False):
+        ends = set(embedding_and_head_names(model)) & set(_targeted_modules(model, config))
+        if ends:
+            raise UsageError(
+                f"lora.init_lora_weights: {lora.init_lora_weights} would change embedding and head, which are tied",
+                hint=f"leave {min(ends)} out of lora.target_modules",
+            )
     with _adding_adapter(model, config, seed):
-        return get_peft_model(model, config, adapter_name=TRAINED)
+        config.init_lora_weights = True if lora.init_lora_weights == "default" else lora.init_lora_weights
+        peft_model = get_peft_model(model, config, adapter_name=TRAINED)
+        if lora.changes_base:
+            _freeze_copy(peft_model, config)
+    return peft_model
+
+
+def _freeze_copy(peft_model: PeftModel, config: LoraConfig) -> None:
+    """Put a frozen copy of the new adapter beside it."""
+    settings = copy.deepcopy(config)
+    settings.init_lora_weights, settings.modules_to_save = True, None
+    peft_model.add_adapter(FROZEN, settings)
+    tuner: Any = peft_model.base_model
+    for layer in peft_model.modules():
+        if is_adapted(layer) and FROZEN in layer.lora_A:
+            pairs: Any = (layer.lora_A, layer.lora_B)
+            for factors in pairs:
+                factors[FROZEN].weight.data = factors[TRAINED].weight.detach().clone()
+    tuner.set_adapter(TRAINED)
+    tuner.set_requires_grad(FROZEN, False)
 
 
 def stack_adapter(
@@ -137,6 +172,11 @@ def stack_adapter(
     Raises:
         UsageError: the two adapters cannot be joined into one.
     """
+    if lora.changes_base:
+        raise UsageError(
+            f"lora.init_lora_weights: {lora.init_lora_weights} starts from the weights of a model, not from an adapter",
+            hint=f"merge '{folder}' into its base model first, or remove lora.init_lora_weights",
+        )
     if lora.use_dora or read_json(folder / ADAPTER_CONFIG).get("use_dora"):
         raise UsageError(
             f"adapter '{folder}' and the new one cannot be joined: the updates of DoRA are no sum",
@@ -288,7 +328,7 @@ def _check_patterns(config: LoraConfig, targeted: list[str]) -> None:
                     hint=f"the adapted modules are {', '.join(sorted({last_name(name) for name in targeted}))}",
                 )
     numbers = [number for name in targeted if (number := layer_number(name)) is not None]
-    if missing := sorted(set(config.layers_to_transform or ()) - set(numbers)):
+    if missing := sorted(set(cast(list[int], config.layers_to_transform or [])) - set(numbers)):
         there = f"from 0 to {max(numbers)}" if numbers else "none"
         raise UsageError(f"lora.layers_to_transform: there is no adapted module in layer {missing[0]}", hint=there)
 
@@ -361,7 +401,7 @@ def _adding_adapter(model: PreTrainedModel, config: LoraConfig, seed: int) -> It
     hint, targets = _modules_hint(model), config.target_modules
     is_unmatched = not _targeted_modules(model, config)
     with _peft_errors("lora"), torch.random.fork_rng(devices=[]):
-        # peft initialises adapters on the CPU.
+        # peft draws adapters on the CPU.
         torch.default_generator.manual_seed(seed)
         try:
             yield

@@ -4,6 +4,7 @@ peft is not imported here, because it takes as long as torch.
 """
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -44,6 +45,11 @@ def outside_of_layers(model: PreTrainedModel) -> frozenset[str]:
     head = embedding_and_head(model)[1]
     modules = model.named_modules()
     return frozenset(f"{name}.weight" for name, m in modules if m is head or isinstance(m, nn.Embedding))
+
+
+def is_trainable(name: str, patterns: Sequence[str] | None) -> bool:
+    """Whether full fine-tuning trains a weight: one of the recipe's regular expressions occurs in its name."""
+    return patterns is None or any(re.search(pattern, name) for pattern in patterns)
 
 
 def last_name(name: str) -> str:

@@ -31,6 +31,7 @@ class Policy:
         kind: `full` if all weights are trained, `lora` for an adapter.
         active: names of the adapters of the policy, in the order in which they are added.
         reference_adapters: names of the adapters of the reference; none is the base model alone.
+        taken_out: names of frozen adapters whose update was taken out of the base: the model was base + update.
         saved_modules: modules that an SFT adapter trained whole; part of the base here, exported with the adapter.
         original_config: values of the configuration that training changed, by name.
         base: hub id or folder of the base model.
@@ -43,6 +44,7 @@ class Policy:
     kind: Literal["full", "lora"]
     active: tuple[str, ...] = ()
     reference_adapters: tuple[str, ...] = ()
+    taken_out: tuple[str, ...] = ()
     saved_modules: tuple[str, ...] = ()
     original_config: Mapping[str, Any] = field(default_factory=dict)
     base: str | None = None
@@ -103,19 +105,40 @@ class Policy:
         return ((name, p) for name, p in self.causal.named_parameters() if p.requires_grad)
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """Return the trainable parameters by name, as a checkpoint stores them; they share memory with the model.
+        """Return the trainable parameters by name; they share memory with the model.
 
         Of a sharded model, the parts of this rank.
         """
         return {name: part(parameter) for name, parameter in self.trainable_parameters()}
 
-    def load_trainable_state(self, state: Mapping[str, Tensor]) -> None:
-        """Copy the trainable parameters of a checkpoint into the model.
+    def state(self) -> dict[str, Tensor]:
+        """Return what a checkpoint stores: trainable parameters, and the factors that were taken out of the base."""
+        return self.trainable_state() | self._taken_out()
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Copy the tensors of a checkpoint into the model.
+
+        On another machine other factors may have been taken out of the base: it becomes the one that belongs to those
+        of the checkpoint.
 
         Raises:
             RunError: the names or shapes are not those of this model.
         """
-        _load_state(self.trainable_state(), state)
+        before = {name: tensor.clone() for name, tensor in self._taken_out().items()}
+        _load_state(self.state(), state)
+        if all(torch.equal(tensor, state[name].to(tensor.device)) for name, tensor in before.items()):
+            return
+        for name, layer in self.causal.named_modules():
+            for adapter in self.taken_out if is_adapted(layer) else ():
+                old = before[f"{name}.lora_B.{adapter}.weight"] @ before[f"{name}.lora_A.{adapter}.weight"]
+                difference = layer.scaling[adapter] * old
+                weight = layer.get_base_layer().weight
+                difference = (difference.T if layer.fan_in_fan_out else difference) - layer.get_delta_weight(adapter)
+                weight.data = (weight.float() + difference).to(weight.dtype)
+
+    def _taken_out(self) -> dict[str, Tensor]:
+        named = self.causal.named_parameters()
+        return {name: p.detach() for name, p in named if any(f".{adapter}." in name for adapter in self.taken_out)}
 
     def _activate(self, adapters: tuple[str, ...]) -> None:
         tuner: Any = self.model.base_model

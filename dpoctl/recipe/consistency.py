@@ -78,6 +78,7 @@ def find_contradictions(
     yield from unusable or _model(recipe)
     yield from _quantization(recipe)
     yield from _lora(recipe)
+    yield from _routers(recipe)
     yield from _data(recipe)
     yield from _training(recipe)
     yield from _benchmarks(recipe)
@@ -166,12 +167,26 @@ def _lora(recipe: Recipe) -> Iterator[Diagnostic]:
     lora, sharding = recipe.lora, ("training", "sharding")
     if lora is None:
         return
-    if lora.use_dora and recipe.training.sharding == "full":
-        message = "use_dora needs whole weight matrices, and sharding: full divides them; set sharding: none"
-        yield Diagnostic.error(("lora", "use_dora"), message, related=(sharding,))
+    whole = "use_dora" if lora.use_dora else "init_lora_weights" if lora.changes_base else None
+    if whole is not None and recipe.training.sharding == "full":
+        message = f"{whole} needs whole weight matrices, and sharding: full divides them; set sharding: none"
+        yield Diagnostic.error(("lora", whole), message, related=(sharding,))
+    init: KeyPath = ("lora", "init_lora_weights")
+    if lora.changes_base and recipe.quantization is not None:
+        message = f"init_lora_weights: {lora.init_lora_weights} changes the weights, so these cannot be quantised"
+        yield Diagnostic.error(init, message, related=(QUANTIZATION,))
+    if lora.changes_base and lora.use_dora:
+        message = f"init_lora_weights: {lora.init_lora_weights} cannot be exported with use_dora; remove one of them"
+        yield Diagnostic.error(init, message, related=(("lora", "use_dora"),))
     if lora.layers_to_transform is not None and isinstance(lora.target_modules, str) and not lora.adapts_all:
         message = "layers_to_transform has no effect: target_modules is a regular expression, which names the layers"
         yield Diagnostic.error(("lora", "layers_to_transform"), message, related=(("lora", "target_modules"),))
+
+
+def _routers(recipe: Recipe) -> Iterator[Diagnostic]:
+    if recipe.sft.router_aux_loss_coef is not None and recipe.training.sharding == "full":
+        message = "router_aux_loss_coef has not been tried with sharding: full; set sharding: none, or remove it"
+        yield Diagnostic.error(("sft", "router_aux_loss_coef"), message, related=(("training", "sharding"),))
 
 
 def _data(recipe: Recipe) -> Iterator[Diagnostic]:
@@ -221,6 +236,9 @@ def _training(recipe: Recipe) -> Iterator[Diagnostic]:
     for key in (key for key, value in given.items() if value and training.lr_scheduler_type == "constant"):
         message = f"{key}: lr_scheduler_type: constant has no warm-up; set constant_with_warmup"
         yield Diagnostic.error(("training", key), message, related=(("training", "lr_scheduler_type"),))
+    if training.trainable is not None and recipe.lora is not None:
+        message = "trainable is for full fine-tuning; lora.target_modules and modules_to_save say what is trained here"
+        yield Diagnostic.error(("training", "trainable"), message, related=(("lora",),))
     if training.param_dtype == "bfloat16":
         yield from _bfloat16_weights(recipe)
     if training.eval_steps is None and _has_eval_data(recipe):

@@ -58,7 +58,6 @@ class Diagnostic:
         place: The place of the key, or of the nearest key above it; None where there is no file.
         meant: Of an unknown key, the key that was probably meant.
         related: Of a contradiction, the other keys that take part in it.
-        details: More lines, for people.
     """
 
     severity: Severity
@@ -68,7 +67,6 @@ class Diagnostic:
     place: Place | None = None
     meant: KeyPath | None = None
     related: tuple[KeyPath, ...] = ()
-    details: tuple[str, ...] = ()
 
     @classmethod
     def error(
@@ -92,15 +90,13 @@ class Diagnostic:
         return f"{self.where}: {self.severity}: {redact_text(self.message)}"
 
     def text(self, *, picture: bool = False) -> str:
-        """The diagnostic with its details, a line each, and between them the line of the recipe."""
-        shown = [self.place.picture()] if picture and self.place else []
-        return "\n".join([str(self), *shown, *(f"  {line}" for line in self.details)])
+        """The diagnostic, and below it the line of the recipe."""
+        return "\n".join([str(self), *([self.place.picture()] if picture and self.place else [])])
 
     def to_dict(self) -> dict[str, Any]:
-        """The diagnostic as JSON; what it does not have is null, and details are left out if there are none."""
+        """The diagnostic as JSON; what it does not have is null."""
         place = self.place or Place("")
-        details = {"details": list(self.details)} if self.details else {}
-        return details | {
+        return {
             "grade": self.severity,
             "code": self.code,
             "key": redact_text(dotted(self.path)),

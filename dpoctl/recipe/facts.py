@@ -120,9 +120,7 @@ class PlannedRun:
         """The number of parameters: as counted, else from the name of the model."""
         if self.facts.parameters is not None:
             return self.facts.parameters
-        name = (self.recipe.model.model_name_or_path or "").rstrip("/").rpartition("/")[2]
-        sizes = [float(number) * UNITS[unit.lower()] for number, unit in SIZE_IN_NAME.findall(name)]
-        return max(sizes, default=None)
+        return size_in_name(self.recipe.model.model_name_or_path or "")
 
     @cached_property
     def max_rows(self) -> int | None:
@@ -163,3 +161,10 @@ class PlannedRun:
         if training.warmup_steps is None:
             return training.warmup_ratio
         return None if self.steps is None else training.warmup_steps / self.steps
+
+
+def size_in_name(model: str) -> float | None:
+    """Return the number of parameters that the name of a model states; None if it states none."""
+    name = model.rstrip("/").rpartition("/")[2]
+    sizes = [float(number) * UNITS[unit.lower()] for number, unit in SIZE_IN_NAME.findall(name)]
+    return max(sizes, default=None)

@@ -1,8 +1,6 @@
 """Names that other tools have for keys and losses of dpoctl, and the detection of their config files."""
 
-from collections.abc import Iterable, Mapping
-from itertools import starmap
-from textwrap import wrap
+from collections.abc import Mapping
 from typing import Any
 
 KEYS: dict[str, str] = {
@@ -160,6 +158,13 @@ KEYS: dict[str, str] = {
     "mix_strategy": "data.train",
     "additional_target": "lora.modules_to_save",
     "peft_use_rslora": "lora.use_rslora",
+    "unfrozen_parameters": "training.trainable",
+    "router_aux_loss_coef": "sft.router_aux_loss_coef",
+    "moe_aux_loss_coef": "sft.router_aux_loss_coef",
+    "aux_loss_coef": "sft.router_aux_loss_coef",
+    "neftune_noise_alpha": "sft.neftune_noise_alpha",
+    "neft_alpha": "sft.neftune_noise_alpha",
+    "noise_alpha": "sft.neftune_noise_alpha",
     "peft_use_dora": "lora.use_dora",
     "dora": "lora.use_dora",
     "lora_rank_pattern": "lora.rank_pattern",
@@ -214,7 +219,6 @@ NOT_OFFERED: dict[str, tuple[str, ...]] = {
         *("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "early_stopping_patience"),
         *("early_stopping_steps", "early_stopping_threshold", "save_best_model"),
     ),
-    "noise on embeddings is not offered": ("neftune_noise_alpha", "neft_alpha", "noise_alpha"),
     "the command decides: `dpoctl sft`, `dpoctl dpo`, `dpoctl eval`": (
         *("do_train", "do_eval", "do_predict", "predict_with_generate"),
     ),
@@ -239,16 +243,16 @@ NOT_OFFERED: dict[str, tuple[str, ...]] = {
     ),
     "the launcher decides: --num-processes, or accelerate launch": (
         *("local_rank", "accelerator_config", "ddp_backend", "ddp_find_unused_parameters", "world_size"),
-        *("num_processes", "ddp_bucket_cap_mb", "use_cpu", "no_cuda", "use_mps_device"),
+        *("num_processes", "nnodes", "ddp_bucket_cap_mb", "use_cpu", "no_cuda", "use_mps_device"),
     ),
     "fused kernels are used where the model allows; there is nothing to set": (
         *("use_liger_kernel", "liger_kernel_config", "use_liger_loss", "enable_liger_kernel", "use_unsloth", "unsloth"),
         *("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_fused_linear_cross_entropy", "use_kernels"),
         *("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel", "xformers_attention", "use_unsloth_gc"),
     ),
-    "this variant of LoRA is not offered; use_rslora, use_dora and loraplus_lr_ratio are": (
+    "this variant of LoRA is not offered; use_rslora, use_dora, loraplus_lr_ratio and init_lora_weights are": (
         *("loftq_config", "lora_bias", "fan_in_fan_out", "lora_fan_in_fan_out", "relora_steps"),
-        *("pissa_init", "pissa_convert", "init_lora_weights"),
+        *("pissa_init", "pissa_convert"),
     ),
     "lora.start: new puts another adapter on top of one": ("create_new_adapter",),
     "adapters of embeddings learn as all others do": ("loraplus_lr_embedding",),
@@ -269,8 +273,8 @@ NOT_OFFERED: dict[str, tuple[str, ...]] = {
         *("dataset_text_field", "field_messages", "field_chosen", "field_rejected", "message_property_mappings"),
         *("text_column", "prompt_column", "chosen_column", "rejected_column", "columns"),
     ),
-    "all layers are trained, or those with an adapter": (
-        *("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules", "unfrozen_parameters"),
+    "training.trainable names the weights that are trained": (
+        *("freeze_trainable_layers", "freeze_trainable_modules", "freeze_extra_modules"),
         *("freeze_vision_tower", "freeze_multi_modal_projector", "freeze_language_model"),
     ),
     "every run writes metrics.jsonl and report.html": (
@@ -311,6 +315,12 @@ NOT_OFFERED: dict[str, tuple[str, ...]] = {
     ),
 }
 """Keys of other tools that have no counterpart, by what does their job here or why they are not offered."""
+MATTERING = (
+    *("load_best_model_at_end", "neftune_noise_alpha", "loftq_config", "cosine_min_lr_ratio", "bias"),
+    *("cosine_constant_lr_ratio", "optim_target_modules", "loraplus_lr_embedding"),
+    *("image_max_pixels", "freeze_trainable_layers", "special_tokens", "model_adapter_name", "max_completion_length"),
+)
+"""One key of each group above that changes the result where it is set."""
 NOT_OFFERED_WHY = {key: why for why, keys in NOT_OFFERED.items() for key in keys}
 VALUES: dict[str, dict[str, tuple[str, str]]] = {
     "optim": {
@@ -325,6 +335,13 @@ VALUES: dict[str, dict[str, tuple[str, str]]] = {
         "wsd": ("warmup_stable_decay", ""),
         "reduce_lr_on_plateau": ("cosine", "the learning rate is a function of the step alone"),
         "greedy": ("cosine", "the learning rate is a function of the step alone"),
+    },
+    "init_lora_weights": {
+        "eva": ("pissa", "EVA needs activations of the data, which there are not when an adapter is made"),
+        "corda": ("pissa", "CorDA needs activations of the data, which there are not when an adapter is made"),
+        "loftq": ("default", "LoftQ quantises the weights anew"),
+        "false": ("default", "a random start would change the model"),
+        **{f"pissa_niter_{number}": ("pissa", "it is exact") for number in (4, 8, 16, 32)},
     },
     "dtype": {
         "bf16": ("bfloat16", ""),
@@ -368,11 +385,13 @@ LOSS_NAMES = {
 """Losses of other tools, in lower case and with underscores -> losses of dpoctl."""
 SECTIONS = ("model", "data", "training", "dpo", "sft")
 SIGNATURES = (
-    ("a LLaMA-Factory config", ("finetuning_type", "stage", "cutoff_len", "dataset_dir")),
-    ("an axolotl config", ("base_model", "micro_batch_size", "sequence_len", "rl")),
-    ("a TRL config", ("model_name_or_path", "dataset_name", "dataset_mixer", "per_device_train_batch_size")),
+    ("LLaMA-Factory", ("finetuning_type", "stage", "cutoff_len", "dataset_dir", "pref_beta")),
+    ("axolotl", ("base_model", "micro_batch_size", "sequence_len", "rl")),
+    ("the alignment-handbook", ("dataset_mixer", "dataset_mixture")),
+    ("TRL", ("model_name_or_path", "dataset_name", "datasets", "per_device_train_batch_size", "loss_type")),
 )
-WIDTH = 110
+"""Keys by which the configs of a tool are known; the first tool that has one."""
+TORCHTUNE, COMPONENT = "torchtune", "_component_"
 
 
 def translate_key(section: str, key: str) -> str | None:
@@ -390,49 +409,35 @@ def why_not_offered(key: str) -> str | None:
     return NOT_OFFERED_WHY.get(key)
 
 
+def changes_nothing(key: str) -> bool:
+    """Whether another tool's key, which has no counterpart, leaves the result as it is."""
+    why = why_not_offered(key)
+    return why is not None and not any(one in NOT_OFFERED[why] for one in MATTERING)
+
+
 def translate_value(key: str, value: str) -> tuple[str, str] | None:
     """Translate a value of another tool: the value here, and what is to be known about it."""
     return VALUES.get(key, {}).get(value)
 
 
-def recognise(data: Mapping[str, Any], known: Iterable[str]) -> tuple[str, str, list[str]] | None:
-    """Recognise a config file of another tool, or a recipe of another command.
-
-    Args:
-        data: The content of the file.
-        known: All keys of dpoctl, dotted; a flat config has many of them without their section.
+def recognise(data: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Recognise a config file of another tool, or a recipe of another command, by its keys.
 
     Returns:
-        The key that shows it, the error message, and lines about the other keys; None for a recipe.
+        The key that shows it, and the error message; None for a recipe.
     """
     if (method := data.get("method")) in ("contrastive", "sampled"):
-        return "method", f"this recipe makes pairs; run `dpoctl convert-data --format {method}` on it", []
-    if any(isinstance(data.get(section), dict) for section in SECTIONS):
+        return "method", f"this recipe makes pairs; run `dpoctl convert-data --format {method}` on it"
+    tool, sign = tool_of(data)
+    if not tool or (tool != TORCHTUNE and any(isinstance(data.get(section), dict) for section in SECTIONS)):
         return None
+    return sign, f"this is a config of {tool}, not a recipe; `dpoctl import FILE` makes a recipe of it"
+
+
+def tool_of(data: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the tool that a config is for, and the key that shows it; two empty texts if no key does."""
+    for key, value in data.items():
+        if isinstance(value, dict) and COMPONENT in value:
+            return TORCHTUNE, key
     signs = ((tool, key) for tool, keys in SIGNATURES for key in data if key in keys)
-    tool, sign = next(signs, (None, ""))
-    if tool is None:
-        return None
-    message = f"this is {tool}, not a dpoctl recipe; start from one of `dpoctl recipes`; its keys:"
-    return sign, message, _where_keys_go(data, known)
-
-
-def _where_keys_go(data: Mapping[str, Any], known: Iterable[str]) -> list[str]:
-    """Say where the keys of a flat config go, a line for each section, and why others are not offered."""
-    by_last_name = {key.rsplit(".", 1)[-1]: key for key in known}
-    sections: dict[str, dict[str, list[str]]] = {}
-    reasons: dict[str, list[str]] = {}
-    for key in data:
-        ours = KEYS.get(key) or by_last_name.get(key)
-        if ours is None:
-            reasons.setdefault(why_not_offered(key) or "unknown here", []).append(key)
-            continue
-        section, _, name = ours.rpartition(".")
-        sections.setdefault(section or "at the top", {}).setdefault(name, []).append(key)
-    lines = [f"{section}: {', '.join(starmap(_renamed, names.items()))}" for section, names in sections.items()]
-    lines += [f"{', '.join(keys)}: {why}" for why, keys in reasons.items()]
-    return [line for long in lines for line in wrap(long, WIDTH, subsequent_indent="  ", break_long_words=False)]
-
-
-def _renamed(name: str, keys: list[str]) -> str:
-    return name if keys == [name] else f"{name} ({', '.join(keys)})"
+    return next(signs, ("", ""))

@@ -29,6 +29,14 @@ def optim_name(value: Any) -> Any:
     return OPTIM_ALIASES.get(value, value) if isinstance(value, str) else value
 
 
+InitLoraWeights = Literal["default", "gaussian", "pissa", "olora"]
+
+
+def init_name(value: Any) -> Any:
+    """Read `true`, as peft calls it, as the default start of an adapter."""
+    return "default" if value is True else value
+
+
 def module_expression(value: str) -> str:
     """Accept a regular expression that is not the mere name of a module: peft compares it with whole names."""
     if not set(value) & set("*+?[(|\\^$"):

@@ -3,7 +3,7 @@
 import copy
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +87,9 @@ def examine_recipe(text: str, name: str, *, command: str | None = None, override
     """
     document = read_mapping(text, name, "the sections of a recipe (method, model, data, training)", overrides)
     known = known_paths()
-    if foreign := recognise(document.data, map(dotted, known)):
-        sign, message, details = foreign
-        problem = document.locate(Diagnostic.error((sign,), message))
-        raise RecipeError([replace(problem, details=tuple(details))])
+    if foreign := recognise(document.data):
+        sign, message = foreign
+        raise RecipeError([document.locate(Diagnostic.error((sign,), message.replace("FILE", name)))])
     apply_overrides(document, overrides, known, _written_out)
     if command is None:
         command = "sft" if document.data.get("method") == "sft" else "dpo"

@@ -18,7 +18,15 @@ from dpoctl.recipe.data_section import DataSection
 from dpoctl.recipe.diagnostics import KeyPath
 from dpoctl.recipe.eval_sections import BenchmarkSection, GateSection, benchmark_task
 from dpoctl.recipe.judge_section import JudgeSection
-from dpoctl.recipe.library_names import LrScheduler, ModulePattern, Optim, module_expression, optim_name
+from dpoctl.recipe.library_names import (
+    InitLoraWeights,
+    LrScheduler,
+    ModulePattern,
+    Optim,
+    init_name,
+    module_expression,
+    optim_name,
+)
 from dpoctl.recipe.section import Count, Expect, NewTokens, OneOf, Probability, Range, Section, Seed, Text
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -146,8 +154,16 @@ class LoraSection(Section):
     """Scale by lora_alpha / sqrt(r) instead."""
     use_dora: bool = False
     """DoRA: train the norm of each row of a weight matrix too, beside its direction."""
+    init_lora_weights: Annotated[InitLoraWeights, BeforeValidator(init_name)] = "default"
+    """How adapters start, as in peft. `default` and `gaussian`: at zero. `pissa` and `olora`: with the largest singular
+    values of the weights, or with their QR decomposition, which is then taken out of the frozen weights."""
     loraplus_lr_ratio: Annotated[float, Ge(1)] | None = Field(default=None, examples=[16])
     """LoRA+: the learning rate of the factor B, and of DoRA's norms, in relation to that of A. null: the same."""
+
+    @property
+    def changes_base(self) -> bool:
+        """Whether adapters start with a part of the weights, which is taken out of these."""
+        return self.init_lora_weights in ("pissa", "olora")
 
     @property
     def adapts_all(self) -> bool:
@@ -164,6 +180,10 @@ class SftSection(Section):
     """The thinking blocks in the loss: `all`; `nonempty`: not the empty ones that some chat templates write; `none`."""
     average: Literal["tokens", "responses"] = "tokens"
     """`tokens`: the mean over all tokens; `responses`: the mean over rows of summed losses: long answers weigh more."""
+    router_aux_loss_coef: Annotated[float, Gt(0), Le(100)] | None = Field(default=None, examples=[0.001])
+    """Add the load-balancing loss of a mixture of experts, a mean over rows, times this. null: leave it out."""
+    neftune_noise_alpha: Annotated[float, Gt(0), Le(1000)] | None = Field(default=None, examples=[5])
+    """NEFTune: add uniform noise to the embeddings in training, as large as alpha / √(tokens of the row x width)."""
 
 
 class ReferenceSection(Section):
@@ -269,6 +289,8 @@ class TrainingSection(Section):
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """The dtype of the trained weights in full fine-tuning. `bfloat16` needs half the memory for weights, gradients and
     optimizer state; updates are rounded stochastically, so that small ones are not lost."""
+    trainable: Annotated[list[ModulePattern], MinLen(1)] | None = Field(default=None, examples=[["layers.3.", "norm"]])
+    """Train the weights only in whose name one of these regular expressions occurs, in full fine-tuning. null: all."""
     gradient_checkpointing: Annotated[Literal["auto"] | bool, OneOf("auto, true or false")] = "auto"
     """Recompute activations in the backward pass, to save memory. `auto`: in as few layers as possible."""
     sharding: Literal["none", "full", "auto"] = "auto"

@@ -43,4 +43,4 @@ def take_best(setup: Setup, checkpoints: Path, best: BestEvaluation, done: int, 
         )
     shards = 1 if setup.sharding is None else setup.sharding.shards
     weights = checkpoint.load_weights(folder, setup.accelerator.process_index, shards)
-    setup.policy.load_trainable_state(weights)
+    setup.policy.load_state(weights)

@@ -56,7 +56,7 @@ def _export(run: Path, folder: Path, target: Path) -> None:
     tokenizer = load_tokenizer(recipe, lambda: iter_texts(recipe, build_task(recipe).rows))
     policy = load_policy(recipe, tokenizer, best_device())
     saved = checkpoint.load(folder)
-    policy.load_trainable_state(saved.weights)
+    policy.load_state(saved.weights)
     # Whoever loads it is told of another base.
     base = saved.extra["inputs"]["weights"] if policy.kind == "lora" else None
     export_model(policy, target, tokenizer, base_weights=base)

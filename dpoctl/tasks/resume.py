@@ -176,7 +176,7 @@ def refuse_other_inputs(
 
 def _needs_start(recipe: Recipe, inputs: Mapping[str, Any]) -> bool:
     """Whether the weights that training started from are still used after the first step."""
-    if recipe.lora is not None or "model" not in inputs:
+    if recipe.lora is not None or recipe.training.trainable is not None or "model" not in inputs:
         return True
     reference = recipe.dpo.reference
     needed = recipe.method == "dpo" and build_task(recipe).needs_reference

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dpoctl.core.optim import build_optimizer, rate_scales
+from dpoctl.errors import UsageError
 from dpoctl.model.export import export_model
 from dpoctl.model.policy import Policy
 from dpoctl.recipe.schema import Recipe
@@ -27,6 +28,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "layers": {"layers_to_transform": [1], "target_modules": ["q_proj", "down_proj"]},
     "expression": {"target_modules": r".*layers\.0.*(q|up)_proj"},
     "lora+": {"loraplus_lr_ratio": 8.0},
+    "pissa": {"init_lora_weights": "pissa"},
+    "pissa, rslora, saved head": {"init_lora_weights": "pissa", "use_rslora": True, "modules_to_save": ["lm_head"]},
+    "olora": {"init_lora_weights": "olora", "rank_pattern": {"q_proj": 2}},
+    "gaussian": {"init_lora_weights": "gaussian"},
     "dora, lora+": {"use_dora": True, "loraplus_lr_ratio": 8.0},
 }
 
@@ -87,3 +92,31 @@ def test_five_steps_are_those_of_peft_and_the_merged_model_computes_the_same(
     loaded = plain(tmp_path / "base", tmp_path / "run")
     assert (logits(loaded) - trained).abs().max() < 1e-4
     assert (logits(loaded.merge_and_unload()) - trained).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+def test_a_checkpoint_of_another_decomposition_belongs_to_the_base_without_it(
+    model_type: str, save_base: Any, make_recipe: Any, load: Callable[..., Policy]
+) -> None:
+    """Another machine may find other factors of the same weights: of nothing, for example."""
+    before = logits(save_base(model_type))
+    policy = load(make_recipe(lora={"r": 4, "lora_alpha": 8, "init_lora_weights": "pissa"}))
+    assert (logits(policy.causal) - before).abs().max() < 1e-4
+    policy.load_state({name: torch.zeros_like(tensor) for name, tensor in policy.state().items()})
+    assert (logits(policy.causal) - before).abs().max() < 1e-4
+    assert (reference_logits(policy) - before).abs().max() < 1e-4
+
+
+def test_weights_that_lie_the_other_way_are_not_decomposed_by_rows(
+    save_base: Any, make_recipe: Any, load: Callable[..., Policy]
+) -> None:
+    save_base("gpt2")
+    with pytest.raises(UsageError, match="olora: peft cannot decompose the transposed weights of this model"):
+        load(make_recipe(lora={"init_lora_weights": "olora"}))
+
+
+def test_tied_ends_are_not_taken_apart(save_base: Any, make_recipe: Any, load: Callable[..., Policy]) -> None:
+    save_base("llama", tie_word_embeddings=True)
+    lora = {"init_lora_weights": "pissa", "target_modules": ["q_proj", "lm_head"]}
+    with pytest.raises(UsageError, match="would change embedding and head, which are tied; leave lm_head out"):
+        load(make_recipe(lora=lora))

@@ -195,3 +195,15 @@ def test_weights_are_quantised_one_by_one(tiny_model: Any, tmp_path: Path, monke
     assert any(type(p).__name__ == "Params4bit" for p in loaded.parameters())
     # Embedding, head and norms are not quantised; of the layers only a few weights are held at a time.
     assert peak[0] < embedding_and_head + 0.25 * layers
+
+
+def test_only_the_weights_that_match_a_pattern_are_trained(
+    save_base: Any, make_recipe: Any, load: Callable[..., Policy]
+) -> None:
+    save_base("llama", tie_word_embeddings=True)
+    policy = load(make_recipe(training={"trainable": [r"layers\.1\..*q_proj", "lm_head"]}))
+    assert list(policy.trainable_state()) == ["model.embed_tokens.weight", "model.layers.1.self_attn.q_proj.weight"]
+    with pytest.raises(
+        UsageError, match=r"no weight of this model matches 'layers\\.9'; its weights have names such as"
+    ):
+        load(make_recipe(training={"trainable": ["norm", r"layers\.9"]}))

@@ -167,15 +167,15 @@ def test_trainable_state_is_restored_and_that_of_another_model_is_refused(
     state = {name: tensor.clone() for name, tensor in policy.trainable_state().items()}
     trained = logits(policy.causal)
     disturb(policy)
-    policy.load_trainable_state(state)
+    policy.load_state(state)
     assert torch.equal(logits(policy.causal), trained)
     first, message = next(iter(state)), "the checkpoint belongs to another model: "
     with pytest.raises(RunError, match=rf"^{message}only one of the two has '.*' \({len(state)} such weights\)$"):
-        policy.load_trainable_state({})
+        policy.load_state({})
     with pytest.raises(
         RunError, match=rf"^{message}'{first}' has shape \[1\] in the checkpoint and \[.*\] in the model$"
     ):
-        policy.load_trainable_state(state | {first: torch.zeros(1)})
+        policy.load_state(state | {first: torch.zeros(1)})
 
 
 def test_a_finished_run_computes_as_it_was_trained(

@@ -143,6 +143,16 @@ CONTRADICTIONS = {
         3,
         "use_dora needs whole weight matrices",
     ),
+    "quantised weights that an adapter changes": (
+        GOOD.replace("{}", "{init_lora_weights: olora}") + "quantization: {load_in_4bit: true}\n",
+        3,
+        "init_lora_weights: olora changes the weights, so these cannot be quantised",
+    ),
+    "weights by columns and norms": (
+        GOOD.replace("{}", "{init_lora_weights: pissa, use_dora: true}"),
+        3,
+        "cannot be exported with use_dora",
+    ),
     "layers beside an expression": (
         GOOD.replace("{}", "{target_modules: '.*q_proj', layers_to_transform: [1]}"),
         3,

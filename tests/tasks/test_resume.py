@@ -30,7 +30,13 @@ NUMERICS: dict[str, dict[str, Any]] = {
         "training.lr_scheduler_type": "warmup_stable_decay",
         "training.lr_scheduler_kwargs": {"num_decay_steps": 3},
     },
-    "adafactor": {"training.optim": "adafactor"},
+    "adafactor, some weights": {"training.optim": "adafactor", "training.trainable": ["layers.1", "norm"]},
+    "pissa, moving reference": {
+        "lora": {"r": 4, "init_lora_weights": "pissa"},
+        "dpo.reference.sync_steps": 2,
+        "training.lr_scheduler_type": "polynomial",
+    },
+    "noise": {"method": "sft", "sft.neftune_noise_alpha": 5.0, "training.max_tokens_per_device": 100},
     "lion, dora, lora+, 4 bits": FOUR_BITS
     | {"training.optim": "lion_8bit", "lora": {"r": 4, "use_dora": True, "loraplus_lr_ratio": 4.0}},
 }
@@ -67,11 +73,12 @@ def test_a_killed_run_resumes_to_the_same_bits(kind: str, dpo_recipe: dict[str, 
 @pytest.mark.parametrize("kind", NUMERICS)
 def test_all_optimizers_and_adapters_resume_to_the_same_bits(kind: str, dpo_recipe: dict[str, Any], train: Run) -> None:
     changes = NUMERICS[kind] | {"training.save_steps": 2, "training.warmup_steps": 1, "training.eval_steps": 2}
-    whole = Path(train(dpo_recipe, changes)["training"]["output_dir"])
+    recipe = dpo_recipe | {"method": changes.get("method", "dpo")}
+    whole = Path(train(recipe, changes)["training"]["output_dir"])
     killed = Path(f"{whole}-killed")
     changes |= {"training.output_dir": str(killed)}
-    assert kill_in_fork(3, partial(train, dpo_recipe, changes)) == signal.SIGKILL
-    train(dpo_recipe, changes, resume=True)
+    assert kill_in_fork(3, partial(train, recipe, changes)) == signal.SIGKILL
+    train(recipe, changes, resume=True)
     assert outcome(killed) == outcome(whole)
     if "lora" in changes:
         # It compares the merged model with base + adapter.
