@@ -20,11 +20,13 @@ SECTIONS = ("model", "lora", "data", "sft", "dpo", "training")
 SAME = {
     "peft_use_dora": "lora.use_dora",
     "peft_use_rslora": "lora.use_rslora",
-    "neft_alpha": "training.neftune_noise_alpha",
+    "neft_alpha": "sft.neftune_noise_alpha",
 }
 """Other names of keys that a recipe has, or may have."""
 QUIET = ("training.logging_steps", "training.eval_on_start", "training.ddp_timeout")
 """Keys that do not change the result, whose values may have another form here."""
+OTHER = {"dpo": "sft.", "sft": "dpo."}
+"""The section that is not of a method."""
 UNKNOWN = "dpoctl does not know this key: look up what it does"
 
 
@@ -206,6 +208,8 @@ class Translation:
                 self.report.unset.append(key)
             elif target is not None and target.startswith("lora.") and "lora" not in self.recipe:
                 self.drop(f"{key}: {short(value)}", "there is no adapter")
+            elif target is not None and target.startswith(OTHER.get(self.recipe.get("method", ""), " ")):
+                self.lose(f"{key}: {short(value)}", f"a recipe has {target} alone")
             elif target is not None and self.get(target) is None and is_taken(target, value):
                 self.carry(key, target)
             elif value is False:
