@@ -25,8 +25,6 @@ SAME = {
 """Other names of keys that a recipe has, or may have."""
 QUIET = ("training.logging_steps", "training.eval_on_start", "training.ddp_timeout")
 """Keys that do not change the result, whose values may have another form here."""
-OTHER = {"dpo": "sft.", "sft": "dpo."}
-"""The section that is not of a method."""
 UNKNOWN = "dpoctl does not know this key: look up what it does"
 
 
@@ -208,8 +206,8 @@ class Translation:
                 self.report.unset.append(key)
             elif target is not None and target.startswith("lora.") and "lora" not in self.recipe:
                 self.drop(f"{key}: {short(value)}", "there is no adapter")
-            elif target is not None and target.startswith(OTHER.get(self.recipe.get("method", ""), " ")):
-                self.lose(f"{key}: {short(value)}", f"a recipe has {target} alone")
+            elif target is not None and target.partition(".")[0] in {"sft", "dpo"} - {self.get("method")}:
+                self.lose(f"{key}: {short(value)}", f"here it is a key of `dpoctl {target.partition('.')[0]}`")
             elif target is not None and self.get(target) is None and is_taken(target, value):
                 self.carry(key, target)
             elif value is False:
