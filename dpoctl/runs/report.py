@@ -83,8 +83,13 @@ def write_report(run: Path, output: Path | None = None) -> Path:
     target = output or run / NAME
     if not target.parent.is_dir():
         raise UsageError(f"--output: there is no folder {str(target.parent)!r}", hint="create it first")
+    try:
+        page = render(run)
+    except (AttributeError, LookupError, TypeError) as error:
+        message = f"a file of {run} is not as dpoctl wrote it: {type(error).__name__}: {error}"
+        raise UsageError(message, hint="restore it; --debug shows which value it is") from error
     with writing(target.parent):
-        write_atomically(target, render(run))
+        write_atomically(target, page)
     return target
 
 

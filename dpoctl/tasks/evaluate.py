@@ -21,7 +21,7 @@ from dpoctl.data.pipeline import open_source
 from dpoctl.data.prepare import PreparedData
 from dpoctl.data.sources import has_splits
 from dpoctl.data.store import TokenStore
-from dpoctl.errors import UsageError, writing
+from dpoctl.errors import SetupError, UsageError, writing
 from dpoctl.losses import Item
 from dpoctl.model.load import compute_dtype, load_policy, weight_dtype
 from dpoctl.model.source import read_json
@@ -195,14 +195,14 @@ def _origin(
     is_compared: bool,
 ) -> Provenance:
     """Return the origin of the numbers; the run's own data are those that its training evaluated on."""
-    trained_on = _data_report(home_of(run)).get("evals") or {}
+    trained_on = _trained_keys(home_of(run))
     earlier = STEP.fullmatch(run.name)
     data = {}
     for name, store in prepared.evals.items():
         sources = [source["path"] for source in prepared.report["evals"][name]["sources"]]
         used = len(store) if limit is None else min(limit, len(store))
         data[name] = {"sources": sources, "key": store.key, "records": used}
-        if is_own and trained_on.get(name, {}).get("key", store.key) != store.key:
+        if is_own and trained_on.get(name, store.key) != store.key:
             is_own = False
             console.warn(f"{name}: {', '.join(sources)} gives other rows than in training: this is another eval set")
     return Provenance(
@@ -217,9 +217,15 @@ def _origin(
     )
 
 
-def _data_report(run: Path) -> dict[str, Any]:
+def _trained_keys(run: Path) -> dict[str, Any]:
+    """Return the keys of the tokens of the eval sets that a run was evaluated on in training, by name."""
     path = run / "data_report.json"
-    return read_json(path) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    evals = read_json(path).get("evals")
+    if evals is not None and not (isinstance(evals, dict) and all(isinstance(one, dict) for one in evals.values())):
+        raise SetupError(f"'{path}' is not as `dpoctl` wrote it: evals is no table of eval sets", hint="restore it")
+    return {name: one["key"] for name, one in (evals or {}).items() if "key" in one}
 
 
 def _baseline(recipe: Recipe) -> str:

@@ -393,6 +393,13 @@ def test_headlines_of_a_run_with_named_sets_are_all_of_one_set(run: Path) -> Non
     assert "easy" not in top
 
 
+@pytest.mark.parametrize("name", ["data_report.json", "health.json", "advice.json"])
+def test_a_file_whose_values_are_of_other_kinds_is_one_line(run: Path, name: str) -> None:
+    (run / name).write_text("7")
+    with pytest.raises(UsageError, match="is not as dpoctl wrote it"):
+        write_report(run)
+
+
 def test_a_file_that_is_no_result_is_named(run: Path) -> None:
     for text in ("[1", "{}"):
         (run / "evals" / "mine.json").write_text(text)
