@@ -1,4 +1,4 @@
-"""What generated texts are like: length, repetition, variety, whether they end by themselves, and refusals."""
+"""Numbers of generated texts: length, repetition, variety, the share that ends by itself, and refusals."""
 
 import re
 from collections import Counter

@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,19 +94,12 @@ def run(
     """
     quiet_libraries()
     run = with_model(run)
-    recipe = _recipe_of(run, data, overrides)
-    if changes := reference_overrides(run, recipe, baseline):
-        recipe = _recipe_of(run, data, overrides, changes)
+    recipe = _recipe_against(run, data, overrides, baseline)
     check_benchmarks(recipe.eval.benchmarks)
     judge = judge_of(recipe.eval)
     accelerator = build_accelerator(recipe)
     tokenizer, prepared = read_data(recipe, accelerator, only_eval=True)
-    tables: dict[str, Columns] = {}
-    if build_task(recipe).needs_reference:
-        require_known_start(run, recipe)
-        if recipe.dpo.reference.sync_steps is not None:
-            console.note("the reference moved in training; here it is the model that training started from")
-        tables = _reference_tables(recipe, accelerator, tokenizer, prepared.evals, limit)
+    tables = _reference_tables(run, recipe, accelerator, tokenizer, prepared.evals, limit)
     dtype = weight_dtype(recipe, compute_dtype(recipe, accelerator.device))
     finished = FinishedRun.load(run, accelerator.device, dtype)
     setup = Setup.of(recipe, accelerator, finished.tokenizer, finished.policy)
@@ -117,11 +109,8 @@ def run(
     if not accelerator.is_main_process:
         return True
     is_compared = bool(tables) or any(one.reference is not None for one in samples)
-    settings = [*overrides, *([f"repeats={repeats}"] if repeats > 1 else [])]
-    settings += [f"texts of {served.endpoint.name}"] if served else []
-    origin = _origin(run, recipe, prepared, limit, settings, is_own=data is None, is_compared=is_compared)
-    if baseline is not None:
-        origin = replace(origin, baseline=baseline.name, official=False)
+    settings = [*overrides, *writers.settings]
+    origin = _origin(run, recipe, prepared, limit, settings, baseline, is_own=data is None, is_compared=is_compared)
     main = results.pop("eval", {})
     report: dict[str, Any] = {**origin.to_dict(), **main, **({"sets": results} if results else {}), **sampled}
     report |= _benchmarks(finished, recipe.eval)
@@ -182,6 +171,7 @@ def _origin(
     prepared: PreparedData,
     limit: int | None,
     settings: Sequence[str],
+    baseline: Baseline | None,
     *,
     is_own: bool,
     is_compared: bool,
@@ -203,8 +193,8 @@ def _origin(
         step=int(earlier[1]) if earlier else model_step(run),
         data=data,
         limit=limit,
-        baseline=_baseline(recipe) if is_compared else None,
-        official=is_own and limit is None and not settings and (run / RESOLVED_RECIPE).is_file(),
+        baseline=(_baseline(recipe) if baseline is None else baseline.name) if is_compared else None,
+        official=is_own and limit is None and not settings and baseline is None and (run / RESOLVED_RECIPE).is_file(),
         settings=tuple(settings),
     )
 
@@ -222,6 +212,13 @@ def _baseline(recipe: Recipe) -> str:
     if model.model_name_or_path is None:
         return "the new model before training"
     return model.model_name_or_path + (f"@{model.revision}" if model.revision else "")
+
+
+def _recipe_against(run: Path, data: str | None, overrides: Sequence[str], baseline: Baseline | None) -> Recipe:
+    """Read the recipe of a finished run, with a baseline as its reference if it can be that."""
+    recipe = _recipe_of(run, data, overrides)
+    changes = reference_overrides(run, recipe, baseline)
+    return _recipe_of(run, data, overrides, changes) if changes else recipe
 
 
 def _opponent(baseline: Baseline | None, accelerator: Accelerator, dtype: torch.dtype) -> Client | FinishedRun | None:
@@ -263,9 +260,19 @@ def _recipe_of(run: Path, data: str | None, overrides: Sequence[str], changed: S
 
 
 def _reference_tables(
-    recipe: Recipe, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, stores: Stores, limit: int | None
+    run: Path,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    tokenizer: PreTrainedTokenizerBase,
+    stores: Stores,
+    limit: int | None,
 ) -> dict[str, Columns]:
-    """Return the reference's log-probabilities of every eval set; the model is freed at the end."""
+    """Return the reference's log-probabilities of every eval set, if any are needed; the model is freed at the end."""
+    if not build_task(recipe).needs_reference:
+        return {}
+    require_known_start(run, recipe)
+    if recipe.dpo.reference.sync_steps is not None:
+        console.note("the reference moved in training; here it is the model that training started from")
     setup = Setup.of(recipe, accelerator, tokenizer, load_policy(recipe, tokenizer, accelerator.device))
     reference = Reference(setup)
     return {
