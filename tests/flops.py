@@ -56,13 +56,13 @@ class Work:
     peak_bytes: int = 0
 
 
-class _LiveBytes(TorchDispatchMode):
-    """Adds up the storages that operators make, for as long as these live."""
+class LiveBytes(TorchDispatchMode):
+    """Adds up the storages that operators make, for as long as these live; those of `known` are not counted."""
 
     def __init__(self) -> None:
         super().__init__()
         self.live, self.peak = 0, 0
-        self._known: set[int] = set()
+        self.known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -73,22 +73,22 @@ class _LiveBytes(TorchDispatchMode):
 
     def _note(self, storage: Any) -> None:
         identity = storage._cdata
-        if identity in self._known or storage.nbytes() == 0:
+        if identity in self.known or storage.nbytes() == 0:
             return
-        self._known.add(identity)
+        self.known.add(identity)
         self.live += storage.nbytes()
         self.peak = max(self.peak, self.live)
         finalize(storage, self._forget, identity, storage.nbytes())
 
     def _forget(self, identity: int, size: int) -> None:
-        self._known.discard(identity)
+        self.known.discard(identity)
         self.live -= size
 
 
 @contextmanager
 def counted(*, memory: bool = True) -> Iterator[Work]:
     """Count FLOPs, and peak bytes too if wanted, of what runs inside; the figures are there afterwards."""
-    work, live = Work(), _LiveBytes()
+    work, live = Work(), LiveBytes()
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter, live if memory else nullcontext():
         yield work
     work.flops, work.peak_bytes = counter.get_total_flops(), live.peak

@@ -18,8 +18,10 @@ from dpoctl.cli.import_config import import_config
 from dpoctl.cli.init import init
 from dpoctl.cli.inspect import inspect
 from dpoctl.cli.merge import merge
+from dpoctl.cli.plan import plan
 from dpoctl.cli.recipes import recipes
 from dpoctl.cli.report import report
+from dpoctl.cli.schema import schema
 from dpoctl.cli.train import dpo, sft
 from dpoctl.tasks import prepare_allocator
 
@@ -64,9 +66,11 @@ for command, name, panel, summary in (
     (sft, "sft", "Train", "Train on demonstrations."),
     (dpo, "dpo", "Train", "Train on preferences."),
     (check, "check", "Train", "Report what is wrong or unusual in a recipe."),
+    (plan, "plan", "Train", "Estimate memory, time and disk of a run before it runs."),
     (recipes, "recipes", "Train", "List and copy the recipes of dpoctl, and explain their keys."),
     (init, "init", "Train", "Write a first recipe for your model, data and GPU."),
     (import_config, "import", "Train", "Turn a config of TRL, axolotl, LLaMA-Factory or torchtune into a recipe."),
+    (schema, "schema", "Train", "Print the JSON schema of recipes, for editors."),
     (convert_data, "convert-data", "Data", "Convert data of any known format to canonical JSONL."),
     (inspect, "inspect", "Data", "Show and check training rows as the model sees them."),
     (evaluate, "eval", "Measure", "Evaluate a finished run on held-out data."),
@@ -111,6 +115,9 @@ def main() -> NoReturn:
     # Idle OpenMP threads spin for milliseconds before they sleep; with other work on the machine that costs up to fifty
     # times what it gains. This many rounds are tens of microseconds. OpenMP reads the variable when torch loads it.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    # oneDNN, which multiplies bfloat16 on a CPU, keeps its last kernels by the shapes that they are for: hundreds of
+    # megabytes, for shapes that do not come again.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     streams.speak_utf8(sys.argv[1:])
     streams.prepare()
     if not os.environ.get("OMP_NUM_THREADS"):

@@ -18,6 +18,12 @@ Strict = Annotated[bool, typer.Option("--strict", help="Exit with code 2 for war
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no notes, and nothing if nothing is wrong.")]
 
 
+Gpu = Annotated[
+    str | None,
+    typer.Option("--gpu", metavar="NAME", help="The GPU that the run must fit on; see plan.", show_default=False),
+]
+
+
 def check(
     recipe: options.RecipePath,
     overrides: options.Overrides = None,
@@ -25,6 +31,7 @@ def check(
     no_data: NoData = False,
     strict: Strict = False,
     quiet: Quiet = False,
+    gpu: Gpu = None,
     json_output: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -48,7 +55,7 @@ def check(
             import_libraries()
             from dpoctl.tasks.check import gather_facts
 
-            facts = gather_facts(known, is_sound=not examined.problems, file=recipe)
+            facts = gather_facts(known, is_sound=not examined.problems, file=recipe, gpu=gpu)
         findings = advise(known, examined.document, facts, examined.problems)
     counts = count_severities(findings)
     if json_output:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -62,16 +62,15 @@ def training_command(method: str, help: str) -> Callable[..., None]:
         import_libraries()
         from dpoctl.tasks.train import run
 
+        flags: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "dry_run": dry_run, "verbose": verbose}
         run(
             checked,
             recipe_text=text,
             document=examined.document,
-            resume=resume,
             allow_changed=allow_changed or [],
-            overwrite=overwrite,
-            dry_run=dry_run,
-            verbose=verbose,
+            processes=num_processes or 1,
             json_output=json_output,
+            **flags,
         )
 
     command.__doc__ = help

@@ -25,7 +25,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from dpoctl.model import attention_cpu, attention_cuda
 from dpoctl.model.attention_cuda import GatheredKeys, find_kernel, repeat_kv
-from dpoctl.model.memory import to_device
+from dpoctl.model.memory import device_kind, to_device
 
 SHARED_PREFIX = "dpoctl_shared_prefix"
 Layout = Literal["shared", "masked", "packed", "padded"]
@@ -67,7 +67,7 @@ class Segments:
 
     def to(self, device: torch.device) -> "Segments":
         """Return the segments with the index that the kernels of a device need."""
-        if device.type != "cuda" or self.keys is not None:
+        if device_kind(device) != "cuda" or self.keys is not None:
             return self
         return replace(self, keys=GatheredKeys.of(self.records).to(device))
 

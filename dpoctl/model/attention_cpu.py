@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dpoctl.model.attention_cuda import Records, repeat_kv, sum_kv_groups
+from dpoctl.model.memory import device_kind
 
 Index = tuple[slice, slice, slice]
 
@@ -30,7 +31,7 @@ def supports(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether the kernel exists and takes these tensors without a cast."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
     alike = query.dtype == key.dtype == value.dtype == dtype and query.shape[-1] == value.shape[-1]
-    return alike and query.device.type == "cpu" and _forward is not None and _backward is not None
+    return alike and device_kind(query.device) == "cpu" and _forward is not None and _backward is not None
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, records: Records, scaling: float | None) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dpoctl import console
-from dpoctl.model.memory import to_device
+from dpoctl.model.memory import device_kind, to_device
 
 # For each record its first token, the length of its shared prefix, the lengths of its suffixes.
 Records = Sequence[tuple[int, int, tuple[int, ...]]]
@@ -217,11 +217,13 @@ def find_kernel(query: Tensor, value: Tensor, plain: bool) -> Kernel | None:
         value: `[1, kv_heads, T, d]`; in latent attention values have another head size than queries.
         plain: whether attention is a softmax of the scores alone: no soft cap, no sinks, no dropout.
     """
-    if not (query.is_cuda and plain and query.dtype in (torch.float16, torch.bfloat16)):
+    if not (device_kind(query.device) == "cuda" and plain and query.dtype in (torch.float16, torch.bfloat16)):
         return None
     size = query.shape[-1]
     if size > MAX_HEAD_SIZE or size % HEAD_SIZE_MULTIPLE or value.shape[-1] != size or value.dtype != query.dtype:
         return None
+    if not query.is_cuda:
+        return _torch_kernel
     if torch.cuda.get_device_capability(query.device) < MIN_CAPABILITY:
         return None
     return installed_kernel()

@@ -1,7 +1,9 @@
 """Models built from a transformers configuration: with seeded random weights, or on the meta device without weights."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from copy import deepcopy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,6 +43,19 @@ def build_model(
     Raises:
         UsageError: transformers has no such model type or no causal model of it, or the configuration is wrong.
     """
+    config = _scratch_config(spec, tokenizer)
+    build: Any = AutoModelForCausalLM.from_config
+    with torch.random.fork_rng(devices=[]), reading_model(f"{config.model_type} from scratch"):
+        torch.default_generator.manual_seed(seed)
+        model: PreTrainedModel = build(
+            config, dtype=torch.float32, attn_implementation=Decoder(config).attention_name(attention)
+        )
+    model.generation_config = GenerationConfig.from_model_config(config)
+    model.train(False)
+    return model
+
+
+def _scratch_config(spec: "FromScratch", tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
     given = dict(spec.config)
     model_type = given.pop("model_type")
     if model_type not in CONFIG_MAPPING:
@@ -51,19 +66,38 @@ def build_model(
     config_class = CONFIG_MAPPING[model_type]
     if config_class not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UsageError(f"model.from_scratch.config: '{model_type}' has no causal language model")
-    config = _build_config(config_class, given, tokenizer)
-    build: Any = AutoModelForCausalLM.from_config
-    with torch.random.fork_rng(devices=[]), reading_model(f"{model_type} from scratch"):
-        torch.default_generator.manual_seed(seed)
-        model: PreTrainedModel = build(
-            config, dtype=torch.float32, attn_implementation=Decoder(config).attention_name(attention)
-        )
-    model.generation_config = GenerationConfig.from_model_config(config)
-    model.train(False)
-    return model
+    return _build_config(config_class, given, tokenizer)
 
 
-def build_skeleton(recipe: "Recipe", tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def decoder_config(recipe: "Recipe", tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+    """Return the configuration of a recipe's model, without building it; of an adapter, that of its base.
+
+    Raises:
+        SetupError: the model's configuration cannot be reached or read.
+        UsageError: it is not a causal language model.
+    """
+    if (spec := recipe.model.from_scratch) is not None:
+        return _scratch_config(spec, tokenizer)
+    return find_decoder(_base_source(recipe)).config
+
+
+def build_base(recipe: "Recipe", tokenizer: PreTrainedTokenizerBase, layers: int | None = None) -> PreTrainedModel:
+    """Build a recipe's model on the meta device, without weights and without an adapter.
+
+    Args:
+        recipe: names or describes the model.
+        tokenizer: of the recipe.
+        layers: build only so many decoder layers; None builds all.
+
+    Raises:
+        SetupError: the model's configuration cannot be reached or read.
+        UsageError: it is not a causal language model.
+    """
+    with torch.device("meta"):
+        return _base_model(recipe, tokenizer, layers)
+
+
+def build_skeleton(recipe: "Recipe", tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
     """Build a recipe's model on the meta device, without weights, and add its new adapter.
 
     Raises:
@@ -79,6 +113,16 @@ def build_skeleton(recipe: "Recipe", tokenizer: PreTrainedTokenizerBase) -> PreT
             lora = recipe.lora.model_copy(update={"init_lora_weights": "default"})
             add_adapter(model, lora, seed=recipe.training.seed)
     return model
+
+
+def with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
+    """Return a configuration of another depth; a list with an entry for each layer is cut."""
+    depth, changed = int(config.num_hidden_layers), deepcopy(config)
+    for name, value in vars(changed).items():
+        if isinstance(value, list) and len(value) == depth > layers:
+            setattr(changed, name, value[:layers])
+    changed.num_hidden_layers = layers
+    return changed
 
 
 def build_empty(source: ModelSource, decoder: Decoder) -> PreTrainedModel:
@@ -124,12 +168,39 @@ def _did_you_mean(name: str, known: Iterable[str]) -> str | None:
     return f"did you mean '{close[0]}'?" if close else None
 
 
-def _base_model(recipe: "Recipe", tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def _base_model(
+    recipe: "Recipe", tokenizer: PreTrainedTokenizerBase | None, layers: int | None = None
+) -> PreTrainedModel:
     section = recipe.model
     if section.from_scratch is not None:
-        return build_model(section.from_scratch, tokenizer, seed=recipe.training.seed)
-    source = recipe_source(section)
+        spec = section.from_scratch
+        if layers is not None:
+            spec = spec.model_copy(update={"config": _cut(spec.config, layers)})
+        assert tokenizer is not None
+        return build_model(spec, tokenizer, seed=recipe.training.seed)
+    source = _base_source(recipe)
+    decoder = find_decoder(source)
+    return build_empty(
+        source, decoder if layers is None else replace(decoder, config=with_layers(decoder.config, layers))
+    )
+
+
+def _base_source(recipe: "Recipe") -> ModelSource:
+    source = recipe_source(recipe.model)
     adapter = source.file(ADAPTER_CONFIG)
     if adapter is not None and not (adapter.parent / "config.json").exists():
-        source = base_of(adapter.parent, trust_remote_code=section.trust_remote_code)
-    return build_empty(source, find_decoder(source))
+        source = base_of(adapter.parent, trust_remote_code=recipe.model.trust_remote_code)
+    return source
+
+
+def _cut(given: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """Return the settings of a model from scratch at another depth."""
+    config_class = CONFIG_MAPPING.get(str(given["model_type"])) if given["model_type"] in CONFIG_MAPPING else None
+    key = getattr(config_class, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")
+    depth = given.get(key, given.get("num_hidden_layers"))
+    cut = {
+        name: value[:layers] if isinstance(value, list) and len(value) == depth else value
+        for name, value in given.items()
+        if name not in (key, "num_hidden_layers")
+    }
+    return {**cut, key: layers}

@@ -25,6 +25,7 @@ _EPSILONS = ("variance_epsilon", "eps")
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 Backward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+Verdict = Callable[[nn.Module, Callable[[Any, Tensor], Tensor], torch.dtype], bool]
 
 
 def fuse_layers(model: nn.Module, dtype: torch.dtype, *, compiled: bool = False) -> int:
@@ -39,7 +40,21 @@ def fuse_layers(model: nn.Module, dtype: torch.dtype, *, compiled: bool = False)
         The number of modules whose forward was replaced.
     """
     device = next(parameter.device for parameter in model.parameters() if not is_lazy(parameter))
-    product = _compiled_product(device) if compiled else _EAGER
+    return fuse_layers_by(model, dtype, agrees_on_random_rows, _compiled_product(device) if compiled else _EAGER)
+
+
+def fuse_layers_by(model: nn.Module, dtype: torch.dtype, agrees: Verdict, product: "GatedProduct") -> int:
+    """Replace the forwards that a comparison accepts.
+
+    Args:
+        model: adapters injected.
+        dtype: of the computation.
+        agrees: whether a module and its fused forward give the same output in a precision.
+        product: computes `silu(gate) * up`.
+
+    Returns:
+        The number of modules whose forward was replaced.
+    """
     verdicts: dict[object, bool] = {}
     fused = 0
     for module in model.modules():
@@ -52,7 +67,7 @@ def fuse_layers(model: nn.Module, dtype: torch.dtype, *, compiled: bool = False)
         kind = repr(module) if any(map(is_lazy, module.parameters())) else id(module)
         if kind not in verdicts:
             with whole(module):
-                verdicts[kind] = _agrees(module, replacement, dtype)
+                verdicts[kind] = agrees(module, replacement, dtype)
         if verdicts[kind]:
             vars(module)["forward"] = MethodType(replacement, module)
             fused += 1
@@ -74,7 +89,7 @@ def _rms_norm_forward(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | No
     return forward
 
 
-def _gated_mlp_forward(module: nn.Module, product: "_GatedProduct") -> Callable[[Any, Tensor], Tensor] | None:
+def _gated_mlp_forward(module: nn.Module, product: "GatedProduct") -> Callable[[Any, Tensor], Tensor] | None:
     """Return a fused forward `down(silu(gate(x)) * up(x))` if the module has the children of a gated MLP."""
     children = dict(module.named_children()).keys()
     # A further child, such as dropout, makes it another function.
@@ -88,7 +103,7 @@ def _gated_mlp_forward(module: nn.Module, product: "_GatedProduct") -> Callable[
     return forward
 
 
-class _GatedProduct:
+class GatedProduct:
     """`silu(gate) * up`, which keeps only gate and up for the backward.
 
     Args:
@@ -100,6 +115,7 @@ class _GatedProduct:
         self.forward, self.backward = forward, backward
 
     def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
+        """Return the product, in the shape of `up`."""
         # Flattened, so that a compiled kernel has one dynamic size instead of several.
         flat: Tensor = cast(Any, _GatedProductFunction).apply(gate.reshape(-1), up.reshape(-1), self)
         return flat.view(up.shape)
@@ -107,7 +123,7 @@ class _GatedProduct:
 
 class _GatedProductFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, product: _GatedProduct) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, product: GatedProduct) -> Tensor:
         ctx.product = product
         ctx.save_for_backward(gate, up)
         return product.forward(gate.detach(), up.detach())
@@ -126,13 +142,13 @@ def _gated_product_gradients(upstream: Tensor, gate: Tensor, up: Tensor) -> tupl
     return gate_gradient, upstream * F.silu(gate)
 
 
-_EAGER = _GatedProduct(_gated_product, _gated_product_gradients)
+_EAGER = GatedProduct(_gated_product, _gated_product_gradients)
 
 
 @lru_cache(maxsize=1)
-def _compiled_product(device: torch.device) -> _GatedProduct:
+def _compiled_product(device: torch.device) -> GatedProduct:
     """Compile the product and its gradients; without a working compiler, return the eager product."""
-    product = _GatedProduct(
+    product = GatedProduct(
         torch.compile(_gated_product, dynamic=True), torch.compile(_gated_product_gradients, dynamic=True)
     )
     try:
@@ -145,7 +161,7 @@ def _compiled_product(device: torch.device) -> _GatedProduct:
 
 
 @torch.no_grad()
-def _agrees(module: nn.Module, replacement: Callable[[Any, Tensor], Tensor], dtype: torch.dtype) -> bool:
+def agrees_on_random_rows(module: nn.Module, replacement: Callable[[Any, Tensor], Tensor], dtype: torch.dtype) -> bool:
     """Whether a fused forward gives the module's own output on random rows of several scales."""
     weight = next(module.parameters())
     width = weight.shape[-1] if weight.ndim == 1 else cast(int, cast(Any, module).gate_proj.in_features)

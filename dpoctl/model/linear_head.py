@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpoctl.model.memory import device_kind
+
 # Rows and vocabulary entries of a block: on a CPU it fits the cache; a GPU needs large products (256 MiB in float32).
 BLOCK = {"cpu": (1024, 2048), "cuda": (4096, 16384)}
 # Largest number of exponentials that are kept for the gradient of the weight: 1 GiB in float32.
@@ -35,8 +37,10 @@ def is_plain(module: nn.Module) -> bool:
     """Whether a module is a linear layer and nothing else: no adapter, no hook, no sharded weight."""
     if type(module) is not nn.Linear or "forward" in vars(module):
         return False
-    # A sharded weight is another type of tensor, or exists only during the module's own forward.
-    whole = type(module.weight) is nn.Parameter and module.weight.shape == (module.out_features, module.in_features)
+    # A sharded weight is another type of tensor, or exists only during the module's own forward. A fake parameter, of
+    # a model that is only traced, has the class of its tensor.
+    shape = (module.out_features, module.in_features)
+    whole = type(module.weight).__name__ in ("Parameter", "FakeTensor") and module.weight.shape == shape
     return whole and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
@@ -245,7 +249,7 @@ class _TokenLogps(torch.autograd.Function):
 
 def _sizes(weight: Tensor) -> tuple[int, int]:
     """Return the number of rows and of vocabulary entries of a block."""
-    return BLOCK.get(weight.device.type, BLOCK["cuda"])
+    return BLOCK.get(device_kind(weight.device), BLOCK["cuda"])
 
 
 def _blocks(weight: Tensor, bias: Tensor | None) -> Iterator[_Block]:

@@ -151,6 +151,27 @@ def load_policy(
     return policy
 
 
+def assemble(
+    model: PreTrainedModel, recipe: "Recipe", source: ModelSource | None, lora: "LoraSection | None", dtype: torch.dtype
+) -> Policy:
+    """Return the policy of a base model that is there already, without weights, as `load_policy` would make it.
+
+    Args:
+        model: quantised, if the recipe asks for it.
+        recipe: how it is trained.
+        source: of the model; None if it is built from scratch.
+        lora: the new adapter; None trains all weights.
+        dtype: the precision of the computation.
+    """
+    if lora is None or source is None:
+        policy = _full_policy(model, source, dtype, recipe.training.trainable)
+    else:
+        policy = _lora_policy(model, source, None, lora, dtype, recipe.training.seed)
+    if recipe.model.disable_dropout:
+        disable_dropout(policy.model, policy.causal.config)
+    return policy
+
+
 def load_run(
     folder: Path | str,
     device: torch.device,

@@ -1,6 +1,10 @@
 """Memory of a device: copies to it, gradient checkpointing of decoder layers, and an estimate of what that saves."""
 
 import inspect
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -11,7 +15,24 @@ from transformers import PretrainedConfig, PreTrainedModel
 from dpoctl.errors import UsageError
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+_simulated: str | None = None
 _INTERMEDIATE = ("moe_intermediate_size", "intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_ff")
+
+
+def device_kind(device: torch.device) -> str:
+    """Return `cpu` or `cuda`: the kind of device by which code chooses its kernels; inside `simulating`, that kind."""
+    return _simulated or device.type
+
+
+@contextmanager
+def simulating(kind: str) -> Iterator[None]:
+    """Choose the kernels of a kind of device inside, for tensors without memory: no such device need be there."""
+    global _simulated
+    before, _simulated = _simulated, kind
+    try:
+        yield
+    finally:
+        _simulated = before
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -47,6 +68,43 @@ def free_bytes(device: torch.device) -> int:
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+class MemoryMeter:
+    """The most memory that this process has held on a device since the meter was made.
+
+    On a GPU these are bytes of tensors. On a CPU they are resident bytes of the process beyond those at the start,
+    which are the interpreter and the libraries.
+
+    Args:
+        device: the device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._start = device, 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        else:
+            # The system forgets the highest number of resident bytes so far.
+            with suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")
+            self._start = psutil.Process().memory_info().rss
+
+    @property
+    def counts_process(self) -> bool:
+        """Whether it counts all that the process holds, and not tensors alone."""
+        return self._device.type != "cuda"
+
+    def peak(self) -> int | None:
+        """Return bytes; None where the system does not tell."""
+        if self._device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self._device))
+        try:
+            status = Path("/proc/self/status").read_text()
+        except OSError:
+            return None
+        found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+        return None if found is None else 1024 * int(found[1]) - self._start
 
 
 def set_gradient_checkpointing(causal: PreTrainedModel, every_n_layers: int) -> None:

@@ -1,4 +1,4 @@
-"""Numbers of generated texts: length, repetition, variety, the share that ends by itself, and refusals."""
+"""Measures of generated texts: length, repetition, variety, whether they end by themselves, and refusals."""
 
 import re
 from collections import Counter

@@ -15,7 +15,7 @@ from dpoctl.data.cache import cache_dir
 from dpoctl.data.prepare import PreparedData, count_rows, iter_texts, prepare
 from dpoctl.data.records import Record, strings_of
 from dpoctl.data.store import TokenStore
-from dpoctl.errors import DataError, SetupError, UserError
+from dpoctl.errors import DataError, SetupError, UsageError, UserError
 from dpoctl.losses import LOSSES
 from dpoctl.model.from_config import build_skeleton
 from dpoctl.model.modules import linear_layers
@@ -25,6 +25,7 @@ from dpoctl.recipe.diagnostics import Diagnostic, KeyPath
 from dpoctl.recipe.facts import AnswerLengths, Facts, RowCounts
 from dpoctl.recipe.schema import Recipe
 from dpoctl.tasks.paths import find_wrong_paths
+from dpoctl.tasks.plan import Target, forecast_of, recomputed, refuse, refuse_before_data
 from dpoctl.tasks.setup import quiet_libraries
 from dpoctl.tasks.task import build_task
 
@@ -38,7 +39,7 @@ TEMPLATE_MARKS = re.compile(
 SYSTEM_TURN = re.compile(r"<\|im_start\|>system|<\|system\|>|<<SYS>>|<\|start_header_id\|>system")
 
 
-def gather_facts(recipe: Recipe, *, is_sound: bool, file: Path | None = None) -> Facts:
+def gather_facts(recipe: Recipe, *, is_sound: bool, file: Path | None = None, gpu: str | None = None) -> Facts:
     """Read the data, the tokenizer and the model configuration of a recipe, but no weights.
 
     What cannot be read is reported in the facts, as `troubles`.
@@ -47,6 +48,7 @@ def gather_facts(recipe: Recipe, *, is_sound: bool, file: Path | None = None) ->
         recipe: complete.
         is_sound: False if the recipe has errors: then its rows are only counted.
         file: the file of the recipe, if it has one, beside which missing files may be.
+        gpu: the GPU that the run must fit on; None is that of this machine.
     """
     quiet_libraries()
     troubles: list[Diagnostic] = []
@@ -56,6 +58,8 @@ def gather_facts(recipe: Recipe, *, is_sound: bool, file: Path | None = None) ->
         for error in find_wrong_paths(recipe, file):
             troubles.append(Diagnostic("error", "refused", _path_of(error, recipe), str(error)))
     if is_sound and not troubles:
+        troubles += _states_that_do_not_fit(recipe, gpu)
+    if is_sound and not any(trouble.severity == "error" for trouble in troubles):
         with _collecting_errors(troubles, recipe):
             tokenizer = load_tokenizer(recipe, lambda: iter_texts(recipe, wants))
     if tokenizer is not None:
@@ -71,9 +75,44 @@ def gather_facts(recipe: Recipe, *, is_sound: bool, file: Path | None = None) ->
         with _collecting_errors(troubles, recipe):
             rows, eval_rows = count_rows(recipe, wants)
             facts = replace(facts, rows=rows, eval_rows=eval_rows)
+    if tokenizer is not None and data is not None and skeleton is not None:
+        with _collecting_errors(troubles, recipe):
+            troubles += _memory_notes(recipe, tokenizer, data, gpu)
     if skeleton is not None:
         facts = replace(facts, **_model_facts(recipe, skeleton))
     return replace(facts, diagnostics=tuple(troubles))
+
+
+def _states_that_do_not_fit(recipe: Recipe, gpu: str | None) -> Iterator[Diagnostic]:
+    """Yield the refusal of weights, gradients and optimizer state that do not fit.
+
+    On a machine without a GPU it is a note: a recipe is often checked where it is written, and not where it will run.
+    """
+    place = Target.of(gpu or "auto", 1)
+    try:
+        refuse_before_data(recipe, place)
+    except UsageError as error:
+        is_certain = gpu is not None or place.card is not None
+        words = str(error) if is_certain else f"{error}; for another machine: dpoctl check --gpu NAME"
+        yield Diagnostic("error" if is_certain else "note", "does-not-fit", ("model",), words)
+
+
+def _memory_notes(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: PreparedData, gpu: str | None
+) -> Iterator[Diagnostic]:
+    """Yield whether a run does not fit on a GPU, or fits because layers are recomputed."""
+    place = Target.of(gpu or "auto", 1)
+    if place.card is None:
+        return
+    forecast = forecast_of(recipe, tokenizer, data, place)
+    path = ("training", "gradient_checkpointing")
+    try:
+        refuse(recipe, tokenizer, data, forecast)
+    except UsageError as error:
+        yield Diagnostic("error", "does-not-fit", ("model",), str(error))
+    else:
+        if forecast.estimate.every:
+            yield Diagnostic("note", "recomputed", path, f"on {place.words} {recomputed(forecast.estimate.every)}")
 
 
 def facts_of(

@@ -35,12 +35,6 @@ class Writers:
     baseline: Client | FinishedRun | None = None
     repeats: int = 1
 
-    @property
-    def settings(self) -> list[str]:
-        """The settings that a result names."""
-        texts = [] if self.policy is None else [f"texts of {self.policy.endpoint.name}"]
-        return [*([f"repeats={self.repeats}"] if self.repeats > 1 else []), *texts]
-
 
 def judge_of(section: EvalSection) -> Judge | None:
     """Make the judge of a recipe that compares texts; None if it has none, or one that counts words."""

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +21,24 @@ from dpoctl.data.pipeline import open_source
 from dpoctl.data.prepare import PreparedData
 from dpoctl.data.sources import has_splits
 from dpoctl.data.store import TokenStore
-from dpoctl.errors import UsageError, writing
+from dpoctl.errors import SetupError, UsageError, writing
 from dpoctl.losses import Item
 from dpoctl.model.load import compute_dtype, load_policy, weight_dtype
 from dpoctl.model.source import read_json
 from dpoctl.recipe import Recipe
 from dpoctl.recipe.data_section import Source
-from dpoctl.recipe.schema import EvalSection
+from dpoctl.recipe.eval_sections import BenchmarkSection
 from dpoctl.runs.best import model_step
 from dpoctl.runs.gates import check_gates
 from dpoctl.runs.metrics import STANDARD_ERROR
+from dpoctl.runs.model_card import refresh_card
 from dpoctl.runs.names import RESOLVED_RECIPE
 from dpoctl.runs.record_values import RecordValues
 from dpoctl.runs.report import NAME as REPORT
 from dpoctl.runs.report import refresh_report
 from dpoctl.runs.results import Provenance, fingerprint, in_words, write_result
 from dpoctl.runs.statistics import Z, wilson_interval
+from dpoctl.runs.verdicts import share_difference
 from dpoctl.tasks.baselines import Baseline, reference_overrides
 from dpoctl.tasks.benchmarks import check_benchmarks, run_benchmarks
 from dpoctl.tasks.earlier_step import with_model
@@ -94,12 +97,19 @@ def run(
     """
     quiet_libraries()
     run = with_model(run)
-    recipe = _recipe_against(run, data, overrides, baseline)
+    recipe = _recipe_of(run, data, overrides)
+    if changes := reference_overrides(run, recipe, baseline):
+        recipe = _recipe_of(run, data, overrides, changes)
     check_benchmarks(recipe.eval.benchmarks)
     judge = judge_of(recipe.eval)
     accelerator = build_accelerator(recipe)
     tokenizer, prepared = read_data(recipe, accelerator, only_eval=True)
-    tables = _reference_tables(run, recipe, accelerator, tokenizer, prepared.evals, limit)
+    tables: dict[str, Columns] = {}
+    if build_task(recipe).needs_reference:
+        require_known_start(run, recipe)
+        if recipe.dpo.reference.sync_steps is not None:
+            console.note("the reference moved in training; here it is the model that training started from")
+        tables = _reference_tables(recipe, accelerator, tokenizer, prepared.evals, limit)
     dtype = weight_dtype(recipe, compute_dtype(recipe, accelerator.device))
     finished = FinishedRun.load(run, accelerator.device, dtype)
     setup = Setup.of(recipe, accelerator, finished.tokenizer, finished.policy)
@@ -109,11 +119,13 @@ def run(
     if not accelerator.is_main_process:
         return True
     is_compared = bool(tables) or any(one.reference is not None for one in samples)
-    settings = [*overrides, *writers.settings]
-    origin = _origin(run, recipe, prepared, limit, settings, baseline, is_own=data is None, is_compared=is_compared)
+    settings = _settings(overrides, repeats, served)
+    origin = _origin(run, recipe, prepared, limit, settings, is_own=data is None, is_compared=is_compared)
+    if baseline is not None:
+        origin = replace(origin, baseline=baseline.name, official=False)
     main = results.pop("eval", {})
     report: dict[str, Any] = {**origin.to_dict(), **main, **({"sets": results} if results else {}), **sampled}
-    report |= _benchmarks(finished, recipe.eval)
+    report |= _benchmarks(finished, recipe.eval.benchmarks)
     gates = check_gates(report, recipe.eval.gates)
     report |= {"gates": [gate.to_dict() for gate in gates]} if gates else {}
     where = _keep(run, origin, report, to_lines(samples), values)
@@ -124,6 +136,13 @@ def run(
         for line in (*map(str, gates), where):
             console.say(line)
     return all(gate.passed for gate in gates)
+
+
+def _settings(overrides: Sequence[str], repeats: int, served: Client | None) -> list[str]:
+    """Return what of a command line changes the numbers of its result; gates change none."""
+    settings = [text for text in overrides if not text.startswith("eval.gates=")]
+    settings += [f"repeats={repeats}"] if repeats > 1 else []
+    return [*settings, *([f"texts of {served.endpoint.name}"] if served else [])]
 
 
 def _show_result(
@@ -142,9 +161,8 @@ def _show_result(
         console.say(line)
 
 
-def _benchmarks(finished: FinishedRun, section: EvalSection) -> dict[str, Any]:
-    """Run the benchmarks of a recipe on the policy, and on its reference if there is one."""
-    benchmarks = section.benchmarks
+def _benchmarks(finished: FinishedRun, benchmarks: Sequence[BenchmarkSection]) -> dict[str, Any]:
+    """Run benchmarks on the policy, and on its reference if there is one."""
     if not benchmarks:
         return {}
     reference = None if is_model_only(finished.path) else finished.reference()
@@ -162,6 +180,7 @@ def _keep(
     with writing(home):
         path = write_result(home, origin, report, samples, values)
     refresh_report(home)
+    refresh_card(home)
     return f"result: {path}; report: {home / REPORT}"
 
 
@@ -171,20 +190,19 @@ def _origin(
     prepared: PreparedData,
     limit: int | None,
     settings: Sequence[str],
-    baseline: Baseline | None,
     *,
     is_own: bool,
     is_compared: bool,
 ) -> Provenance:
     """Return the origin of the numbers; the run's own data are those that its training evaluated on."""
-    trained_on = _data_report(home_of(run)).get("evals") or {}
+    trained_on = _trained_keys(home_of(run))
     earlier = STEP.fullmatch(run.name)
     data = {}
     for name, store in prepared.evals.items():
         sources = [source["path"] for source in prepared.report["evals"][name]["sources"]]
         used = len(store) if limit is None else min(limit, len(store))
         data[name] = {"sources": sources, "key": store.key, "records": used}
-        if is_own and trained_on.get(name, {}).get("key", store.key) != store.key:
+        if is_own and trained_on.get(name, store.key) != store.key:
             is_own = False
             console.warn(f"{name}: {', '.join(sources)} gives other rows than in training: this is another eval set")
     return Provenance(
@@ -193,15 +211,21 @@ def _origin(
         step=int(earlier[1]) if earlier else model_step(run),
         data=data,
         limit=limit,
-        baseline=(_baseline(recipe) if baseline is None else baseline.name) if is_compared else None,
-        official=is_own and limit is None and not settings and baseline is None and (run / RESOLVED_RECIPE).is_file(),
+        baseline=_baseline(recipe) if is_compared else None,
+        official=is_own and limit is None and not settings and (run / RESOLVED_RECIPE).is_file(),
         settings=tuple(settings),
     )
 
 
-def _data_report(run: Path) -> dict[str, Any]:
+def _trained_keys(run: Path) -> dict[str, Any]:
+    """Return the keys of the tokens of the eval sets that a run was evaluated on in training, by name."""
     path = run / "data_report.json"
-    return read_json(path) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    evals = read_json(path).get("evals")
+    if evals is not None and not (isinstance(evals, dict) and all(isinstance(one, dict) for one in evals.values())):
+        raise SetupError(f"'{path}' is not as `dpoctl` wrote it: evals is no table of eval sets", hint="restore it")
+    return {name: one["key"] for name, one in (evals or {}).items() if "key" in one}
 
 
 def _baseline(recipe: Recipe) -> str:
@@ -212,13 +236,6 @@ def _baseline(recipe: Recipe) -> str:
     if model.model_name_or_path is None:
         return "the new model before training"
     return model.model_name_or_path + (f"@{model.revision}" if model.revision else "")
-
-
-def _recipe_against(run: Path, data: str | None, overrides: Sequence[str], baseline: Baseline | None) -> Recipe:
-    """Read the recipe of a finished run, with a baseline as its reference if it can be that."""
-    recipe = _recipe_of(run, data, overrides)
-    changes = reference_overrides(run, recipe, baseline)
-    return _recipe_of(run, data, overrides, changes) if changes else recipe
 
 
 def _opponent(baseline: Baseline | None, accelerator: Accelerator, dtype: torch.dtype) -> Client | FinishedRun | None:
@@ -260,24 +277,14 @@ def _recipe_of(run: Path, data: str | None, overrides: Sequence[str], changed: S
 
 
 def _reference_tables(
-    run: Path,
-    recipe: Recipe,
-    accelerator: Accelerator,
-    tokenizer: PreTrainedTokenizerBase,
-    stores: Stores,
-    limit: int | None,
+    recipe: Recipe, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, stores: Stores, limit: int | None
 ) -> dict[str, Columns]:
-    """Return the reference's log-probabilities of every eval set, if any are needed; the model is freed at the end."""
-    if not build_task(recipe).needs_reference:
-        return {}
-    require_known_start(run, recipe)
-    if recipe.dpo.reference.sync_steps is not None:
-        console.note("the reference moved in training; here it is the model that training started from")
+    """Return the reference's log-probabilities of every eval set; the model is freed at the end."""
     setup = Setup.of(recipe, accelerator, tokenizer, load_policy(recipe, tokenizer, accelerator.device))
     reference = Reference(setup)
     return {
         name: reference.table(
-            setup.reader(store, name), setup.token_budget(Lengths.of(store))[0], np.arange(len(store))[:limit]
+            setup.reader(store, name), setup.reading_tokens(Lengths.of(store)), np.arange(len(store))[:limit]
         )
         for name, store in stores.items()
     }
@@ -367,7 +374,7 @@ def verdicts(results: Mapping[str, Mapping[str, Any]], judge: Mapping[str, Any] 
         target = judge["target"]
         before, after = (judge[side][target] for side in ("reference", "policy"))
         change = f"{target} answers {before['share']:.1%} -> {after['share']:.1%}"
-        yield f"verdict: {change}, {_compared(_difference(before, after), 0.0, 'chance')}"
+        yield f"verdict: {change}, {_compared(share_difference(before, after), 0.0, 'chance')}"
 
 
 def _compared(interval: Sequence[float], value: float, what: str) -> str:
@@ -375,15 +382,6 @@ def _compared(interval: Sequence[float], value: float, what: str) -> str:
     if low <= value <= high:
         return f"which {what} would explain too"
     return f"{'more' if low > value else 'less'} than {what} explains"
-
-
-def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[float, float]:
-    """Return the 95 % interval of the difference of two shares, from the interval of each (Newcombe, 1998)."""
-    change = after["share"] - before["share"]
-    (low0, high0), (low1, high1) = before["ci"], after["ci"]
-    down = math.hypot(after["share"] - low1, high0 - before["share"])
-    up = math.hypot(high1 - after["share"], before["share"] - low0)
-    return change - down, change + up
 
 
 def _show_samples(samples: Sequence[Sample], numbers: Mapping[str, Any]) -> None:
@@ -397,8 +395,9 @@ def _show_samples(samples: Sequence[Sample], numbers: Mapping[str, Any]) -> None
         values = (numbers["samples"].get(f"{name}_{side}") for side in sides)
         table.add_row(name, *("" if value is None else f"{value:.4g}" for value in values))
     if "kl" in numbers:
-        low, high = numbers.get("kl_ci") or (math.nan, math.nan)
-        table.add_row("kl per token", "", f"{numbers['kl']:.4f}  ({low:.4f} to {high:.4f})")
+        # A single prompt has no interval.
+        spread = "  ({:.4f} to {:.4f})".format(*numbers["kl_ci"]) if "kl_ci" in numbers else ""
+        table.add_row("kl per token", "", f"{numbers['kl']:.4f}{spread}")
     judge = numbers.get("judge")
     if judge and "type" not in judge:
         for category in sorted(judge["policy"], key=lambda name: name != judge["target"]):

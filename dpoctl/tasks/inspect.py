@@ -27,6 +27,7 @@ from dpoctl.recipe.consistency import resolved_yaml
 from dpoctl.recipe.document import Document
 from dpoctl.recipe.schema import Recipe
 from dpoctl.tasks.check import facts_of
+from dpoctl.tasks.plan import Forecast, Target, as_lines, as_numbers, forecast_of, refuse
 from dpoctl.tasks.setup import quiet_libraries, read_data, training_plan
 from dpoctl.tasks.task import build_task
 
@@ -76,7 +77,12 @@ def run(recipe: Recipe, *, row: int | None = None, rows: int = 2, ids: bool = Fa
 
 
 def show_plan(
-    recipe: Recipe, *, document: Document | None = None, json_output: bool = False, verbose: bool = False
+    recipe: Recipe,
+    *,
+    document: Document | None = None,
+    json_output: bool = False,
+    verbose: bool = False,
+    processes: int = 1,
 ) -> None:
     """Print the training plan, token statistics, and some rows with their masks, all on stdout.
 
@@ -85,12 +91,15 @@ def show_plan(
         document: the recipe's YAML, for the lines in the advice.
         json_output: print the numbers and the advice as one JSON object.
         verbose: print the recipe with every default, too.
+        processes: their number.
     """
     tokenizer, data = read_data(recipe)
     advice = advise(recipe, document, facts_of(recipe, tokenizer, data))
     numbers = _plan_numbers(recipe, data)
+    forecast = forecast_of(recipe, tokenizer, data, Target.of("auto", processes))
     if json_output:
         with_recipe = {"recipe": yaml.safe_load(resolved_yaml(recipe))} if verbose else {}
+        numbers["forecast"] = {"memory": {"fits": True}} if _is_rough(forecast) else as_numbers(recipe, forecast)
         console.emit(json.dumps({**numbers, "advice": [one.to_dict() for one in advice], **with_recipe}))
         return
     console.emit(f"plan of a run in {numbers.pop('output_dir')}")
@@ -100,12 +109,31 @@ def show_plan(
     console.emit(f"tokens: {tokens.pop('total'):,} per epoch; a shared prompt counts once")
     for name, value in tokens.items():
         console.emit(f"  {name}: {_in_words(value)}")
+    _emit_forecast(recipe, tokenizer, data, forecast)
     console.emit("")
     console.emit_styled(mask_preview(data.train, tokenizer, rows=ROWS_SHOWN), width=WIDTH)
     if verbose:
         console.emit(f"\nthe recipe with every default:\n{resolved_yaml(recipe)}", end="")
     show_warnings(advice)
     console.say(f"dry run: nothing was trained, and nothing was written to {recipe.training.output_dir}")
+
+
+def _is_rough(forecast: Forecast) -> bool:
+    """Whether an estimate says little more than that the run fits."""
+    return forecast.estimate.footprint.method == "formula" and forecast.estimate.fits
+
+
+def _emit_forecast(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: PreparedData, forecast: Forecast) -> None:
+    """Print memory, work and time of a run on this machine; of one that does not fit, what would make it fit."""
+    if _is_rough(forecast):
+        console.emit("memory: it fits; the model is too small, or too unusual, for more than a rough estimate")
+        return
+    for line in as_lines(recipe, forecast):
+        console.emit(line)
+    try:
+        refuse(recipe, tokenizer, data, forecast)
+    except UsageError as error:
+        console.warn(str(error))
 
 
 def _summary(recipe: Recipe, data: PreparedData, checks: list[RecordCheck]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from dpoctl.runs.directory import RunDirectory
 from dpoctl.runs.health import Expectation, Health
 from dpoctl.runs.metrics import MetricsFile, Progress, evaluation_line
 from dpoctl.runs.trackers import Trackers
+from dpoctl.tasks.comparison import Comparison
 from dpoctl.tasks.samples import Samples
 from dpoctl.tasks.setup import Setup
 
@@ -43,6 +44,7 @@ class Recorder:
         resumed: the checkpoint to resume from.
         inputs: what the run depends on, for its checkpoints.
         expected: the figures of a healthy run.
+        comparison: of its forecast with what it takes; None makes none.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Recorder:
         resumed: Checkpoint | None,
         inputs: Mapping[str, Any],
         expected: Expectation,
+        comparison: Comparison | None = None,
     ) -> None:
         self.last: Metrics = {}
         keep = setup.recipe.training.keep_best
@@ -76,7 +79,7 @@ class Recorder:
         self._metrics = MetricsFile(directory.metrics)
         self._progress = Progress(stepper.plan.num_steps, start=resumed.step if resumed else 0)
         self._trackers: Trackers | None = None
-        self._health = Health(expected)
+        self._health, self._comparison = Health(expected), comparison
         self._stop_asked = False
 
     def __enter__(self) -> Self:
@@ -111,6 +114,8 @@ class Recorder:
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Write a row of metrics, and pass it to the callbacks."""
+        if self._comparison is not None and "tokens_per_second" in metrics:
+            metrics = {**metrics, **self._comparison.after(step, metrics["tokens_per_second"])}
         self._write(step, metrics)
         if self._accelerator.is_main_process:
             # A list first: every callback is called, whatever an earlier one returned.

@@ -34,22 +34,26 @@ from dpoctl.core.objective import Objective, RunningReference
 from dpoctl.core.optim import rate_scales, state_bytes
 from dpoctl.core.planner import Lengths, Plan
 from dpoctl.core.reader import Reader
-from dpoctl.data.cache import cache_dir
+from dpoctl.data.cache import Cache, cache_dir
 from dpoctl.data.mismatched import Mismatched
 from dpoctl.data.prepare import PreparedData, iter_texts, prepare
 from dpoctl.data.store import TokenStore
 from dpoctl.errors import SetupError
 from dpoctl.model.lazy_weights import is_lazy
 from dpoctl.model.load import compute_dtype
-from dpoctl.model.memory import activation_bytes_per_token, checkpointing_choices, free_bytes
+from dpoctl.model.memory import activation_bytes_per_token, free_bytes
 from dpoctl.model.modules import outside_of_layers
 from dpoctl.model.policy import Policy
 from dpoctl.model.probe import ProbeResult, probe
-from dpoctl.model.sharding import Gradients, Sharding, gathered_bytes, part
+from dpoctl.model.routers import require_routers
+from dpoctl.model.sharding import Gradients, Sharding, part
 from dpoctl.model.tokenizer import load_tokenizer, stop_tokens
 from dpoctl.recipe.schema import Recipe
 from dpoctl.tasks import fsdp_options
+from dpoctl.tasks.estimate import CPU_CONTEXT, Division, Estimate, Estimator, useful_tokens
 from dpoctl.tasks.extensions import NO_EXTENSIONS, Extensions
+from dpoctl.tasks.fit import Remedy, refuse_states, remedies, too_large
+from dpoctl.tasks.footprint import Subject
 from dpoctl.tasks.launchers import check_environment
 from dpoctl.tasks.task import Task, build_task
 
@@ -59,13 +63,8 @@ START_TIMEOUT = timedelta(hours=3)
 # Options of glibc's malloc. M_MMAP_MAX: never map a block separately, not even the gradient of an embedding.
 # M_TRIM_THRESHOLD, the largest int: never return memory to the system.
 MALLOC = {-4: 0, -1: (1 << 31) - 1}
-# Larger micro-batches are not faster, they only need more memory. On a CPU this is a number of tokens; on a GPU a
-# number of activations of one layer: 16,384 tokens of a model that is 4,096 wide. With 4,096 tokens launching kernels
-# took twice as long as an H100 ran them.
-CPU_TOKENS = 2048
-GPU_ACTIVATIONS = 1 << 26
-# Allocators need some room, and so does the head's chunk of logits.
-SAFETY_FACTOR = 0.6
+READING_SHARE = 0.6
+"""The share of free memory that a pass without gradients may take."""
 
 
 @dataclass(frozen=True)
@@ -130,64 +129,80 @@ class Setup:
 
         Args:
             lengths: the lengths of the records.
-            max_tokens: the token budget of a micro-batch; None computes it.
+            max_tokens: the token budget of a micro-batch; None is one for passes that keep no graph.
         """
-        budget = self.token_budget(lengths)[0] if max_tokens is None else max_tokens
+        budget = self.reading_tokens(lengths) if max_tokens is None else max_tokens
         world_size, layout = self.accelerator.num_processes, self.probe.layout
         return replace(training_plan(self.recipe, lengths), world_size=world_size, max_tokens=budget, layout=layout)
 
-    def token_budget(self, lengths: Lengths) -> tuple[int, int]:
-        """Choose the token budget of a micro-batch, and which layers are recomputed; the same on all ranks.
+    def estimate(self, store: TokenStore) -> Estimate:
+        """Estimate the run, and choose the token budget and which layers are recomputed; the same on all ranks.
 
-        With `gradient_checkpointing: auto` no layer is recomputed if two of the longest records fit without it; else
-        every n-th layer, with the largest n that makes them fit; else every layer, which costs a third to a half of
-        the speed.
-
-        Returns:
-            The budget, and n: one layer in n is recomputed, none if n is 0.
-        """
-        training = self.recipe.training
-        wanted, budget = training.gradient_checkpointing, training.max_tokens_per_device
-        longest = int(lengths.tokens.max())
-        choices = checkpointing_choices() if wanted == "auto" else (int(wanted),)
-        room = self._room()
-        per_token = {
-            every: activation_bytes_per_token(self.policy.causal.config, self.policy.dtype, every) for every in choices
-        }
-        fits = {every: max(1, int(room * SAFETY_FACTOR // size)) for every, size in per_token.items()}
-        needed = 2 * longest if budget == "auto" else max(longest, budget)
-        every = next((every for every in choices if fits[every] >= needed), choices[-1])
-        if budget != "auto":
-            return budget, every
-        return min(fits[every], _useful_tokens(self.policy, self.accelerator.device)), every
-
-    def _room(self) -> float:
-        """Return the bytes of the fullest rank that are left for activations.
+        The weights are loaded already, and so is a reference that runs beside the policy.
 
         Raises:
-            SetupError: Gradients and optimizer state alone do not fit.
+            UsageError: it does not fit, whatever is recomputed.
         """
         policy, device = self.policy, self.accelerator.device
-        trained = sum(part(p).numel() for p in policy.model.parameters() if p.requires_grad)
-        needed = trained * sum(self.state_bytes[1:])
-        if self.sharding is not None:
-            # Of what is gathered there are copies in the precision of the computation, and not of the parts.
-            needed = 0 if self.sharding.offload else trained * sum(self.state_bytes[1:3])
-            needed += gathered_bytes(policy.model, policy.dtype)
-        free = torch.tensor([free_bytes(device) - needed], dtype=torch.float64, device=device)
-        room = float(self.accelerator.gather(free).min())
-        if room <= 0:
-            names = ("weights", "gradients", "optimizer state", "copies in another precision")
-            sizes = zip(names, self.state_bytes, strict=True)
-            parts = [f"{name} {trained * size / 1e9:.1f} GB" for name, size in sizes]
-            raise SetupError(
-                f"the model does not fit on this {device.type}: {', '.join(parts)}; "
-                f"{-room / 1e9:.1f} GB too much, the weights being loaded",
-                hint="train an adapter with a lora section, or set training.param_dtype: bfloat16 and "
-                f"training.optim: adamw_8bit (all weights in {trained * 6 / 1e9:.1f} GB), or start more processes, "
-                "which share the model under training.sharding: auto",
-            )
-        return room
+        held = [part(tensor) for tensor in [*policy.model.parameters(), *policy.model.buffers()]]
+        resident = sum(tensor.untyped_storage().nbytes() for tensor in {id(t): t for t in held}.values())
+        free = (free_bytes(device) + resident) / (local_ranks() if device.type == "cpu" else 1)
+        capacity = torch.tensor([free], dtype=torch.float64, device=device)
+        estimate = None
+        least = float(self.accelerator.gather(capacity).min())
+        if self.accelerator.is_main_process:
+            estimate = self._estimator(store, least).choose()
+        found: list[Estimate | None] = broadcast_object_list([estimate])
+        (estimate,) = found
+        assert estimate is not None
+        if estimate.live > estimate.capacity:
+            remedies = self._remedies(store, least) if self.accelerator.is_main_process else []
+            raise too_large(estimate.parts, estimate.capacity, f"this {device.type}", remedies)
+        return estimate
+
+    def _remedies(self, store: TokenStore, capacity: float) -> list[Remedy]:
+        """Return the changes that would make the run fit."""
+
+        def peak(changed: Recipe) -> int:
+            estimator = replace(self, recipe=changed)._estimator(store, capacity)
+            return estimator.at(int(estimator.subject.lengths.tokens.max()), 1).peak
+
+        shards = 1 if self.sharding is None else self.sharding.shards
+        return remedies(self.recipe, peak, capacity, shards, steps=True)
+
+    def _estimator(self, store: TokenStore, capacity: float) -> Estimator:
+        """Return the estimator of this run."""
+        sharding = self.sharding
+        division = Division() if sharding is None else Division(sharding.shards, sharding.offload)
+        subject = Subject(
+            self.recipe,
+            self.tokenizer,
+            store,
+            Lengths.of(store),
+            self.accelerator.device.type,
+            self.policy.dtype,
+            self.accelerator.num_processes,
+            self.probe.layout,
+            self.probe.own_head,
+            Cache(cache_dir()),
+            None if self.extensions.model_init is None else self.policy.causal,
+        )
+        if Estimator(subject, capacity).is_small:
+            # Loaded, it need not be built again to be counted.
+            subject = replace(subject, model=self.policy.causal)
+        # What is free on a GPU is so beside its context.
+        return Estimator(subject, capacity, division, CPU_CONTEXT if subject.kind == "cpu" else 0)
+
+    def reading_tokens(self, lengths: Lengths) -> int:
+        """Return the token budget of passes that keep no graph: activations of one layer at a time."""
+        budget = self.recipe.training.max_tokens_per_device
+        if budget != "auto":
+            return budget
+        config, device = self.policy.causal.config, self.accelerator.device
+        size = activation_bytes_per_token(config, self.policy.dtype, 1)
+        free = torch.tensor([free_bytes(device)], dtype=torch.float64, device=device)
+        fits = int(float(self.accelerator.gather(free).min()) * READING_SHARE // size)
+        return max(1, min(fits, useful_tokens(int(config.hidden_size), device.type)))
 
     @property
     def state_bytes(self) -> tuple[int, int, int, int]:
@@ -221,8 +236,14 @@ class Setup:
         if self.sharded is not None:
             return self.sharded
         confidence = "confidence" in self.task.needs and not is_reference
-        alpha = noise_alpha(self.recipe)
-        return Scorer(self.policy.model, self.policy.causal, self.probe, confidence=confidence, noise_alpha=alpha)
+        return Scorer(
+            self.policy.model,
+            self.policy.causal,
+            self.probe,
+            confidence=confidence,
+            noise_alpha=noise_alpha(self.recipe),
+            balances=balance_coef(self.recipe) is not None,
+        )
 
     def inside(self, action: Callable[[], Result]) -> Result:
         """Run an action that calls the model and not the scorer; the ranks of a sharded model call it in step."""
@@ -254,12 +275,20 @@ class Setup:
             reference: a reference that runs beside the policy.
         """
         report = self.extensions.report(self.task.report)
-        return Objective(self.accelerator, scorer, self.task.terms, report, reference, self.recipe.training.seed)
+        seed, coefficient = self.recipe.training.seed, balance_coef(self.recipe)
+        if coefficient is not None:
+            require_routers(self.policy.causal)
+        return Objective(self.accelerator, scorer, self.task.terms, report, reference, seed, coefficient)
 
 
 def noise_alpha(recipe: Recipe) -> float | None:
     """Return the alpha of NEFTune, if there is noise in the training."""
     return recipe.sft.neftune_noise_alpha if recipe.method == "sft" else None
+
+
+def balance_coef(recipe: Recipe) -> float | None:
+    """Return the factor of the load-balancing loss of experts, if it is part of the training."""
+    return recipe.sft.router_aux_loss_coef if recipe.method == "sft" else None
 
 
 def _shard(policy: Policy, sharding: Sharding, accelerator: Accelerator, recipe: Recipe) -> Scorer:
@@ -393,6 +422,20 @@ def _check_gpus(processes: int, visible: int) -> None:
         )
 
 
+def refuse_too_large(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Refuse a run whose weights, gradients and optimizer state cannot fit, before its data are prepared.
+
+    Raises:
+        UsageError: they do not fit.
+    """
+    device, ranks = accelerator.device, accelerator.num_processes
+    free = torch.tensor([free_bytes(device)], dtype=torch.float64, device=device)
+    capacity = float(accelerator.gather(free).min()) / (local_ranks() if device.type == "cpu" else 1)
+    may_divide = recipe.training.sharding != "none"
+    shards = max(1, ranks // recipe.training.replicas) if may_divide else 1
+    refuse_states(recipe, compute_dtype(recipe, device), capacity, f"this {device.type}", shards)
+
+
 def keep_freed_memory() -> None:
     """Let the C library keep the memory that a step frees: the next step needs as much.
 
@@ -404,6 +447,16 @@ def keep_freed_memory() -> None:
             mallopt(parameter, size)
 
 
+def return_freed_memory() -> None:
+    """Return to the system what loading and passes before training have freed; only glibc can do this.
+
+    Loading runs in threads, and what one thread has freed another does not use again.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 def set_rank_timeout(seconds: float) -> None:
     """Set how long this process waits for the other ranks in each collective, also in those of some ranks only."""
     if dist.is_initialized():
@@ -411,9 +464,9 @@ def set_rank_timeout(seconds: float) -> None:
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
-def _useful_tokens(policy: Policy, device: torch.device) -> int:
-    """Return the size of a micro-batch above which a device gets no faster."""
-    return GPU_ACTIVATIONS // int(policy.causal.config.hidden_size) if device.type == "cuda" else CPU_TOKENS
+def local_ranks() -> int:
+    """Return the number of processes of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _with_mismatched(data: PreparedData, recipe: Recipe) -> PreparedData:

@@ -4,29 +4,32 @@ import os
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 
 from dpoctl import console
-from dpoctl.core.optim import state_bytes
+from dpoctl.core.planner import Lengths
+from dpoctl.data.cache import Cache, cache_dir
+from dpoctl.data.store import TokenStore
 from dpoctl.errors import UsageError
-from dpoctl.model.from_config import build_skeleton
-from dpoctl.model.load import compute_dtype, weight_dtype
+from dpoctl.model.load import compute_dtype
 from dpoctl.model.memory import free_bytes
-from dpoctl.model.modules import is_trainable
 from dpoctl.model.sharding import Sharding
 from dpoctl.recipe.consistency import WHOLE_MATRICES
 from dpoctl.recipe.schema import Recipe, TrainingSection
 from dpoctl.tasks import fsdp_options
-
-# The rest is for activations, of which at least some must fit.
-STATES_SHARE = 0.85
-FOUR_BITS = 0.55
-"""Bytes of a weight of 4 bits, with its share of the scales."""
+from dpoctl.tasks.estimate import Estimator
+from dpoctl.tasks.fit import LEFT_FOR_STEPS, in_bytes
+from dpoctl.tasks.footprint import Subject, states_of
 
 
 def choose_sharding(
-    recipe: Recipe, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, *, is_known: bool = True
+    recipe: Recipe,
+    accelerator: Accelerator,
+    tokenizer: PreTrainedTokenizerBase,
+    store: TokenStore | None = None,
+    *,
+    is_known: bool = True,
 ) -> Sharding | None:
     """Decide whether to divide the model of a recipe over the ranks; the same on all of them.
 
@@ -34,6 +37,7 @@ def choose_sharding(
         recipe: checked and complete.
         accelerator: ranks, device and precision.
         tokenizer: of the recipe.
+        store: the training rows; without them only weights, gradients and optimizer state are compared.
         is_known: whether the recipe says how large the model is; if not, `auto` does not divide it.
 
     Returns:
@@ -53,7 +57,7 @@ def choose_sharding(
                 "training.sharding: full has no effect: one process has nothing to divide; see --num-processes"
             )
         return None
-    if training.sharding == "auto" and not asked and not (is_known and _exceeds(recipe, accelerator, tokenizer)):
+    if training.sharding == "auto" and not asked and not (is_known and _exceeds(recipe, accelerator, tokenizer, store)):
         _say_without_effect(training)
         return None
     dtype = compute_dtype(recipe, accelerator.device)
@@ -102,6 +106,11 @@ def _refuse(recipe: Recipe, ranks: int, dtype: torch.dtype) -> None:
             f"training.optim: {training.optim} needs whole matrices, and a sharded model has parts of them",
             hint="set training.optim: adamw, or training.sharding: none",
         )
+    if recipe.method == "sft" and recipe.sft.router_aux_loss_coef is not None:
+        raise UsageError(
+            "sft.router_aux_loss_coef has not been tried with a sharded model",
+            hint="remove it, or set training.sharding: none",
+        )
     lora = recipe.lora
     if lora is not None and (lora.use_dora or lora.changes_base):
         key = "use_dora" if lora.use_dora else "init_lora_weights"
@@ -118,38 +127,30 @@ def _refuse(recipe: Recipe, ranks: int, dtype: torch.dtype) -> None:
         )
 
 
-def _exceeds(recipe: Recipe, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether weights, gradients and optimizer state do not fit on every rank; says the arithmetic if so."""
-    needed = needed_bytes(recipe, build_skeleton(recipe, tokenizer), accelerator.device)
+def _exceeds(
+    recipe: Recipe, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, store: TokenStore | None
+) -> bool:
+    """Whether a run does not fit on every rank if each holds the whole model; says the arithmetic if so."""
+    device, ranks = accelerator.device, accelerator.num_processes
     # The ranks of a machine share the memory of its CPUs.
-    sharers = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if accelerator.device.type == "cpu" else 1
-    free = torch.tensor([free_bytes(accelerator.device) / sharers], dtype=torch.float64, device=accelerator.device)
-    least, ranks = float(accelerator.gather(free).min()), accelerator.num_processes
-    if needed <= STATES_SHARE * least:
+    sharers = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
+    free = torch.tensor([free_bytes(device) / sharers], dtype=torch.float64, device=device)
+    least, dtype = float(accelerator.gather(free).min()), compute_dtype(recipe, device)
+    needed = sum(states_of(recipe, tokenizer, dtype).values())
+    if needed <= least and store is not None:
+        subject = Subject(
+            recipe, tokenizer, store, Lengths.of(store), device.type, dtype, ranks, cache=Cache(cache_dir())
+        )
+        found = [Estimator(subject, least).choose() if accelerator.is_main_process else None]
+        (estimate,) = broadcast_object_list(found)
+        assert estimate is not None
+        if estimate.fits:
+            return False
+        needed = estimate.peak
+    elif needed <= LEFT_FOR_STEPS * least:
         return False
     console.say(
-        f"sharding: weights, gradients and optimizer state need {needed / 1e9:.1f} GB, and {least / 1e9:.1f} GB are "
-        f"free for each process: divided over {ranks} processes, {needed / 1e9 / ranks * recipe.training.replicas:.1f} "
-        "GB each"
+        f"sharding: the run needs {in_bytes(needed)}, and {in_bytes(least)} are free for each process: divided over "
+        f"{ranks // recipe.training.replicas} processes, which share weights, gradients and optimizer state"
     )
     return True
-
-
-def needed_bytes(recipe: Recipe, model: nn.Module, device: torch.device) -> float:
-    """Return the bytes of weights, gradients and optimizer state of a model that is not divided.
-
-    Args:
-        recipe: how it is trained.
-        model: the model, with its adapter; it needs no memory.
-        device: where it is trained.
-    """
-    dtype = compute_dtype(recipe, device)
-    sizes = {True: 0, False: 0}
-    for name, parameter in model.named_parameters():
-        is_adapter = ".lora_" in name or ".modules_to_save." in name
-        is_trained = is_adapter if recipe.lora else is_trainable(name, recipe.training.trainable)
-        sizes[is_trained] += parameter.numel()
-    is_packed = recipe.quantization is not None and recipe.quantization.load_in_4bit
-    frozen = FOUR_BITS if is_packed else weight_dtype(recipe, dtype).itemsize
-    cast = 2 if recipe.training.param_dtype == "float32" and dtype != torch.float32 else 0
-    return sizes[False] * frozen + sizes[True] * (sum(state_bytes(recipe.training)) + cast)

@@ -29,7 +29,7 @@ from dpoctl.errors import LostRanksError, RunError, UsageError, writing
 from dpoctl.model.compile import compile_layers
 from dpoctl.model.export import export_model
 from dpoctl.model.load import compute_dtype, load_policy
-from dpoctl.model.memory import is_out_of_memory, set_gradient_checkpointing
+from dpoctl.model.memory import MemoryMeter, is_out_of_memory, set_gradient_checkpointing
 from dpoctl.model.sharding import Sharding
 from dpoctl.recipe.advice import advise, show_warnings
 from dpoctl.recipe.consistency import resolved_yaml
@@ -46,6 +46,7 @@ from dpoctl.runs.expected import NAME as EXPECTED
 from dpoctl.runs.expected import compare, to_dicts
 from dpoctl.runs.health import Expectation
 from dpoctl.runs.metrics import MetricsFile
+from dpoctl.runs.model_card import refresh_card
 from dpoctl.runs.report import NAME as REPORT
 from dpoctl.runs.report import refresh_report
 from dpoctl.runs.signals import terminable
@@ -53,6 +54,8 @@ from dpoctl.runs.status import Status, recorded_status
 from dpoctl.runs.trackers import check_installed
 from dpoctl.tasks.best_model import take_best
 from dpoctl.tasks.check import facts_of
+from dpoctl.tasks.comparison import Comparison, begin_metering
+from dpoctl.tasks.estimate import Estimate
 from dpoctl.tasks.extensions import ENVIRONMENT, NO_EXTENSIONS, RECORD, Extensions
 from dpoctl.tasks.inspect import show_plan
 from dpoctl.tasks.recorder import OWES_EVALUATION, Recorder
@@ -65,6 +68,8 @@ from dpoctl.tasks.setup import (
     keep_freed_memory,
     quiet_libraries,
     read_data,
+    refuse_too_large,
+    return_freed_memory,
     set_rank_timeout,
 )
 from dpoctl.tasks.sharding import choose_sharding
@@ -89,6 +94,7 @@ class _Job:
         allow_changed: keys that may differ from the recipe that the run started with.
         resume: continue the run in the run directory.
         overwrite: delete the run in the run directory.
+        memory: measures memory since before the model was loaded.
     """
 
     recipe: Recipe
@@ -99,6 +105,7 @@ class _Job:
     allow_changed: Sequence[str]
     resume: bool
     overwrite: bool
+    memory: MemoryMeter
 
 
 def run(
@@ -112,6 +119,7 @@ def run(
     dry_run: bool = False,
     verbose: bool = False,
     json_output: bool = False,
+    processes: int = 1,
     extensions: Extensions = NO_EXTENSIONS,
 ) -> dict[str, Any]:
     """Train a recipe; every rank calls this.
@@ -126,6 +134,7 @@ def run(
         dry_run: show the plan, and train nothing.
         verbose: with `dry_run`, show the recipe with every default.
         json_output: print one JSON object at the end.
+        processes: with `dry_run`, their number.
         extensions: the user's code.
 
     Returns:
@@ -134,17 +143,16 @@ def run(
     began = time.monotonic()
     quiet_libraries()
     if dry_run:
-        show_plan(recipe, document=document, json_output=json_output, verbose=verbose)
+        show_plan(recipe, document=document, json_output=json_output, verbose=verbose, processes=processes)
         return {}
     check_installed(recipe.training.report_to)
     require_login(recipe.training)
     resume = resume or (recipe.training.resume == "auto" and not overwrite)
     accelerator = build_accelerator(recipe)
-    if accelerator.device.type == "cpu":
-        _prepare_cpu(recipe, accelerator.device)
+    memory = _prepare(recipe, accelerator, is_known=extensions.model_init is None)
     output = Path(recipe.training.output_dir)
     with terminable(), ExitStack() as stack, writing(output, CONTINUE), explained(accelerator):
-        job = _Job(recipe, recipe_text, document, accelerator, extensions, allow_changed, resume, overwrite)
+        job = _Job(recipe, recipe_text, document, accelerator, extensions, allow_changed, resume, overwrite, memory)
         # Before an earlier run in it is deleted.
         require_shared(accelerator, RunDirectory(recipe.training.output_dir).path)
         directory, status = _open_directory(job, stack)
@@ -160,6 +168,15 @@ def run(
     else:
         _say_done(directory.path, recipe, has_evals=bool(data.evals), seconds=time.monotonic() - began)
     return summary
+
+
+def _prepare(recipe: Recipe, accelerator: Accelerator, *, is_known: bool) -> MemoryMeter:
+    """Refuse what cannot run here, before data are prepared, and begin to measure memory."""
+    if accelerator.device.type == "cpu":
+        _prepare_cpu(recipe, accelerator.device)
+    if is_known:
+        refuse_too_large(recipe, accelerator)
+    return begin_metering(recipe, accelerator.device)
 
 
 def _prepare_cpu(recipe: Recipe, cpu: torch.device) -> None:
@@ -184,6 +201,7 @@ def _finish(directory: RunDirectory, recipe: Recipe) -> dict[str, Any]:
     if found:
         directory.write_json(EXPECTED, to_dicts(found))
     refresh_report(directory.path)
+    refresh_card(directory.path)
     upload(directory.path, recipe.training)
     return {"expected": to_dicts(found)} if found else {}
 
@@ -261,14 +279,14 @@ def _train(
 ) -> dict[str, Any]:
     """Run the training, from loaded data to exported model, and return its summary."""
     recipe, accelerator, extensions = job.recipe, job.accelerator, job.extensions
-    sharding = choose_sharding(recipe, accelerator, tokenizer, is_known=extensions.model_init is None)
+    sharding = choose_sharding(recipe, accelerator, tokenizer, data.train, is_known=extensions.model_init is None)
     newest = _newest_checkpoint(directory, accelerator, sharding) if job.resume else None
-    setup, live, plan, checkpointing = _set_up(job, tokenizer, data, newest, sharding)
+    setup, live, plan, estimate = _set_up(job, tokenizer, data, newest, sharding)
     inputs = _check_inputs(job, directory, setup, data.train.key, newest)
-    advice = _announce(job, setup, plan, checkpointing, data)
+    advice = _announce(job, setup, plan, estimate, data)
     policy, readers = setup.policy, _readers(setup, live, data, plan, directory.cache)
     _begin(job, directory, status, data, advice)
-    set_gradient_checkpointing(policy.causal, checkpointing)
+    set_gradient_checkpointing(policy.causal, estimate.every)
     scorer, optimizer, clip = setup.prepare()
     objective = setup.objective(scorer, live)
     if newest is None and setup.starts_at_reference:
@@ -291,6 +309,9 @@ def _train(
         clip=clip,
     )
     set_rank_timeout(recipe.training.ddp_timeout)
+    if accelerator.device.type == "cpu":
+        return_freed_memory()
+    comparison = Comparison.of(directory, estimate, plan, accelerator, job.memory)
     with Recorder(
         setup,
         directory,
@@ -300,9 +321,12 @@ def _train(
         resumed=newest,
         inputs=inputs,
         expected=_expectation(setup, plan),
+        comparison=comparison,
     ) as recorder:
         cadence = _cadence(recipe.training)
         done = fit(stepper, recorder, cadence, evals, start=max(start, 0), owes_evaluation=owed)
+    if comparison is not None:
+        comparison.conclude()
     best = recorder.best
     if best is not None:
         take_best(setup, directory.checkpoints, best, done, plan.num_steps)
@@ -352,12 +376,11 @@ def _set_up(
     data: PreparedData,
     newest: Checkpoint | None,
     sharding: Sharding | None,
-) -> tuple[Setup, LiveReference | None, Plan, int]:
+) -> tuple[Setup, LiveReference | None, Plan, Estimate]:
     """Load the models, and plan the run.
 
     Returns:
-        The setup of the policy, a reference that runs beside it, the plan, and n if one layer in n is recomputed: the
-        same on all ranks.
+        The setup of the policy, a reference that runs beside it, the plan and the estimate: the same on all ranks.
     """
     recipe, lengths = job.recipe, Lengths.of(data.train)
     if newest is not None:
@@ -374,14 +397,15 @@ def _set_up(
     # Before the token budget, which is what its memory leaves.
     is_live = setup.task.needs_reference and recipe.dpo.reference.is_live
     live = Reference(setup).live() if is_live else None
-    budget, checkpointing = setup.token_budget(lengths)
+    estimate = setup.estimate(data.train)
+    budget = estimate.budget
     if newest and recipe.training.max_tokens_per_device == "auto":
         # The same micro-batches give the same bits.
         budget = newest.extra["max_tokens"]
     plan = setup.plan(lengths, budget)
     if recipe.training.torch_compile:
         compile_layers(policy.causal)
-    return setup, live, plan, checkpointing
+    return setup, live, plan, estimate
 
 
 def _write_model(setup: Setup, directory: RunDirectory, inputs: Mapping[str, Any]) -> None:
@@ -446,14 +470,14 @@ def _readers(
     }
 
 
-def _announce(job: _Job, setup: Setup, plan: Plan, checkpointing: int, data: PreparedData) -> list[Diagnostic]:
+def _announce(job: _Job, setup: Setup, plan: Plan, estimate: Estimate, data: PreparedData) -> list[Diagnostic]:
     """Print the model, the layout, the plan and the advice; return the advice, on the first rank."""
     policy = setup.policy
     sizes = [(p.numel(), p.requires_grad) for p in policy.model.parameters()]
     total, trained = sum(n for n, _ in sizes), sum(n for n, grad in sizes if grad)
     dtype, device = str(policy.dtype).removeprefix("torch."), setup.accelerator.device.type
     words = {0: "", 1: ", all layers recomputed in backward"}
-    recompute = words.get(checkpointing, f", one layer in {checkpointing} recomputed in backward")
+    recompute = words.get(estimate.every, f", one layer in {estimate.every} recomputed in backward")
     console.say(
         f"model: {type(policy.causal).__name__}, {total / 1e6:,.1f} M parameters, "
         f"{'all' if trained == total else f'{trained / 1e6:,.2f} M'} trained ({policy.kind}), "

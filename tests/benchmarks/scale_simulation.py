@@ -26,8 +26,8 @@ from dpoctl.core.planner import Lengths, Plan
 from dpoctl.model.from_config import build_skeleton
 from dpoctl.model.sharding import layers_of
 from dpoctl.recipe.schema import Recipe
-from dpoctl.tasks.setup import GPU_ACTIVATIONS
-from dpoctl.tasks.sharding import needed_bytes
+from dpoctl.tasks.estimate import GPU_ACTIVATIONS
+from dpoctl.tasks.footprint import states_of
 
 GPUS = (8, 64, 512)
 PER_MACHINE = 8
@@ -211,7 +211,7 @@ def traffic_table(lengths: Lengths) -> Iterator[str]:
         full = recipe.lora is None
         cast, packed = torch.bfloat16 if full else None, recipe.quantization is not None
         size = sum(parameter.numel() for parameter in model.parameters())
-        needed = needed_bytes(recipe, model, torch.device("cuda"))
+        needed = sum(states_of(recipe, None, torch.bfloat16, model).values())
         budget = GPU_ACTIVATIONS // int(model.config.hidden_size)
         for gpus in GPUS:
             tokens, excess, micro = planned(lengths, 8 * gpus, gpus, budget)
@@ -243,7 +243,7 @@ def checkpoint_table(disk: float) -> Iterator[str]:
         weight, _, moments = state_bytes(recipe.training)
         saved = trained * (weight + moments)
         copies = ", ".join(f"{saved / shards / GB:.1f}" for shards in GPUS)
-        states = needed_bytes(recipe, model, torch.device("cuda"))
+        states = sum(states_of(recipe, None, torch.bfloat16, model).values())
         moved = ", ".join(f"{states / shards / GB:.1f}" for shards in GPUS)
         yield f"| {case} | {saved / GB:.1f} | {saved / GB / disk:.1f} | {copies} | {moved} |"
 

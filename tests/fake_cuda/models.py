@@ -157,7 +157,10 @@ def build(fakes: FakeTensorMode, family: str, kind: str, **changes: Any) -> Poli
 def _fuse(policy: Policy, family: str) -> None:
     """Fuse the layers that are fused in a small model of real numbers; of fakes nobody knows whether they agree."""
     kinds = _fused_kinds(family)
-    stand_ins = {"_agrees": lambda module, *_: type(module) in kinds, "_compiled_product": lambda _: _one_kernel()}
+    stand_ins = {
+        "agrees_on_random_rows": lambda module, *_: type(module) in kinds,
+        "_compiled_product": lambda _: _one_kernel(),
+    }
     real = {name: vars(fused_layers)[name] for name in stand_ins}
     vars(fused_layers).update(stand_ins)
     try:
@@ -183,7 +186,7 @@ def _one_kernel() -> Any:
         "fake_cuda::pull_silu_times", lambda _, gate, up: (torch.empty_like(gate), torch.empty_like(up))
     )
     made: Any = torch.ops.fake_cuda
-    return fused_layers._GatedProduct(made.silu_times, made.pull_silu_times)
+    return fused_layers.GatedProduct(made.silu_times, made.pull_silu_times)
 
 
 def _pack(model: PreTrainedModel, kind: str) -> None:

@@ -11,7 +11,7 @@ from gpu_stage import Stage
 from tiny_runs import merge, pair_rows, write_rows
 
 import dpoctl
-from dpoctl.tasks import setup
+from dpoctl.tasks import estimate, setup
 
 # Each of these wants the device for itself.
 pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("memory")]
@@ -48,8 +48,8 @@ def test_out_of_memory_halves_the_budget_once(
     if stage.rehearsal:
         fail_once(monkeypatch)
     else:
-        monkeypatch.setattr(setup, "_free_bytes", lambda device: 1 << 40)
-        monkeypatch.setattr(setup, "GPU_ACTIVATIONS", 1 << 40)
+        monkeypatch.setattr(setup, "free_bytes", lambda device: 1 << 40)
+        monkeypatch.setattr(estimate, "GPU_ACTIVATIONS", 1 << 40)
         dpoctl.dpo(merge(recipe, changes))
         taken = torch.cuda.max_memory_reserved()
         gc.collect()
@@ -85,7 +85,7 @@ def test_the_automatic_budget_fits(
     recipe: dict[str, Any], kind: str, stage: Stage, record_property: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As many tokens as the memory is said to hold, without the bound beyond which they bring no speed."""
-    monkeypatch.setattr(setup, "GPU_ACTIVATIONS", 1 << 40)
+    monkeypatch.setattr(estimate, "GPU_ACTIVATIONS", 1 << 40)
     dpoctl.dpo(merge(recipe, KINDS[kind]))
     if stage.rehearsal:
         return

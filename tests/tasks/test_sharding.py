@@ -19,9 +19,9 @@ from tiny_world import rated, save_adapter, save_llama
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from dpoctl.errors import UsageError
-from dpoctl.model.from_config import build_skeleton
 from dpoctl.recipe import Recipe, parse_recipe
-from dpoctl.tasks.sharding import choose_sharding, needed_bytes
+from dpoctl.tasks.footprint import states_of
+from dpoctl.tasks.sharding import choose_sharding
 
 Run = Callable[..., dict[str, Any]]
 LORA: dict[str, Any] = {"lora": {"r": 4, "lora_alpha": 8}}
@@ -32,7 +32,7 @@ COMPARED = ("loss", "grad_norm", "eval_loss")
 # In the whole suite only.
 RARE = {
     *("modules that are trained whole", "an adapter over an adapter", "an adapter that is continued"),
-    *("tied embeddings", "a live reference", "recomputed layers"),
+    *("tied embeddings", "a live reference", "recomputed layers", "some weights", "ranks and LoRA+"),
 }
 LONG = "in the whole suite only"
 # Its weights of pairs nearly cancel, so that two roundings of one process differ as much.
@@ -41,6 +41,11 @@ CASES: dict[str, dict[str, Any]] = {
     "full": {},
     "LoRA": LORA,
     "4-bit LoRA": LORA | {"quantization": {"load_in_4bit": True}},
+    "some weights": {"training.trainable": ["layers.1", "norm", "lm_head"]},
+    "ranks and LoRA+": {
+        "lora": {"r": 4, "rank_pattern": {"q_proj": 2}, "use_rslora": True, "loraplus_lr_ratio": 4.0},
+        "training.lr_scheduler_type": "inverse_sqrt",
+    },
     "modules that are trained whole": {"lora": {"r": 4, "modules_to_save": ["embed_tokens", "lm_head"]}},
     "an adapter over an adapter": {"model.model_name_or_path": "adapter", "lora": {"r": 4, "start": "new"}},
     "an adapter that is continued": {"model.model_name_or_path": "adapter", "lora": {"start": "continue"}},
@@ -323,7 +328,8 @@ def test_the_bytes_of_a_model_of_8b_parameters(
 ) -> None:
     model = {"from_scratch": {"config": LLAMA_8B, "tokenizer": {"vocab_size": 1024}}, "dtype": "bfloat16"}
     recipe = parse(scene.recipe | {"model": model}, changes)
-    needed = needed_bytes(recipe, build_skeleton(recipe, tokenizer), torch.device("cpu"))
+    dtype = torch.float32 if changes.get("model.dtype") == "float32" else torch.bfloat16
+    needed = sum(states_of(recipe, tokenizer, dtype).values())
     assert needed / 1e9 == pytest.approx(gigabytes, rel=1e-3)
 
 

@@ -15,7 +15,7 @@ from tiny_runs import metrics_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpoctl.data.cache import cache_dir
-from dpoctl.errors import RunError, SetupError, UsageError
+from dpoctl.errors import RunError, UsageError
 from dpoctl.tasks import setup
 from dpoctl.tasks.reference import Reference
 from dpoctl.tasks.setup import Setup
@@ -235,9 +235,9 @@ def test_a_live_reference_is_loaded_before_the_token_budget(
 ) -> None:
     """What it takes is not free any more."""
     order: list[str] = []
-    live, budget = Reference.live, Setup.token_budget
+    live, budget = Reference.live, Setup.estimate
     monkeypatch.setattr(Reference, "live", lambda self: order.append("live") or live(self))
-    monkeypatch.setattr(Setup, "token_budget", lambda self, lengths: order.append("budget") or budget(self, lengths))
+    monkeypatch.setattr(Setup, "estimate", lambda self, store: order.append("budget") or budget(self, store))
     train(dpo_recipe, {"dpo.reference.mode": "live", "training.max_steps": 1})
     assert order[:2] == ["live", "budget"]
 
@@ -248,6 +248,6 @@ def test_states_that_do_not_fit_are_refused_before_the_reference_pass(
     order: list[str] = []
     monkeypatch.setattr(Reference, "table", lambda *_: order.append("reference"))
     monkeypatch.setattr(setup, "free_bytes", lambda device: 1000.0)
-    with pytest.raises(SetupError, match="the model does not fit"):
+    with pytest.raises(UsageError, match=r"the run does not fit on this cpu: .*together"):
         train(dpo_recipe)
     assert order == []

@@ -1,0 +1,170 @@
+"""The time of a run: its work over a rate, from the table of cards, from this CPU, or from a few real steps."""
+
+import time
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dpoctl.core.guard import Guard
+from dpoctl.core.meters import Meter
+from dpoctl.core.planner import Lengths, Plan
+from dpoctl.core.step import MemoryRetry, Stepper
+from dpoctl.data.prepare import PreparedData
+from dpoctl.model.cards import Card
+from dpoctl.model.load import load_policy
+from dpoctl.model.memory import MemoryMeter, set_gradient_checkpointing
+from dpoctl.recipe.schema import Recipe
+from dpoctl.runs.signals import StopRequest
+from dpoctl.tasks.estimate import Estimate, Work, flops_of
+from dpoctl.tasks.reference import Reference, with_columns
+from dpoctl.tasks.setup import Setup, build_accelerator, keep_freed_memory
+
+# Shares of the rate of matrix products that steps reach: measured were 16 and 20 % on an H100, of the data sheet's
+# rate, and 50 to 61 % on a CPU, of its own matrix product.
+CUDA_SHARES = (0.08, 0.18, 0.45)
+CPU_SHARES = (0.1, 0.45, 0.9)
+MEASURED_BAND = (0.9, 1.1)
+START, ENDS = 15.0, 5.0
+"""Seconds in which a run begins, with imports, reading and loading; and in which it writes the model at its end."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Operations a second.
+
+    Attributes:
+        low: the least to expect.
+        usual: the most likely.
+        high: the most to expect.
+        passes: that of passes without gradients.
+        start: seconds before the first step and after the last, besides passes.
+        origin: where it comes from, in words.
+    """
+
+    low: float
+    usual: float
+    high: float
+    passes: float
+    start: float
+    origin: str
+
+    def seconds(self, work: Work, ranks: int) -> tuple[float, float, float]:
+        """Return the seconds of a run: the least, the most likely, the most."""
+
+        def at(rate: float) -> float:
+            return self.start + (work.steps / rate + work.passes / (self.passes * rate / self.usual)) / ranks
+
+        return at(self.high), at(self.usual), at(self.low)
+
+    def tokens_per_second(self, work: Work, ranks: int) -> tuple[float, float, float]:
+        """Return the speed of steps: the least, the most likely, the most."""
+        per = work.tokens * ranks / max(1.0, work.steps)
+        return per * self.low, per * self.usual, per * self.high
+
+
+def rate_of(card: Card | None) -> Rate:
+    """Return the rate of a GPU by the table of cards, or that of this CPU by a product of two matrices."""
+    if card is not None:
+        low, usual, high = (share * card.rate for share in CUDA_SHARES)
+        words = f"{CUDA_SHARES[0]:.0%} to {CUDA_SHARES[2]:.0%} of {card.rate / 1e12:,.0f} TFLOP/s"
+        return Rate(low, usual, high, usual, START, words)
+    rate = _cpu_rate()
+    low, usual, high = (share * rate for share in CPU_SHARES)
+    return Rate(low, usual, high, usual, START, f"{CPU_SHARES[0]:.0%} to {CPU_SHARES[2]:.0%} of this CPU's "
+                f"{rate / 1e9:,.0f} GFLOP/s")  # fmt: skip
+
+
+@cache
+def _cpu_rate() -> float:
+    """Measure a product of two matrices, the best of three."""
+    size, best = 768, float("inf")
+    left = torch.ones(size, size)
+    for _ in range(4):
+        began = time.perf_counter()
+        left @ left
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The outcome of a few real steps.
+
+    Attributes:
+        rate: operations a second.
+        peak: bytes of tensors, or of the process beyond its libraries; None where the system does not tell.
+        estimate: by which these steps were planned.
+        plan: of the run.
+    """
+
+    rate: Rate
+    peak: int | None
+    estimate: Estimate
+    plan: Plan
+
+
+def measure(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: PreparedData, steps: int = 3) -> Measured:
+    """Take real steps of a run in this process, and return what they took; nothing is written.
+
+    Args:
+        recipe: checked and complete.
+        tokenizer: of the recipe.
+        data: of the recipe.
+        steps: their number; the first is not timed, unless it is the only one.
+    """
+    began = time.perf_counter()
+    accelerator = build_accelerator(recipe)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    memory = MemoryMeter(accelerator.device)
+    setup = Setup.of(recipe, accelerator, tokenizer, load_policy(recipe, tokenizer, accelerator.device))
+    reader, live = setup.reader(data.train, ""), None
+    if setup.task.needs_reference and recipe.dpo.reference.is_live:
+        live = Reference(setup).live()
+    elif setup.task.needs_reference:
+        # A step takes as long with any numbers.
+        zeros = np.zeros(int(data.train.response_start[-1]), dtype=np.float32)
+        reader = with_columns(reader, {"logps": zeros, "head_logps": zeros})
+    estimate = setup.estimate(data.train)
+    plan = setup.plan(Lengths.of(data.train), estimate.budget)
+    set_gradient_checkpointing(setup.policy.causal, estimate.every)
+    scorer, optimizer, clip = setup.prepare()
+    objective = setup.objective(scorer, live)
+    guard, retry = Guard(accelerator, "skip"), MemoryRetry(allowed=False)
+    stepper = Stepper(
+        objective, optimizer, plan, reader, guard, lambda _: 0.0, recipe.training.max_grad_norm, retry, clip
+    )
+    started = time.perf_counter() - began
+    rate, passes = _rate_of_steps(stepper, estimate, min(steps, plan.num_steps))
+    low, high = (share * rate for share in MEASURED_BAND)
+    return Measured(Rate(low, rate, high, passes, started + ENDS, "measured here"), memory.peak(), estimate, plan)
+
+
+def _rate_of_steps(stepper: Stepper, estimate: Estimate, steps: int) -> tuple[float, float]:
+    """Return operations a second in some steps, and in a pass over the first of them without gradients."""
+    plan, reader, objective = stepper.plan, stepper.reader, stepper.objective
+    work, seconds, stop = 0.0, 0.0, StopRequest()
+    for number in range(steps):
+        step = plan.step(number)
+        began = time.perf_counter()
+        stepper.take(step, reader.batches(step.schedule[0]), Meter(reader.device), stop)
+        _wait(reader.device)
+        if number or steps == 1:
+            seconds += time.perf_counter() - began
+            work += flops_of(estimate.footprint, plan.lengths, list(step.records), passes=False)
+    step = plan.step(0)
+    began = time.perf_counter()
+    with torch.no_grad():
+        for batch in reader.batches(step.schedule[0]):
+            objective.scorer(batch)
+    _wait(reader.device)
+    forward = flops_of(estimate.footprint, plan.lengths, list(step.records), passes=True)
+    return work / seconds, forward / (time.perf_counter() - began)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
