@@ -20,7 +20,7 @@ REFERENCE = "reference"
 
 @dataclass(frozen=True)
 class Baseline:
-    """What a policy is compared with, if it is not its reference.
+    """A model that a policy is compared with in place of its reference.
 
     Attributes:
         name: the model, for the result.

@@ -399,8 +399,9 @@ def _show_samples(samples: Sequence[Sample], numbers: Mapping[str, Any]) -> None
         values = (numbers["samples"].get(f"{name}_{side}") for side in sides)
         table.add_row(name, *("" if value is None else f"{value:.4g}" for value in values))
     if "kl" in numbers:
-        low, high = numbers.get("kl_ci") or (math.nan, math.nan)
-        table.add_row("kl per token", "", f"{numbers['kl']:.4f}  ({low:.4f} to {high:.4f})")
+        # A single prompt has no interval.
+        spread = "  ({:.4f} to {:.4f})".format(*numbers["kl_ci"]) if "kl_ci" in numbers else ""
+        table.add_row("kl per token", "", f"{numbers['kl']:.4f}{spread}")
     judge = numbers.get("judge")
     if judge and "type" not in judge:
         for category in sorted(judge["policy"], key=lambda name: name != judge["target"]):
