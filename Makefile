@@ -38,6 +38,7 @@ demo: runs/reviewer2-dpo/model.safetensors  ## Make a Reviewer #2: SFT, pairs th
 	@echo '  $(BIN)/dpoctl chat runs/reviewer2-dpo --reference     talk to both'
 	@echo '  $(BIN)/dpoctl report runs/reviewer2-dpo               the curves, the samples and the eval on one page'
 	@echo '  $(BIN)/dpoctl dpo recipes/reviewer2-dpo.yaml dpo.loss.beta=0.5 --output-dir runs/stricter'
+	@$(BIN)/dpoctl report runs/reviewer2-dpo > /dev/null
 
 runs/reviewer2-sft/model.safetensors: recipes/reviewer2-sft.yaml | $(USER)
 	$(BIN)/dpoctl sft recipes/reviewer2-sft.yaml --overwrite

@@ -12,7 +12,10 @@ GATE_FAILED = 4
 """The exit code of a command that measured something which a gate of the recipe does not let pass."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-OUT_OF_REACH = (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
+OUT_OF_REACH = (
+    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ESTALE),
+)
 
 
 class UserError(Exception):

@@ -18,7 +18,7 @@ for round in 1 2 3; do
     # The pairs of this round are new, and so is their reference: the model that wrote the answers.
     $dpoctl dpo recipes/reviewer2-dpo.yaml --overwrite --output-dir "$out" --set "model.model_name_or_path=$model" \
         --set "data.train=[$pairs/pairs-train.jsonl]" --set 'data.eval=[{path: "demo:reviewer2", split: test, max_samples: 100}]' \
-        --set global_batch_size=8 --set learning_rate=1e-4 --set eval_steps=12 --set eval_on_start=false \
+        --set global_batch_size=8 --set learning_rate=5e-5 --set eval_steps=12 --set eval_on_start=false \
         --set training.seed="$round"
     shares=$($dpoctl eval "$out" --json)
     table+=$'\n'$(python3 - "$round" "$made" "$shares" <<'PYTHON'

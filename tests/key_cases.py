@@ -111,6 +111,16 @@ SCRATCH = {
         "tokenizer": {"vocab_size": 270},
     },
 }
+EXPERTS = {
+    "method": "sft",
+    "data.train": ["{turns.jsonl}"],
+    "model.model_name_or_path": None,
+    "model.from_scratch": {
+        "config": SCRATCH["model.from_scratch"]["config"]
+        | {"model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2, "num_key_value_heads": 2},
+        "tokenizer": {"vocab_size": 270},
+    },
+}
 HUB = {"path": "some/pairs", "split": "a"}
 SAVING = {"training.save_steps": 1}
 # The loss falls at every step, and the policy is never as far from its reference as at the end.
@@ -171,6 +181,7 @@ CASES: dict[str, Case] = {
     "sft.train_on_think": Case("none", given={"method": "sft", "data.train": ["{thinking.jsonl}"]}),
     "dpo.train_on_think": Case("none", given={"data.train": ["{thinking.jsonl}"]}),
     "sft.average": Case("responses", given={"method": "sft", "data.train": ["{turns.jsonl}"]}),
+    "sft.router_aux_loss_coef": Case(0.5, "weights", EXPERTS),
     "sft.neftune_noise_alpha": Case(50.0, given={"method": "sft", "data.train": ["{turns.jsonl}"]}),
     "dpo.loss": Case([{"type": "sigmoid"}, {"type": "sft", "weight": 0.5}]),
     "dpo.reference.sync_steps": Case(1, given={"training.num_train_epochs": 2}),

@@ -21,6 +21,7 @@ from dpoctl.cli.merge import merge
 from dpoctl.cli.plan import plan
 from dpoctl.cli.recipes import recipes
 from dpoctl.cli.report import report
+from dpoctl.cli.schema import schema
 from dpoctl.cli.train import dpo, sft
 from dpoctl.tasks import prepare_allocator
 
@@ -69,6 +70,7 @@ for command, name, panel, summary in (
     (recipes, "recipes", "Train", "List and copy the recipes of dpoctl, and explain their keys."),
     (init, "init", "Train", "Write a first recipe for your model, data and GPU."),
     (import_config, "import", "Train", "Turn a config of TRL, axolotl, LLaMA-Factory or torchtune into a recipe."),
+    (schema, "schema", "Train", "Print the JSON schema of recipes, for editors."),
     (convert_data, "convert-data", "Data", "Convert data of any known format to canonical JSONL."),
     (inspect, "inspect", "Data", "Show and check training rows as the model sees them."),
     (evaluate, "eval", "Measure", "Evaluate a finished run on held-out data."),

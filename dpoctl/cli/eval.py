@@ -1,14 +1,33 @@
 """The `dpoctl eval` command."""
 
-import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dpoctl.cli import options
-from dpoctl.errors import GATE_FAILED
-from dpoctl.tasks import import_libraries, launchers
+from dpoctl.cli import launch, options
+from dpoctl.errors import GATE_FAILED, UsageError
+from dpoctl.tasks import import_libraries
 
+
+def _existing(run: str) -> str:
+    """Refuse a missing directory here, before torch is imported; the name of a hub repository has one slash."""
+    owner, _, name = run.partition("/")
+    is_hub_id = bool(name) and "/" not in name and not Path(owner).exists()
+    if not Path(run).is_dir() and not is_hub_id:
+        raise UsageError(f"RUN: there is no directory {run!r}", hint="pass the training.output_dir of a run")
+    return run
+
+
+RunOrModel = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN",
+        help="The run directory (training.output_dir), a folder with a model, or a hub id.",
+        callback=_existing,
+        show_default=False,
+    ),
+]
 Data = Annotated[
     str | None,
     typer.Option(
@@ -20,6 +39,29 @@ Data = Annotated[
 Limit = Annotated[
     int | None, typer.Option(metavar="N", min=1, help="Use only the first N rows of each eval set.", show_default=False)
 ]
+Against = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="Compare with this run, model folder, hub id, or address of a server, instead of the reference.",
+        show_default=False,
+    ),
+]
+AgainstModel = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="The name of the model at the address of --against.", show_default=False),
+]
+ModelUrl = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="Let a server write the model's texts: the base of an OpenAI-compatible API, with --model.",
+        show_default=False,
+    ),
+]
+Model = Annotated[
+    str | None, typer.Option(metavar="NAME", help="The name of the model at --model-url.", show_default=False)
+]
 Repeats = Annotated[
     int,
     typer.Option(metavar="N", min=1, max=1000, help="Draw and judge the samples N times, for the noise floor."),
@@ -27,29 +69,49 @@ Repeats = Annotated[
 
 
 def evaluate(
-    run: options.RunPath,
+    run: RunOrModel,
     data: Data = None,
     limit: Limit = None,
     set_values: options.Set = None,
     repeats: Repeats = 1,
+    against: Against = None,
+    against_model: AgainstModel = None,
+    model_url: ModelUrl = None,
+    model: Model = None,
+    num_processes: options.NumProcesses = None,
     json_output: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
     """[bold]dpoctl eval runs/mistral7b-dpo --json[/]
 
-    Evaluate a finished run on held-out data: loss, reward margins, and reward accuracy with its confidence interval.
-    It exits with 4 if a gate of the recipe fails. A folder with any other model is measured on --data, without a
-    reference.
+    Evaluate a finished run on held-out data: loss, reward margins, and reward accuracy with its confidence interval;
+    with the samples and the judge of the recipe, or of --set, what it writes too. It exits with 4 if a gate of the
+    recipe fails. Any other model is measured on --data; --against gives it a baseline.
     """  # noqa: D415 - the help shows an example first
     from dpoctl.recipe.secrets import refuse_secret_argument
 
     refuse_secret_argument("--data", data or "")
     for text in set_values or ():
         refuse_secret_argument("--set", text)
-    launchers.check_environment(os.environ)
+    for name, address in (("--model-url", model_url), ("--against", against)):
+        refuse_secret_argument(name, address or "")
+    if model is not None and model_url is None:
+        raise UsageError("--model is for a served model", hint="pass its address with --model-url URL")
+    if (launcher := launch.find_launcher(num_processes, None)) is not None:
+        raise typer.Exit(launcher.run())
     import_libraries()
+    from dpoctl.tasks.baselines import Baseline, served
     from dpoctl.tasks.evaluate import run as evaluate_run
 
-    changes = set_values or ()
-    if not evaluate_run(run, data=data, limit=limit, json_output=json_output, overrides=changes, repeats=repeats):
+    passed = evaluate_run(
+        Path(run),
+        data=data,
+        limit=limit,
+        json_output=json_output,
+        overrides=set_values or (),
+        repeats=repeats,
+        served=None if model_url is None else served(model_url, model, "--model-url", "--model"),
+        baseline=Baseline.of(against, against_model),
+    )
+    if not passed:
         raise typer.Exit(GATE_FAILED)

@@ -109,7 +109,7 @@ def _detected(data: str, split: str | None, method: str | None) -> tuple["Detect
     from dpoctl.data.pipeline import detect_format, open_rows
     from dpoctl.data.records import Reject
     from dpoctl.errors import DataError
-    from dpoctl.recipe.schema import Source
+    from dpoctl.recipe.data_section import Source
 
     source = Source(path=data, **({"split": split} if split else {}))
     opened = open_rows(source, method=method or "dpo")

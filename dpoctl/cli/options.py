@@ -56,7 +56,7 @@ DryRun = Annotated[
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print the recipe with every default, too.")]
 NumProcesses = Annotated[
     int | None,
-    typer.Option(metavar="N", min=1, help="Train with N processes on this machine.", show_default=False),
+    typer.Option(metavar="N", min=1, help="Run N processes on this machine.", show_default=False),
 ]
 AccelerateConfig = Annotated[
     str | None,

@@ -28,7 +28,9 @@ def report(
     Write one HTML file about a run, finished or not: charts, samples, evaluation, advice, data and recipe. The file
     works offline and sends nothing.
     """  # noqa: D415 - the help shows an example first
-    from dpoctl.runs.report import write_report
+    from dpoctl.runs.report import report_verdict, write_report
 
     written = write_report(run, output)
+    if (verdict := report_verdict(run)) is not None:
+        console.say(str(verdict))
     console.emit(json.dumps({"report": str(written)}) if json_output else str(written))

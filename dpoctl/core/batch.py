@@ -72,6 +72,19 @@ class Batch:
         sizes = torch.tensor([shared + sum(suffixes) for _, shared, suffixes in self.segments.records])
         return to_device(sizes.repeat_interleave(sizes)[None].float(), self.input_ids.device)
 
+    def row_numbers(self) -> tuple[Tensor, int]:
+        """Return `[T]`, the number of the record or response of each token of the flattened batch, and their count.
+
+        Padding has the count as its number.
+        """
+        if self.segments is None:
+            assert self.attention_mask is not None
+            count = len(self.attention_mask)
+            numbers = torch.arange(count, device=self.input_ids.device)[:, None].expand_as(self.attention_mask)
+            return torch.where(self.attention_mask != PADDING, numbers, count).flatten(), count
+        sizes = torch.tensor([shared + sum(suffixes) for _, shared, suffixes in self.segments.records])
+        return to_device(torch.arange(len(sizes)).repeat_interleave(sizes), self.input_ids.device), len(sizes)
+
     def sum_per_response(self, token_logps: Tensor, kept: Tensor | None = None) -> Tensor:
         """Return `[R]` summed log-probabilities from those of the N predicted tokens.
 

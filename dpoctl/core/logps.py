@@ -18,6 +18,7 @@ from dpoctl.model.attention import FLAT, SHARED_PREFIX, attention_arguments
 from dpoctl.model.head import Head
 from dpoctl.model.modules import embedding_and_head
 from dpoctl.model.probe import ProbeResult, accepts, backbone
+from dpoctl.model.routers import balance_losses, experts_per_token
 
 Result = TypeVar("Result")
 
@@ -32,6 +33,7 @@ class Scorer(nn.Module):
         confidence: also score each token's confidence, as `dpoctl.model.head.score_targets` does.
         noise_alpha: of NEFTune: in training, add uniform noise between ± alpha / √(L d) to the embeddings of a row of L
             tokens, each of d numbers; None adds none.
+        balances: in training, also compute the load-balancing loss of each row, and leave their sum in `balance`.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Scorer(nn.Module):
         *,
         confidence: bool = False,
         noise_alpha: float | None = None,
+        balances: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -49,6 +52,8 @@ class Scorer(nn.Module):
         self._causal = (causal,)
         self._head = Head(causal, confidence=confidence)
         self._noise_alpha = noise_alpha
+        self._balances = balances
+        self.balance: Tensor | None = None
         self._takes_positions = accepts(backbone(causal), "position_ids")
         self.use(verdict)
 
@@ -74,17 +79,33 @@ class Scorer(nn.Module):
             inputs["position_ids"] = batch.position_ids
         device, dtype = batch.input_ids.device, self.causal.dtype
         inputs |= attention_arguments(self.verdict.layout, batch.segments, batch.attention_mask, device, dtype)
+        if self._is_training and self._balances:
+            inputs["output_router_logits"] = True
         with self._noise(batch):
             if not self.verdict.own_head:
                 return self._model_logps(batch, inputs)
-            hidden = backbone(self.causal)(**inputs).last_hidden_state
+            output = backbone(self.causal)(**inputs)
+        self._keep_balance(output, batch)
+        hidden = output.last_hidden_state
         return self._head.logps(hidden.flatten(0, 1)[batch.score_pos], batch.score_tgt)
+
+    @property
+    def _is_training(self) -> bool:
+        return self.training and torch.is_grad_enabled()
+
+    def _keep_balance(self, output: Any, batch: Batch) -> None:
+        self.balance = None
+        if self._is_training and self._balances:
+            rows, count = batch.row_numbers()
+            per_token = experts_per_token(self.causal.config)
+            assert per_token is not None
+            self.balance = balance_losses(output.router_logits, rows, count, per_token).sum()
 
     @contextmanager
     def _noise(self, batch: Batch) -> Iterator[None]:
         """Add the noise of NEFTune to the embeddings inside, in training."""
         alpha = self._noise_alpha
-        if alpha is None or not (self.training and torch.is_grad_enabled()):
+        if alpha is None or not self._is_training:
             yield
             return
         lengths = batch.row_lengths()
@@ -106,7 +127,9 @@ class Scorer(nn.Module):
         kept, at = columns.unique(return_inverse=True)
         if accepts(self.causal, "logits_to_keep"):
             inputs["logits_to_keep"] = kept
-        logits = cast(Tensor, self.causal(**inputs).logits)
+        output = self.causal(**inputs)
+        self._keep_balance(output, batch)
+        logits = cast(Tensor, output.logits)
         if logits.shape[1] == width:
             at = columns
         return self._head.select(logits[rows, at], batch.score_tgt)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dpoctl.core.batch import Batch
-from dpoctl.core.logps import per_response
+from dpoctl.core.logps import Scorer, per_response
 from dpoctl.core.meters import Meter, Total, loss_moments
 from dpoctl.core.planner import Step
 from dpoctl.core.reader import Reader
@@ -80,6 +80,8 @@ class Objective:
         report: the metrics beside the loss.
         reference: runs beside the policy; `None` if its log-probabilities come with the batches, or none are needed.
         seed: of the losses' random draws.
+        balance_coef: the factor of the load-balancing loss of experts, a mean over the rows of a step; None leaves it
+            out.
         memory: the state that each term carries from step to step, the same on all ranks.
     """
 
@@ -89,6 +91,7 @@ class Objective:
     report: Report
     reference: RunningReference | None = None
     seed: int = 0
+    balance_coef: float | None = None
     memory: tuple[Memory, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -180,8 +183,21 @@ class Objective:
         with self._synchronised(sync):
             scores = self.score(batch)
             values = evaluate_terms(self.terms, scores)
-            self._backward_share(scores.logps.sum() * 0.0 if batch.is_filler else weighted_sum(values, step.counts))
+            share = scores.logps.sum() * 0.0 if batch.is_filler else weighted_sum(values, step.counts)
+            if self.balance_coef is not None:
+                share = share + self._balance_share(batch, step, meter, self.balance_coef)
+            self._backward_share(share)
         self._record_metrics(meter, scores, values, step, reader, counts=not batch.is_filler)
+
+    def _balance_share(self, batch: Batch, step: Step, meter: Meter, coefficient: float) -> Tensor:
+        """Return the share of the load-balancing loss that the last forward has in a step, and record its metric."""
+        scorer = cast(Scorer, self.accelerator.unwrap_model(self.scorer))
+        balance, scorer.balance = scorer.balance, None
+        assert balance is not None
+        rows = 0 if batch.is_filler else len(batch.outline.targets)
+        balance = balance * 0.0 if batch.is_filler else balance
+        meter.add({"aux_loss": Total(balance.detach(), rows)})
+        return balance * (coefficient / max(1, step.counts["records"]))
 
     def _backward_coupled(
         self, step: Step, reader: Reader, batches: Sequence[Batch], meter: Meter

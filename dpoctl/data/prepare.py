@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from dpoctl.recipe.data_section import DataSection, Source
     from dpoctl.recipe.schema import Recipe
 
-CODE_VERSION = 8
+CODE_VERSION = 9
 """Part of every store's key: raise it with any change that gives the same rows other tokens."""
 
 HELD_OUT_NAME = "eval"

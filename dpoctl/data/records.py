@@ -51,7 +51,7 @@ class Record:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further variables of the chat template, for this row alone."""
     meta: dict[str, Any] = field(default_factory=dict)
-    """Facts about the row; conversion keeps them, and training ignores them."""
+    """Facts about the row; conversion keeps them, evaluation groups by them, and training ignores them."""
     source: str = ""
     line: int = 0
 
@@ -111,7 +111,7 @@ class Record:
         return replace(self, responses=(self.responses[self.best],), pairs=(), scores=(), target=None)
 
 
-_OPTIONAL = {"label", "scores", "target", "tools", "template_kwargs"}
+_OPTIONAL = {"label", "scores", "target", "tools", "template_kwargs", "meta"}
 
 
 def strings_of(*texts: Text) -> Iterator[str]:

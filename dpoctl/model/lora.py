@@ -150,9 +150,10 @@ def _freeze_copy(peft_model: PeftModel, config: LoraConfig) -> None:
     settings.init_lora_weights, settings.modules_to_save = True, None
     peft_model.add_adapter(FROZEN, settings)
     tuner: Any = peft_model.base_model
-    for module in tuner.modules():
-        if is_adapted(module) and FROZEN in module.lora_A:
-            for factors in (module.lora_A, module.lora_B):
+    for layer in peft_model.modules():
+        if is_adapted(layer) and FROZEN in layer.lora_A:
+            pairs: Any = (layer.lora_A, layer.lora_B)
+            for factors in pairs:
                 factors[FROZEN].weight.data = factors[TRAINED].weight.detach().clone()
     tuner.set_adapter(TRAINED)
     tuner.set_requires_grad(FROZEN, False)
@@ -327,7 +328,7 @@ def _check_patterns(config: LoraConfig, targeted: list[str]) -> None:
                     hint=f"the adapted modules are {', '.join(sorted({last_name(name) for name in targeted}))}",
                 )
     numbers = [number for name in targeted if (number := layer_number(name)) is not None]
-    if missing := sorted(set(config.layers_to_transform or ()) - set(numbers)):
+    if missing := sorted(set(cast(list[int], config.layers_to_transform or [])) - set(numbers)):
         there = f"from 0 to {max(numbers)}" if numbers else "none"
         raise UsageError(f"lora.layers_to_transform: there is no adapted module in layer {missing[0]}", hint=there)
 

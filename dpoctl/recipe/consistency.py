@@ -78,6 +78,7 @@ def find_contradictions(
     yield from unusable or _model(recipe)
     yield from _quantization(recipe)
     yield from _lora(recipe)
+    yield from _routers(recipe)
     yield from _data(recipe)
     yield from _training(recipe)
     yield from _benchmarks(recipe)
@@ -180,6 +181,12 @@ def _lora(recipe: Recipe) -> Iterator[Diagnostic]:
     if lora.layers_to_transform is not None and isinstance(lora.target_modules, str) and not lora.adapts_all:
         message = "layers_to_transform has no effect: target_modules is a regular expression, which names the layers"
         yield Diagnostic.error(("lora", "layers_to_transform"), message, related=(("lora", "target_modules"),))
+
+
+def _routers(recipe: Recipe) -> Iterator[Diagnostic]:
+    if recipe.sft.router_aux_loss_coef is not None and recipe.training.sharding == "full":
+        message = "router_aux_loss_coef has not been tried with sharding: full; set sharding: none, or remove it"
+        yield Diagnostic.error(("sft", "router_aux_loss_coef"), message, related=(("training", "sharding"),))
 
 
 def _data(recipe: Recipe) -> Iterator[Diagnostic]:

@@ -12,12 +12,13 @@ from dpoctl.recipe.section import Count, Expect, NewTokens, Section, Text
 JUDGE: KeyPath = ("eval", "judge")
 UNDECIDED = "undecided"
 """The name that a judge gives to a text without a category."""
-_ASKING = ("url", "model", "template", "max_new_tokens", "temperature", "request")
-_SENDING = ("api_key_env", "concurrency", "timeout", "max_requests")
+ASKING = ("url", "model", "template", "max_new_tokens", "temperature", "request")
+"""The keys of what is asked of a served judge, and below it of how."""
+SENDING = ("api_key_env", "concurrency", "timeout", "max_requests")
 OWN_KEYS: dict[str, tuple[str, ...]] = {
     "keywords": ("categories", "target"),
-    "pairwise": (*_ASKING, *_SENDING, "calibration"),
-    "rubric": (*_ASKING, *_SENDING, "lowest", "highest", "calibration"),
+    "pairwise": (*ASKING, *SENDING, "calibration"),
+    "rubric": (*ASKING, *SENDING, "lowest", "highest", "calibration"),
     "command": ("command", "calibration"),
 }
 """The keys that each type of judge reads, beside `type`."""
@@ -30,19 +31,16 @@ NEEDED: dict[str, dict[str, str]] = {
 """The keys that each type of judge needs, with an example."""
 
 
-class JudgeSection(Section):
-    """A judge of the samples: rules that sort them into categories, or a model or command that compares them."""
+class JudgingSection(Section):
+    """The keys that judges of samples and scores of answers have in common."""
 
-    type: Literal["keywords", "pairwise", "rubric", "command"] = "keywords"
-    """`keywords`: a text gets the category whose words it contains; `pairwise`: a served model compares two texts, in
-    both orders; `rubric`: it rates each; `command`: a program compares two texts. But for `keywords`, in `dpoctl eval`
-    only."""
+    type: str
     categories: Annotated[
         dict[Text, Annotated[list[Text], MinLen(1)]], MinLen(1), Expect("a mapping from categories to lists of words")
     ] = Field(default={}, examples=[{"kind": ["accept"]}])
     """The words of each category. They match whole words, in upper or lower case."""
     target: Text | None = Field(default=None, examples=["kind"])
-    """The category that training should make more frequent. Its share is logged as a metric."""
+    """The category that training should make more frequent."""
     url: Text | None = Field(default=None, examples=["http://localhost:8000/v1"])
     """The base of an OpenAI-compatible API: vLLM, SGLang, llama.cpp, `transformers serve`, or a hosted one."""
     model: Text | None = Field(default=None, examples=["Qwen/Qwen3-32B"])
@@ -66,7 +64,18 @@ class JudgeSection(Section):
     timeout: Annotated[float, Gt(0), Le(86_400)] = 120.0
     """The number of seconds to wait for an answer before it is asked for again."""
     max_requests: Count = 10_000
-    """The maximum number of requests of an evaluation. If more are needed, none is sent."""
+    """The maximum number of requests of a command. If more are needed, none is sent."""
+
+
+class JudgeSection(JudgingSection):
+    """A judge of the samples: rules that sort them into categories, or a model or command that compares them."""
+
+    type: Literal["keywords", "pairwise", "rubric", "command"] = "keywords"
+    """`keywords`: a text gets the category whose words it contains; `pairwise`: a served model compares two texts, in
+    both orders; `rubric`: it rates each; `command`: a program compares two texts. But for `keywords`, in `dpoctl eval`
+    only."""
+    target: Text | None = Field(default=None, examples=["kind"])
+    """The category that training should make more frequent. Its share is logged as a metric."""
     command: Annotated[list[Text], MinLen(1)] | None = Field(default=None, examples=[["python", "judge.py"]])
     """The program and its arguments. It reads pairs of texts and writes verdicts, as lines of JSON."""
     calibration: Text | None = Field(default=None, examples=["labelled.jsonl"])

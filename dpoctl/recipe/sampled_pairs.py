@@ -9,25 +9,23 @@ from pydantic import Field
 
 from dpoctl.recipe.data_section import PairMode
 from dpoctl.recipe.diagnostics import KeyPath
+from dpoctl.recipe.judge_section import ASKING, SENDING, JudgingSection
+from dpoctl.recipe.judge_section import NEEDED as OF_JUDGES
 from dpoctl.recipe.pair_generation import SamplingSection, WriterSection, load_generation
 from dpoctl.recipe.schema import DType, QuantizationSection
-from dpoctl.recipe.section import Count, Expect, NewTokens, Section, Seed, Text
+from dpoctl.recipe.section import Count, Expect, Section, Seed, Text
 
 ITEM = "{item}"
-ENDPOINT_KEYS = ("url", "model", "api_key_env", "concurrency", "timeout", "max_requests")
-SERVED_KEYS = (*ENDPOINT_KEYS, "template", "max_new_tokens", "temperature")
 SCORE_KEYS: dict[str, tuple[str, ...]] = {
     "keywords": ("categories", "target"),
-    "pairwise": SERVED_KEYS,
-    "rubric": (*SERVED_KEYS, "lowest", "highest"),
+    "pairwise": (*ASKING, *SENDING),
+    "rubric": (*ASKING, *SENDING, "lowest", "highest"),
     "reward_model": ("model_name_or_path", "revision", "dtype", "batch_size", "max_length", "trust_remote_code"),
     "command": ("command",),
 }
 """The keys that each type of score reads, beside `type`."""
 NEEDED: dict[str, dict[str, str]] = {
-    "keywords": {"categories": "{kind: [accept], harsh: [reject]}", "target": "kind"},
-    "pairwise": {"url": "http://localhost:8000/v1", "model": "Qwen/Qwen3-32B"},
-    "rubric": {"url": "http://localhost:8000/v1", "model": "Qwen/Qwen3-32B"},
+    **OF_JUDGES,
     "reward_model": {"model_name_or_path": "Skywork/Skywork-Reward-V2-Qwen3-0.6B"},
     "command": {"command": "[python, score.py]"},
 }
@@ -77,39 +75,13 @@ class DrawsSection(SamplingSection):
     """The seed of the answers and of the order of prompts. The answers to a prompt do not depend on other prompts."""
 
 
-class ScoreSection(Section):
+class ScoreSection(JudgingSection):
     """The score of an answer: higher is better. Answers without a score are left out."""
 
     type: Literal["keywords", "pairwise", "rubric", "reward_model", "command"] = Field(examples=["reward_model"])
     """`keywords`: 1 for words of the target, 0 for those of other categories; `pairwise`: a served model compares every
     two answers, and the score is the share of wins; `rubric`: it rates each; `reward_model`: a sequence classifier;
     `command`: a program."""
-    categories: dict[Text, Annotated[list[Text], MinLen(1)]] = Field(default={}, examples=[{"kind": ["accept"]}])
-    """The words of each category. They match whole words, in upper or lower case."""
-    target: Text | None = Field(default=None, examples=["kind"])
-    """The category to prefer."""
-    url: Text | None = Field(default=None, examples=["http://localhost:8000/v1"])
-    """The base of the API of the judging model."""
-    model: Text | None = Field(default=None, examples=["Qwen/Qwen3-32B"])
-    """The name of the judging model there."""
-    api_key_env: Text = "OPENAI_API_KEY"
-    """The environment variable with the key of that API."""
-    concurrency: Annotated[int, Ge(1), Le(1000)] = 8
-    """The maximum number of requests under way."""
-    timeout: Annotated[float, Gt(0), Le(86_400)] = 120.0
-    """The number of seconds to wait for a verdict before it is asked for again."""
-    max_requests: Count = 1_000_000
-    """The maximum number of requests. If more are needed, they are not sent."""
-    template: Text | None = Field(default=None, examples=["judge.txt"])
-    """A file with the request to the judging model. null: the one of dpoctl."""
-    max_new_tokens: NewTokens = 512
-    """The maximum length of a verdict, in tokens."""
-    temperature: Annotated[float, Ge(0)] = 0.0
-    """The sampling temperature of the verdicts."""
-    lowest: Annotated[int, Ge(-1000), Le(1000)] = 1
-    """The lowest rating of a rubric."""
-    highest: Annotated[int, Ge(-1000), Le(1000)] = 10
-    """The highest rating of a rubric."""
     model_name_or_path: Text | None = Field(default=None, examples=["runs/reward-model"])
     """The reward model: a hub id or a folder of a sequence classifier with one output."""
     revision: Text | None = Field(default=None, examples=["main"])

@@ -180,6 +180,8 @@ class SftSection(Section):
     """The thinking blocks in the loss: `all`; `nonempty`: not the empty ones that some chat templates write; `none`."""
     average: Literal["tokens", "responses"] = "tokens"
     """`tokens`: the mean over all tokens; `responses`: the mean over rows of summed losses: long answers weigh more."""
+    router_aux_loss_coef: Annotated[float, Gt(0), Le(100)] | None = Field(default=None, examples=[0.001])
+    """Add the load-balancing loss of a mixture of experts, a mean over rows, times this. null: leave it out."""
     neftune_noise_alpha: Annotated[float, Gt(0), Le(1000)] | None = Field(default=None, examples=[5])
     """NEFTune: add uniform noise to the embeddings in training, as large as alpha / √(tokens of the row x width)."""
 

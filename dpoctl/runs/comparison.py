@@ -20,7 +20,7 @@ from dpoctl.recipe.eval_sections import GateSection
 from dpoctl.runs.gates import GateResult, check_gates, find_metric, metric_paths
 from dpoctl.runs.names import RESOLVED_RECIPE, require_run
 from dpoctl.runs.record_values import SUFFIX, RecordValues, read_record_values
-from dpoctl.runs.results import PROVENANCE, fingerprint, in_words, read_results
+from dpoctl.runs.results import PROVENANCE, SAMPLES, fingerprint, in_words, read_results
 from dpoctl.runs.statistics import t_quantile
 
 Floats = NDArray[np.float64]
@@ -282,9 +282,11 @@ def sign_flip_p_value(values: Floats, seed: int = 0) -> float:
 
 def _paired(first: Measured, second: Measured) -> dict[str, Paired]:
     """Return the differences of the metrics of all eval sets that are the same records in both results."""
-    found: dict[str, Paired] = {}
     if second is first:
-        return found
+        return {}
+    found: dict[str, Paired] = {}
+    if (wins := _paired_wins(first, second)) is not None:
+        found["judge.win_rate"] = wins
     for name, values in second.records.items():
         others = first.records.get(name)
         same = first.data_keys.get(name) == second.data_keys.get(name)
@@ -297,6 +299,28 @@ def _paired(first: Measured, second: Measured) -> dict[str, Paired]:
                 path = metric if name == MAIN_SET else f"sets.{name}.{metric}"
                 found[_as_reported(path, second.report)] = one
     return found
+
+
+def _paired_wins(first: Measured, second: Measured) -> Paired | None:
+    """Return the difference of the win rates of a judge over the prompts that both runs were judged on."""
+    texts = [run.file.with_suffix(SAMPLES) for run in (first, second)]
+    if not all(path.is_file() for path in texts):
+        return None
+    pairs = [[json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] for path in texts]
+    prompts, wins = [], []
+    for rows in zip(*pairs, strict=False):
+        keys = {json.dumps([row.get("prompt"), row.get("repeat")]) for row in rows}
+        votes = [(row.get("judge") or {}).get("win") for row in rows]
+        if len(keys) > 1:
+            return None
+        if all(isinstance(vote, int | float) for vote in votes):
+            prompts.append(json.dumps(rows[0].get("prompt")))
+            wins.append([float(vote or 0) for vote in votes])
+    if len(pairs[0]) != len(pairs[1]) or not wins:
+        return None
+    before, after = np.array(wins).T
+    clusters = np.unique(prompts, return_inverse=True)[1].astype(np.int64)
+    return paired_difference((before, np.ones(len(before))), (after, np.ones(len(after))), clusters)
 
 
 def _as_reported(path: str, report: Mapping[str, Any]) -> str:

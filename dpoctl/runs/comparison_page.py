@@ -16,6 +16,7 @@ from dpoctl.runs.comparison import Measured, Paired, RunComparison, describe
 from dpoctl.runs.metrics import MetricsFile
 from dpoctl.runs.pages import TEMPLATES, template
 from dpoctl.runs.results import SAMPLES
+from dpoctl.runs.verdicts import vote_words
 
 MOST_PROMPTS = 12
 CURVES = {
@@ -148,7 +149,8 @@ def _prompts(runs: Sequence[Measured], names: Sequence[str]) -> list[ShownPrompt
         rows = [each[prompt] for each in answered]
         before = ShownAnswer(f"before {names[0]}", str(rows[0].get("reference", "")), "")
         after = [
-            ShownAnswer(name, str(row.get("policy", "")), votes_of(row)) for name, row in zip(names, rows, strict=True)
+            ShownAnswer(name, str(row.get("policy", "")), vote_words(row))
+            for name, row in zip(names, rows, strict=True)
         ]
         found.append(ShownPrompt(prompt_text(rows[0].get("prompt")), (before, *after)))
     return found
@@ -168,14 +170,6 @@ def prompt_text(prompt: Any) -> str:
     if isinstance(prompt, list):
         return "\n\n".join(f"{m.get('role')}: {m.get('content')}" for m in prompt if isinstance(m, dict))
     return "" if prompt is None else str(prompt)
-
-
-def votes_of(row: Mapping[str, Any]) -> str:
-    """Return how a judge voted on a sample, in words; empty if none did."""
-    vote = row.get("vote", row.get("votes"))
-    if vote is None:
-        return ""
-    return ", ".join(map(str, vote)) if isinstance(vote, list) else str(vote)
 
 
 def _value(value: Any) -> str:

@@ -26,8 +26,11 @@ from dpoctl.runs.expected import read_comparisons
 from dpoctl.runs.metrics import STANDARD_ERROR, MetricsFile
 from dpoctl.runs.names import RESOLVED_RECIPE, require_run
 from dpoctl.runs.pages import TEMPLATES, template
+from dpoctl.runs.record_values import SUFFIX as RECORDS
+from dpoctl.runs.record_values import read_record_values
 from dpoctl.runs.results import PROVENANCE, SAMPLES, fingerprint, in_words, read_results
 from dpoctl.runs.status import describe_status, read_status
+from dpoctl.runs.verdicts import Part, Verdict, accuracy_by_length, verdict_of, vote_words, wins_by_length
 
 NAME = "report.html"
 MOST_SAMPLES = 24
@@ -54,6 +57,7 @@ class SampleRow(NamedTuple):
     policy: str
     reference_finished: bool
     policy_finished: bool
+    vote: str = ""
 
 
 class SampleSet(NamedTuple):
@@ -79,9 +83,19 @@ def write_report(run: Path, output: Path | None = None) -> Path:
     target = output or run / NAME
     if not target.parent.is_dir():
         raise UsageError(f"--output: there is no folder {str(target.parent)!r}", hint="create it first")
+    try:
+        page = render(run)
+    except (AttributeError, LookupError, TypeError) as error:
+        message = f"a file of {run} is not as dpoctl wrote it: {type(error).__name__}: {error}"
+        raise UsageError(message, hint="restore it; --debug shows which value it is") from error
     with writing(target.parent):
-        write_atomically(target, render(run))
+        write_atomically(target, page)
     return target
+
+
+def report_verdict(run: Path) -> Verdict | None:
+    """Return the verdict of the newest result of a run's own eval sets; None if there is none of its weights."""
+    return verdict_of(official_result(run, read_results(run)))
 
 
 def refresh_report(run: Path) -> None:
@@ -182,13 +196,15 @@ def _contents(run: Path) -> dict[str, Any]:
     recipe = redact(yaml.safe_load(_text(run / RESOLVED_RECIPE)) or {})
     data = _json(run / "data_report.json") or {}
     results = read_results(run)
-    official = _official(run, results)
+    official = official_result(run, results)
     rows = MetricsFile(run / "metrics.jsonl").rows()
     history = History.of(rows, list(data.get("evals") or {}))
     return {
         "title": run.resolve().name,
-        "subtitle": _describe(recipe, history),
+        "subtitle": describe_run(recipe, history),
         "written": _times(rows) or _day(run / "metrics.jsonl"),
+        "verdict": verdict_of(official),
+        "breakdowns": list(_breakdowns(run, results, official)),
         "tiles": list(_tiles(recipe, history, official)),
         "observations": [
             *_unfinished(run),
@@ -210,7 +226,7 @@ def _contents(run: Path) -> dict[str, Any]:
     }
 
 
-def _describe(recipe: Mapping[str, Any], history: History) -> str:
+def describe_run(recipe: Mapping[str, Any], history: History) -> str:
     """Return the run in one line."""
     model, training = recipe.get("model") or {}, recipe.get("training") or {}
     lora, scratch = recipe.get("lora"), model.get("from_scratch")
@@ -255,7 +271,7 @@ def _symptoms(path: Path) -> Iterator[str]:
         yield f"Step {one['step']:,}: {one['message']}; {one['hint']}."
 
 
-def _official(run: Path, results: Sequence[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
+def official_result(run: Path, results: Sequence[tuple[Path, dict[str, Any]]]) -> dict[str, Any]:
     """Return the newest result of the run's own eval sets, if it is of the weights that the run has now."""
     own = [report for _, report in results if report["official"]]
     weights = fingerprint(run) if own else ""
@@ -308,6 +324,36 @@ def _tiles(recipe: Mapping[str, Any], history: History, official: Mapping[str, A
             yield Tile(f"Log-prob of {side}", f"{sign}{number(change)}", detail)
 
 
+def _breakdowns(
+    run: Path, results: Sequence[tuple[Path, dict[str, Any]]], official: Mapping[str, Any]
+) -> Iterator[Table]:
+    """Yield tables of the official result by the length of answers, and of its rewards by source."""
+    file = next((path for path, report in results if report is official), None)
+    if file is None:
+        return
+    for name, values in read_record_values(file.with_suffix(RECORDS)).items():
+        rows = [_part_row(f"chosen answer {part.name}", part) for part in accuracy_by_length(values)]
+        if rows:
+            yield Table(f"Reward accuracy by length, {name} set", (), tuple(rows))
+    samples = [row for line in _text(file.with_suffix(SAMPLES)).splitlines() if isinstance(row := _parsed(line), dict)]
+    if wins := [_part_row(f"answer of the policy {part.name}", part) for part in wins_by_length(samples)]:
+        yield Table("Win rate by length", (), tuple(wins))
+    accuracies = {
+        key.removesuffix("/rewards/accuracies"): value
+        for key, value in official.items()
+        if key.endswith("/rewards/accuracies")
+    }
+    if accuracies:
+        rows = [TableRow(source, (Cell(percent(value)),)) for source, value in accuracies.items()]
+        yield Table("Reward accuracy by source", (), tuple(rows))
+
+
+def _part_row(name: str, part: Part) -> TableRow:
+    low, high = part.interval
+    spread = f"{percent(low)} to {percent(high)}, {part.count:,}"
+    return TableRow(name, (Cell(percent(part.value), spread, (part.value, low, high)),))
+
+
 def _advice(path: Path) -> list[dict[str, Any]] | None:
     """Return the advice that the run started with, errors first; None if the run has none."""
     kept = _json(path)
@@ -344,6 +390,7 @@ def _sample_sets(
                 _flat(row.get("policy")),
                 bool(row.get("reference_finished", True)),
                 bool(row.get("policy_finished", True)),
+                vote_words(row),
             )
             for row in rows[:MOST_SAMPLES]
         )

@@ -82,7 +82,7 @@ def ratio(numerators: ArrayLike, denominators: ArrayLike, clusters: Sequence[Any
     return Estimate(value, error, (value - spread, value + spread), f"{method}, {CLUSTERED}")
 
 
-def share(values: ArrayLike, clusters: Sequence[Any]) -> Estimate:
+def share(values: ArrayLike, clusters: Sequence[Any], counts: ArrayLike | None = None) -> Estimate:
     """Estimate the mean of values between 0 and 1, such as a win rate in which a tie counts one half.
 
     The interval is Wilson's with the effective number of independent trials p (1 - p) / se^2 (Korn and Graubard, 1998):
@@ -91,8 +91,9 @@ def share(values: ArrayLike, clusters: Sequence[Any]) -> Estimate:
     Args:
         values: shape (n,).
         clusters: the prompt of each value.
+        counts: the number of trials of each value, if that is a sum of several; shape (n,).
     """
-    found = mean(values, clusters)
+    found = mean(values, clusters) if counts is None else ratio(values, counts, clusters)
     p, prompts = found.value, len(set(clusters))
     error, quantile = found.error, t_quantile(0.975, prompts - 1) if prompts > 1 else Z
     count = float(prompts) if not error else p * (1 - p) / (error * error)

@@ -1,4 +1,4 @@
-"""What generated texts are like: length, repetition, variety, whether they end by themselves, and refusals."""
+"""Measures of generated texts: length, repetition, variety, whether they end by themselves, and refusals."""
 
 import re
 from collections import Counter

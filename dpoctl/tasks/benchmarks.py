@@ -146,11 +146,11 @@ def _no_bars() -> Iterator[None]:
     def disabled(self: Any, *arguments: Any, **options: Any) -> None:
         original(self, *arguments, **options | {"disable": True})
 
-    tqdm.__init__ = disabled  # type: ignore[method-assign]
+    tqdm.__init__ = disabled
     try:
         yield
     finally:
-        tqdm.__init__ = original  # type: ignore[method-assign]
+        tqdm.__init__ = original
 
 
 def _values(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:

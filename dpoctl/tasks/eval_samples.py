@@ -1,6 +1,6 @@
 """The texts of an evaluation: those of the policy and of its baseline, their numbers, and what a judge says of them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,11 +8,12 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpoctl.data.store import TokenStore
+from dpoctl.errors import UsageError
 from dpoctl.model.generate import Generation
 from dpoctl.recipe.schema import EvalSection, SamplesSection
 from dpoctl.runs.statistics import ratio
 from dpoctl.runs.text_metrics import compare_texts
-from dpoctl.tasks.finished_run import FinishedRun
+from dpoctl.tasks.finished_run import FinishedRun, is_model_only
 from dpoctl.tasks.judges import Judge
 from dpoctl.tasks.judging import build_judge, judge_samples, prompt_key
 from dpoctl.tasks.samples import KeywordJudge, Sample, Sampler, describe
@@ -70,16 +71,18 @@ def sample_finished(
         return {}, []
     sampler = Sampler(section, setup, stores, limit)
     policy = [_draw(sampler, finished, writers.policy, repeat) for repeat in range(writers.repeats)]
-    reference, differences = _of_baseline(setup, sampler, finished, stores, limit, section, writers, policy)
+    reference, divergences = _of_baseline(setup, sampler, finished, stores, limit, section, writers, policy)
     if not setup.accelerator.is_main_process:
         return {}, []
     samples = [
         one
-        for repeat, (texts, others) in enumerate(zip(policy, reference, strict=True))
-        for one in sampler.pair(texts, others, repeat)
+        for repeat, texts in enumerate(policy)
+        for one in sampler.pair(texts, None if reference is None else reference[repeat], repeat)
     ]
-    report = describe_samples(samples, section) | _divergence(sampler, policy[0], differences)
+    report = describe_samples(samples, section) | _divergence(sampler, policy[0], divergences)
     if judge is not None and setup.recipe.eval.judge is not None:
+        if reference is None:
+            raise UsageError("a judge that compares needs a baseline", hint="pass one with --against")
         report["judge"], samples = judge_samples(setup.recipe.eval.judge, judge, samples)
     elif setup.recipe.eval.judge is not None:
         report["judge"] = _counted(setup.recipe.eval, samples)
@@ -115,26 +118,26 @@ def _of_baseline(
     section: SamplesSection,
     writers: Writers,
     policy: Sequence[Sequence[Generation]],
-) -> tuple[list[list[Generation]], list[float] | None]:
-    """Return the texts of the baseline, and log policy - log baseline of the policy's first texts, if it is known."""
+) -> tuple[list[list[Generation]] | None, list[float] | None]:
+    """Return the texts of the baseline, if there is one.
+
+    Second, the divergence over each of the policy's first texts, if it can be known.
+    """
     baseline, repeats = writers.baseline, range(writers.repeats)
     if isinstance(baseline, Client):
         return [sampler.ask(baseline, repeat) for repeat in repeats], None
-    own = sampler.logps(finished.policy.causal, policy[0])
-    context: AbstractContextManager[PreTrainedModel]
-    if baseline is None:
-        other, context, knows_tokens = sampler, finished.reference(), True
-    else:
+    if baseline is None and is_model_only(finished.path):
+        return None, None
+    other, knows_tokens = sampler, True
+    enter: Callable[[], AbstractContextManager[PreTrainedModel]] = finished.reference
+    if baseline is not None:
         knows_tokens = same_tokens(setup.tokenizer, baseline.tokenizer)
         theirs = replace(setup, tokenizer=baseline.tokenizer, policy=baseline.policy)
-        other = Sampler(section, theirs, stores, limit, is_own=knows_tokens)
-        context = nullcontext(baseline.policy.causal)
-    with context as causal:
-        texts = [other.draw(causal, repeat) for repeat in repeats]
-        if not knows_tokens:
-            return texts, None
-        theirs_logps = sampler.logps(causal, policy[0])
-    return texts, [mine - other for mine, other in zip(own, theirs_logps, strict=True)]
+        other, causal = Sampler(section, theirs, stores, limit, is_own=knows_tokens), baseline.policy.causal
+        enter = lambda: nullcontext(causal)  # noqa: E731
+    with enter() as model:
+        texts = [other.draw(model, repeat) for repeat in repeats]
+    return texts, sampler.divergences(finished.policy.causal, enter, policy[0]) if knows_tokens else None
 
 
 def same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
@@ -142,12 +145,12 @@ def same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) ->
     return bool(one.get_vocab() == other.get_vocab())
 
 
-def _divergence(sampler: Sampler, texts: Sequence[Generation], differences: Sequence[float] | None) -> dict[str, Any]:
+def _divergence(sampler: Sampler, texts: Sequence[Generation], divergences: Sequence[float] | None) -> dict[str, Any]:
     """Return the divergence from the baseline on the policy's texts, in nats per token."""
-    if differences is None:
+    if divergences is None:
         return {}
-    lengths = [max(1, len(text.ids)) for text in texts]
-    return ratio(differences, lengths, [prompt_key(prompt) for prompt in sampler.prompts]).named("kl")
+    lengths = [len(tokens) for tokens in sampler.tokens(texts)]
+    return ratio(divergences, lengths, [prompt_key(prompt) for prompt in sampler.prompts]).named("kl")
 
 
 def _counted(section: EvalSection, samples: Sequence[Sample]) -> dict[str, Any]:

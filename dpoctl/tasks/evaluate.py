@@ -3,10 +3,12 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from rich.table import Table
 from rich.text import Text
@@ -19,21 +21,25 @@ from dpoctl.data.pipeline import open_source
 from dpoctl.data.prepare import PreparedData
 from dpoctl.data.sources import has_splits
 from dpoctl.data.store import TokenStore
-from dpoctl.errors import UsageError, writing
+from dpoctl.errors import SetupError, UsageError, writing
 from dpoctl.losses import Item
 from dpoctl.model.load import compute_dtype, load_policy, weight_dtype
 from dpoctl.model.source import read_json
 from dpoctl.recipe import Recipe
 from dpoctl.recipe.data_section import Source
+from dpoctl.recipe.eval_sections import BenchmarkSection
 from dpoctl.runs.best import model_step
 from dpoctl.runs.gates import check_gates
 from dpoctl.runs.metrics import STANDARD_ERROR
+from dpoctl.runs.model_card import refresh_card
 from dpoctl.runs.names import RESOLVED_RECIPE
 from dpoctl.runs.record_values import RecordValues
 from dpoctl.runs.report import NAME as REPORT
 from dpoctl.runs.report import refresh_report
 from dpoctl.runs.results import Provenance, fingerprint, in_words, write_result
 from dpoctl.runs.statistics import Z, wilson_interval
+from dpoctl.runs.verdicts import share_difference
+from dpoctl.tasks.baselines import Baseline, reference_overrides
 from dpoctl.tasks.benchmarks import check_benchmarks, run_benchmarks
 from dpoctl.tasks.earlier_step import with_model
 from dpoctl.tasks.eval_samples import Writers, judge_of, sample_finished
@@ -48,9 +54,11 @@ from dpoctl.tasks.finished_run import (
     require_model,
 )
 from dpoctl.tasks.judging import judge_verdicts
+from dpoctl.tasks.pair_groups import accuracy_by_group
 from dpoctl.tasks.record_values import RecordWatch
 from dpoctl.tasks.reference import Columns, Reference, with_columns
 from dpoctl.tasks.samples import Sample, show, to_lines
+from dpoctl.tasks.served import Client
 from dpoctl.tasks.setup import Setup, build_accelerator, quiet_libraries, read_data
 from dpoctl.tasks.task import build_task
 
@@ -69,6 +77,8 @@ def run(
     json_output: bool = False,
     overrides: Sequence[str] = (),
     repeats: int = 1,
+    served: Client | None = None,
+    baseline: Baseline | None = None,
 ) -> bool:
     """Evaluate a finished run on its own eval sets, or on other data.
 
@@ -79,6 +89,8 @@ def run(
         json_output: print one JSON object.
         overrides: `key=value` texts that replace values of the recipe's section `eval`.
         repeats: draw and judge all texts so often, for the noise of the evaluation itself.
+        served: a server that has the same model, and writes its texts.
+        baseline: what the run is compared with; None for its reference.
 
     Returns:
         Whether all gates of the recipe passed; True on ranks that print nothing.
@@ -86,6 +98,8 @@ def run(
     quiet_libraries()
     run = with_model(run)
     recipe = _recipe_of(run, data, overrides)
+    if changes := reference_overrides(run, recipe, baseline):
+        recipe = _recipe_of(run, data, overrides, changes)
     check_benchmarks(recipe.eval.benchmarks)
     judge = judge_of(recipe.eval)
     accelerator = build_accelerator(recipe)
@@ -99,17 +113,19 @@ def run(
     dtype = weight_dtype(recipe, compute_dtype(recipe, accelerator.device))
     finished = FinishedRun.load(run, accelerator.device, dtype)
     setup = Setup.of(recipe, accelerator, finished.tokenizer, finished.policy)
-    results, values = _evaluate(setup, prepared.evals, tables, limit)
-    writers = Writers(repeats=repeats)
+    results, values = _evaluate(setup, prepared, tables, limit)
+    writers = Writers(served, _opponent(baseline, accelerator, dtype), repeats)
     sampled, samples = sample_finished(setup, finished, prepared.evals, limit, judge=judge, writers=writers)
     if not accelerator.is_main_process:
         return True
-    is_compared = bool(tables) or bool(samples)
-    settings = [*overrides, *([f"repeats={repeats}"] if repeats > 1 else [])]
+    is_compared = bool(tables) or any(one.reference is not None for one in samples)
+    settings = _settings(overrides, repeats, served)
     origin = _origin(run, recipe, prepared, limit, settings, is_own=data is None, is_compared=is_compared)
+    if baseline is not None:
+        origin = replace(origin, baseline=baseline.name, official=False)
     main = results.pop("eval", {})
     report: dict[str, Any] = {**origin.to_dict(), **main, **({"sets": results} if results else {}), **sampled}
-    report |= _benchmarks(finished)
+    report |= _benchmarks(finished, recipe.eval.benchmarks)
     gates = check_gates(report, recipe.eval.gates)
     report |= {"gates": [gate.to_dict() for gate in gates]} if gates else {}
     where = _keep(run, origin, report, to_lines(samples), values)
@@ -120,6 +136,13 @@ def run(
         for line in (*map(str, gates), where):
             console.say(line)
     return all(gate.passed for gate in gates)
+
+
+def _settings(overrides: Sequence[str], repeats: int, served: Client | None) -> list[str]:
+    """Return what of a command line changes the numbers of its result; gates change none."""
+    settings = [text for text in overrides if not text.startswith("eval.gates=")]
+    settings += [f"repeats={repeats}"] if repeats > 1 else []
+    return [*settings, *([f"texts of {served.endpoint.name}"] if served else [])]
 
 
 def _show_result(
@@ -138,9 +161,8 @@ def _show_result(
         console.say(line)
 
 
-def _benchmarks(finished: FinishedRun) -> dict[str, Any]:
-    """Run the benchmarks of a recipe on the policy, and on its reference if there is one."""
-    benchmarks = finished.recipe.eval.benchmarks
+def _benchmarks(finished: FinishedRun, benchmarks: Sequence[BenchmarkSection]) -> dict[str, Any]:
+    """Run benchmarks on the policy, and on its reference if there is one."""
     if not benchmarks:
         return {}
     reference = None if is_model_only(finished.path) else finished.reference()
@@ -158,6 +180,7 @@ def _keep(
     with writing(home):
         path = write_result(home, origin, report, samples, values)
     refresh_report(home)
+    refresh_card(home)
     return f"result: {path}; report: {home / REPORT}"
 
 
@@ -172,14 +195,14 @@ def _origin(
     is_compared: bool,
 ) -> Provenance:
     """Return the origin of the numbers; the run's own data are those that its training evaluated on."""
-    trained_on = _data_report(home_of(run)).get("evals") or {}
+    trained_on = _trained_keys(home_of(run))
     earlier = STEP.fullmatch(run.name)
     data = {}
     for name, store in prepared.evals.items():
         sources = [source["path"] for source in prepared.report["evals"][name]["sources"]]
         used = len(store) if limit is None else min(limit, len(store))
         data[name] = {"sources": sources, "key": store.key, "records": used}
-        if is_own and trained_on.get(name, {}).get("key", store.key) != store.key:
+        if is_own and trained_on.get(name, store.key) != store.key:
             is_own = False
             console.warn(f"{name}: {', '.join(sources)} gives other rows than in training: this is another eval set")
     return Provenance(
@@ -194,9 +217,15 @@ def _origin(
     )
 
 
-def _data_report(run: Path) -> dict[str, Any]:
+def _trained_keys(run: Path) -> dict[str, Any]:
+    """Return the keys of the tokens of the eval sets that a run was evaluated on in training, by name."""
     path = run / "data_report.json"
-    return read_json(path) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    evals = read_json(path).get("evals")
+    if evals is not None and not (isinstance(evals, dict) and all(isinstance(one, dict) for one in evals.values())):
+        raise SetupError(f"'{path}' is not as `dpoctl` wrote it: evals is no table of eval sets", hint="restore it")
+    return {name: one["key"] for name, one in (evals or {}).items() if "key" in one}
 
 
 def _baseline(recipe: Recipe) -> str:
@@ -209,7 +238,14 @@ def _baseline(recipe: Recipe) -> str:
     return model.model_name_or_path + (f"@{model.revision}" if model.revision else "")
 
 
-def _recipe_of(run: Path, data: str | None, overrides: Sequence[str]) -> Recipe:
+def _opponent(baseline: Baseline | None, accelerator: Accelerator, dtype: torch.dtype) -> Client | FinishedRun | None:
+    """Return what writes the texts of a baseline."""
+    if baseline is None or baseline.folder is None:
+        return None if baseline is None else baseline.client
+    return FinishedRun.load(baseline.folder, accelerator.device, dtype)
+
+
+def _recipe_of(run: Path, data: str | None, overrides: Sequence[str], changed: Sequence[str] = ()) -> Recipe:
     """Read the recipe of a finished run; replace its eval data if other data are given, and what else is asked for.
 
     Raises:
@@ -226,7 +262,8 @@ def _recipe_of(run: Path, data: str | None, overrides: Sequence[str]) -> Recipe:
     if data is not None:
         source = {"path": data} | ({"split": "test"} if has_splits(data) else {})
         evals, cadence = json.dumps({"eval": [source]}), recipe.training.eval_steps or 1
-        changes = [f"data.eval={evals}", "data.eval_size=null", f"training.eval_steps={cadence}", *overrides]
+        changes = [f"data.eval={evals}", "data.eval_size=null", f"training.eval_steps={cadence}"]
+        changes += [*overrides, *changed]
         if is_model_only(run):
             format = open_source(Source.model_validate(source))[0].format
             method = "sft" if format in DEMONSTRATIONS else "dpo"
@@ -236,7 +273,7 @@ def _recipe_of(run: Path, data: str | None, overrides: Sequence[str]) -> Recipe:
         raise UsageError(f"{run} is a model that no run describes: it has no eval data", hint="pass --data SOURCE")
     if not recipe.data.eval and recipe.data.eval_size is None:
         raise UsageError(f"{run}: its recipe has no eval data", hint="pass some with --data SOURCE")
-    return recipe_of(run, overrides) if overrides else recipe
+    return recipe_of(run, [*overrides, *changed]) if overrides or changed else recipe
 
 
 def _reference_tables(
@@ -254,10 +291,11 @@ def _reference_tables(
 
 
 def _evaluate(
-    setup: Setup, stores: Stores, tables: Mapping[str, Columns], limit: int | None
+    setup: Setup, prepared: PreparedData, tables: Mapping[str, Columns], limit: int | None
 ) -> tuple[dict[str, dict[str, Any]], dict[str, RecordValues]]:
     """Return the metrics of every eval set, and those of each of its records."""
-    results, values = {}, {}
+    results, values, stores = {}, {}, prepared.evals
+    sources = {name: [source["path"] for source in prepared.report["evals"][name]["sources"]] for name in stores}
     with setup.accelerator.autocast():
         objective = setup.objective(setup.scorer())
         for name, store in stores.items():
@@ -267,6 +305,8 @@ def _evaluate(
             watch, one_pass = RecordWatch(setup.task), setup.plan(lengths).one_pass(lengths)
             results[name] = _describe(evaluate(objective, reader, one_pass, watch=watch), counts)
             values[name] = watch.values(store)
+            groups = accuracy_by_group(values[name], store, sources[name])
+            results[name] |= {"groups": groups} if groups else {}
     return results, values
 
 
@@ -287,11 +327,16 @@ def _show(results: Mapping[str, Mapping[str, Any]]) -> None:
     for name, metrics in results.items():
         table = Table(title=name, title_justify="left", box=None, show_header=False)
         for metric, value in metrics.items():
-            if isinstance(value, list) or metric.endswith(STANDARD_ERROR):
+            if isinstance(value, list | dict | str) or metric.endswith(STANDARD_ERROR):
                 continue
             interval = metrics.get(f"{metric}_ci")
             spread = f"  95 % interval {interval[0]:.4f} to {interval[1]:.4f}" if interval else ""
             table.add_row(metric, f"{value:,}" if isinstance(value, int) else f"{value:.4f}{spread}")
+        for column, groups in metrics.get("groups", {}).items():
+            for value, found in groups.items():
+                low, high = found["rewards/accuracies_ci"]
+                interval = f"  95 % interval {low:.4f} to {high:.4f}, {found['num_pairs']:,} pairs"
+                table.add_row(Text(f"accuracy, {column} {value}"), f"{found['rewards/accuracies']:.4f}{interval}")
         console.say(table)
 
 
@@ -329,7 +374,7 @@ def verdicts(results: Mapping[str, Mapping[str, Any]], judge: Mapping[str, Any] 
         target = judge["target"]
         before, after = (judge[side][target] for side in ("reference", "policy"))
         change = f"{target} answers {before['share']:.1%} -> {after['share']:.1%}"
-        yield f"verdict: {change}, {_compared(_difference(before, after), 0.0, 'chance')}"
+        yield f"verdict: {change}, {_compared(share_difference(before, after), 0.0, 'chance')}"
 
 
 def _compared(interval: Sequence[float], value: float, what: str) -> str:
@@ -337,15 +382,6 @@ def _compared(interval: Sequence[float], value: float, what: str) -> str:
     if low <= value <= high:
         return f"which {what} would explain too"
     return f"{'more' if low > value else 'less'} than {what} explains"
-
-
-def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> tuple[float, float]:
-    """Return the 95 % interval of the difference of two shares, from the interval of each (Newcombe, 1998)."""
-    change = after["share"] - before["share"]
-    (low0, high0), (low1, high1) = before["ci"], after["ci"]
-    down = math.hypot(after["share"] - low1, high0 - before["share"])
-    up = math.hypot(high1 - after["share"], before["share"] - low0)
-    return change - down, change + up
 
 
 def _show_samples(samples: Sequence[Sample], numbers: Mapping[str, Any]) -> None:
@@ -356,7 +392,11 @@ def _show_samples(samples: Sequence[Sample], numbers: Mapping[str, Any]) -> None
     sides = ("reference", "policy")
     table = Table("", *sides, title=f"{numbers['samples']['num']:,} samples", title_justify="left", box=None)
     for name in ("finished", "distinct", "median_length", "repetition", "distinct_bigrams", "refusals"):
-        table.add_row(name, *(f"{numbers['samples'][f'{name}_{side}']:.4g}" for side in sides))
+        values = (numbers["samples"].get(f"{name}_{side}") for side in sides)
+        table.add_row(name, *("" if value is None else f"{value:.4g}" for value in values))
+    if "kl" in numbers:
+        low, high = numbers.get("kl_ci") or (math.nan, math.nan)
+        table.add_row("kl per token", "", f"{numbers['kl']:.4f}  ({low:.4f} to {high:.4f})")
     judge = numbers.get("judge")
     if judge and "type" not in judge:
         for category in sorted(judge["policy"], key=lambda name: name != judge["target"]):

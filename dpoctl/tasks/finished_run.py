@@ -20,6 +20,7 @@ from dpoctl.model.source import ADAPTER_CONFIG, find_adapter, find_source, first
 from dpoctl.model.tokenizer import read_tokenizer
 from dpoctl.recipe import Recipe, parse_recipe
 from dpoctl.recipe.diagnostics import RecipeError
+from dpoctl.recipe.schema import HUB_REPOSITORY
 from dpoctl.runs.names import RESOLVED_RECIPE, require_run
 from dpoctl.runs.status import describe_status, read_status
 from dpoctl.tasks.extensions import recorded_extensions
@@ -81,7 +82,9 @@ def home_of(folder: Path) -> Path:
 
 
 def is_model_only(folder: Path) -> bool:
-    """Whether a folder holds a model that no run of dpoctl describes."""
+    """Whether a folder, or a repository of the hub, holds a model that no run of dpoctl describes."""
+    if not folder.exists() and HUB_REPOSITORY.fullmatch(str(folder)):
+        return True
     is_run = (home_of(folder) / RESOLVED_RECIPE).is_file()
     return not is_run and any((folder / name).is_file() for name in MODEL_CONFIGS)
 
@@ -105,7 +108,7 @@ def require_model(run: Path) -> None:
     Raises:
         UsageError: The run has no exported model.
     """
-    if not any((run / name).is_file() for name in MODEL_CONFIGS):
+    if not is_model_only(run) and not any((run / name).is_file() for name in MODEL_CONFIGS):
         status = read_status(run)
         ended = describe_status(status) if status and status["state"] != "finished" else "has not finished"
         raise UsageError(f"{run} has no trained model: the run {ended}", hint="continue it with --resume")

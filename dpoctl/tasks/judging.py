@@ -10,7 +10,7 @@ from typing import Any
 
 from dpoctl.data.records import Text
 from dpoctl.errors import UsageError
-from dpoctl.recipe.judge_section import JudgeSection
+from dpoctl.recipe.judge_section import JudgeSection, JudgingSection
 from dpoctl.runs.statistics import (
     Calibration,
     Estimate,
@@ -41,6 +41,11 @@ def build_judge(section: JudgeSection) -> Judge:
         read_calibration(section.calibration)
     if section.type == "command":
         return CommandJudge(section.command or ())
+    return build_served_judge(section)
+
+
+def build_served_judge(section: JudgingSection) -> PairwiseJudge | RubricJudge:
+    """Make the judge of a section whose type is `pairwise` or `rubric`; see `build_judge`."""
     endpoint = Endpoint(
         section.url or "", section.model or "", section.api_key_env, section.concurrency, section.timeout
     )

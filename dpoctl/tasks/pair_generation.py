@@ -321,8 +321,8 @@ def _add_pair(
     """Add a pair of two answers, or the reason why they are no pair."""
     negative, positive = (answer.text.strip() for answer in drawn)
     if (reject := _rejection(drawn)) is not None:
-        row = {"item": item, "reason": reject.reason, "detail": reject.detail}
-        outcome.rejects.append(row | {"negative": negative, "positive": positive})
+        dropped = {"item": item, "reason": reject.reason, "detail": reject.detail}
+        outcome.rejects.append(dropped | {"negative": negative, "positive": positive})
         return
     chosen, rejected = (negative, positive) if recipe.chosen == "negative" else (positive, negative)
     row = {

@@ -74,7 +74,7 @@ def check_sampled_paths(recipe: SampledRecipe, file: Path) -> None:
         UsageError: One is, or does.
     """
     names = {
-        "model.model_name_or_path": recipe.model and recipe.model.model_name_or_path,
+        "model.model_name_or_path": None if recipe.model is None else recipe.model.model_name_or_path,
         "score.model_name_or_path": recipe.score.model_name_or_path,
     }
     for key, name in names.items():

@@ -22,12 +22,12 @@ from dpoctl.errors import DataError
 from dpoctl.model.generate import Generation
 from dpoctl.recipe.data_section import Source
 from dpoctl.recipe.pair_generation import ItemsSection
-from dpoctl.recipe.sampled_pairs import ITEM, EndpointSection, PromptsSection, SampledRecipe, load_sampled
+from dpoctl.recipe.sampled_pairs import ITEM, PromptsSection, SampledRecipe, load_sampled
 from dpoctl.runs.metrics import Progress
 from dpoctl.tasks.pair_generation import Answers, PairOutcome, Writer, read_items, sizes_of, targets_of, write_pairs
 from dpoctl.tasks.paths import check_sampled_paths
-from dpoctl.tasks.scorers import Scorer, build_scorer, client_of
-from dpoctl.tasks.served import Client, Request
+from dpoctl.tasks.scorers import AnswerScorer, build_scorer
+from dpoctl.tasks.served import Client, Endpoint, Request
 from dpoctl.tasks.setup import quiet_libraries
 
 LEAST_AT_ONCE = 64
@@ -182,14 +182,15 @@ def read_prompts(section: PromptsSection) -> tuple[list[Text], Counter[str]]:
 
 
 def _source_of(recipe: SampledRecipe, side_file: Path, stack: ExitStack) -> AnswerSource:
-    if isinstance(recipe.endpoint, EndpointSection):
-        return _Served(client_of(recipe.endpoint), recipe)
+    if (served := recipe.endpoint) is not None:
+        endpoint = Endpoint(served.url, served.model, served.api_key_env, served.concurrency, served.timeout)
+        return _Served(Client(endpoint, served.max_requests), recipe)
     assert recipe.model is not None
     return stack.enter_context(Answers(Writer.load(recipe.model, recipe.quantization, recipe.sampling), side_file))
 
 
 def _scored(
-    prompts: Sequence[Text], drawn: Sequence[Sequence[Generation]], scorer: Scorer, outcome: SampledOutcome
+    prompts: Sequence[Text], drawn: Sequence[Sequence[Generation]], scorer: AnswerScorer, outcome: SampledOutcome
 ) -> list[Record]:
     """Score the answers that can be used; return a record for each prompt, with the answers that have a score."""
     texts = [_usable(answers, outcome) for answers in drawn]

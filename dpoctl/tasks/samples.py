@@ -9,6 +9,7 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -27,7 +28,7 @@ from dpoctl.data.records import Text
 from dpoctl.data.store import TokenStore
 from dpoctl.data.tokenize import render_prompts
 from dpoctl.files import write_atomically
-from dpoctl.model.continuations import batch_rows, continuation_logps
+from dpoctl.model.continuations import continuation_divergences
 from dpoctl.model.generate import Generation, SamplingParams, generate
 from dpoctl.recipe.judge_section import UNDECIDED
 from dpoctl.recipe.schema import SamplesSection
@@ -143,22 +144,31 @@ class Sampler:
             texts = [[Generation(one.text, one.finished) for one in client.ask(requests, "drawing samples from")]]
         return list(broadcast_object_list(texts)[0])
 
-    def logps(self, causal: PreTrainedModel, texts: Sequence[Generation]) -> list[float]:
-        """Return the log-probability of each text after its prompt; every rank calls this and gets all of them."""
+    def divergences(
+        self,
+        policy: PreTrainedModel,
+        reference: Callable[[], AbstractContextManager[PreTrainedModel]],
+        texts: Sequence[Generation],
+    ) -> list[float]:
+        """Return the divergence of a model from a reference over each of its texts, in nats.
+
+        Every rank calls this and gets all of them.
+        """
+        rows = [(ids, text) for (_, ids), text in zip(self._prompts, self.tokens(texts), strict=True)]
+        mine, _ = self._shares([(*prompt, *text) for prompt, text in rows])
+        with (
+            console.WorkProgress("computing the divergence", len(mine), "texts") as progress,
+            self._accelerator.autocast(),
+        ):
+            found = continuation_divergences(policy, reference, [rows[index] for index in mine], progress.advance)
+        return self._gathered(mine, found)
+
+    def tokens(self, texts: Sequence[Generation]) -> list[Sequence[int]]:
+        """Return the tokens of each text; of one that a served model wrote, those of its text."""
+        stop = self._tokenizer.eos_token_id
+        end = [stop] if isinstance(stop, int) else []
         encode = self._tokenizer.encode
-        rows = [
-            (ids, text.ids or encode(text.text, add_special_tokens=False) or ids[-1:])
-            for (_, ids), text in zip(self._prompts, texts, strict=True)
-        ]
-        mine, most = self._shares([(*prompt, *text) for prompt, text in rows])
-        some, size = [rows[index] for index in mine] or rows[:1], batch_rows(rows)
-        with self._accelerator.autocast():
-            if self._setup.sharded is None:
-                found = continuation_logps(causal, some, size=size)
-            else:
-                rounds = -(-most // size)
-                found = self._setup.inside(lambda: continuation_logps(causal, some, size=size, rounds=rounds))
-        return self._gathered(mine, found[: len(mine)])
+        return [text.ids or [*encode(text.text, add_special_tokens=False), *end] for text in texts]
 
     def _fields(self, number: int) -> dict[str, Any]:
         """Return the fields of the request for a draw."""

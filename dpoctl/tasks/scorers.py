@@ -23,12 +23,13 @@ from dpoctl.model.load import resolve_dtype
 from dpoctl.model.source import find_source, reading_model
 from dpoctl.model.tokenizer import read_tokenizer
 from dpoctl.recipe.judge_section import UNDECIDED
-from dpoctl.tasks.judges import PairwiseJudge, RubricJudge, Template, hash_files, prompt_text
+from dpoctl.tasks.judges import PairwiseJudge, RubricJudge, hash_files, prompt_text
+from dpoctl.tasks.judging import build_served_judge
 from dpoctl.tasks.samples import KeywordJudge
-from dpoctl.tasks.served import FOLDER, Client, Endpoint, KeptAnswers, Reply, Request
+from dpoctl.tasks.served import FOLDER, Endpoint, KeptAnswers, Reply, Request
 
 if TYPE_CHECKING:
-    from dpoctl.recipe.sampled_pairs import EndpointSection, ScoreSection
+    from dpoctl.recipe.sampled_pairs import ScoreSection
 
 Scores = list[list[float | None]]
 Asked = dict[str, Any]
@@ -36,14 +37,14 @@ Asked = dict[str, Any]
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "config.json")
 
 
-class Scorer(Protocol):
+class AnswerScorer(Protocol):
     """Scores answers."""
 
     def __call__(self, prompts: Sequence[Text], answers: Sequence[Sequence[str]]) -> Scores:
         """Return a score for each answer to each prompt; None where there is none."""
 
 
-def build_scorer(section: "ScoreSection") -> Scorer:
+def build_scorer(section: "ScoreSection") -> AnswerScorer:
     """Make the scorer of a section.
 
     Raises:
@@ -56,19 +57,8 @@ def build_scorer(section: "ScoreSection") -> Scorer:
         return _Command(section.command or ())
     if section.type == "reward_model":
         return _RewardModel(section)
-    sampling = {"max_tokens": section.max_new_tokens, "temperature": section.temperature}
-    client, template = client_of(section), Template.read(section.type, section.template)
-    if section.type == "pairwise":
-        return _Tournament(PairwiseJudge(client, template, sampling))
-    return _Ratings(RubricJudge(client, template, sampling, section.lowest, section.highest))
-
-
-def client_of(section: "ScoreSection | EndpointSection") -> Client:
-    """Make the client of a served model."""
-    endpoint = Endpoint(
-        section.url or "", section.model or "", section.api_key_env, section.concurrency, section.timeout
-    )
-    return Client(endpoint, section.max_requests)
+    judge = build_served_judge(section)
+    return _Tournament(judge) if isinstance(judge, PairwiseJudge) else _Ratings(judge)
 
 
 class _Keywords:
@@ -130,8 +120,9 @@ class _Command:
         with TemporaryFile("w+", encoding="utf-8") as asked:
             asked.writelines(lines)
             asked.seek(0)
-            command = [self._program, *self._command[1:]]
-            with subprocess.Popen(command, stdin=asked, stdout=subprocess.PIPE, text=True, encoding="utf-8") as child:
+            with subprocess.Popen(
+                [self._program, *self._command[1:]], stdin=asked, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+            ) as child:
                 for line in child.stdout or ():
                     with suppress(ValueError, LookupError, TypeError):
                         row = json.loads(line)

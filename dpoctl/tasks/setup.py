@@ -45,6 +45,7 @@ from dpoctl.model.memory import activation_bytes_per_token, free_bytes
 from dpoctl.model.modules import outside_of_layers
 from dpoctl.model.policy import Policy
 from dpoctl.model.probe import ProbeResult, probe
+from dpoctl.model.routers import require_routers
 from dpoctl.model.sharding import Gradients, Sharding, part
 from dpoctl.model.tokenizer import load_tokenizer, stop_tokens
 from dpoctl.recipe.schema import Recipe
@@ -235,8 +236,14 @@ class Setup:
         if self.sharded is not None:
             return self.sharded
         confidence = "confidence" in self.task.needs and not is_reference
-        alpha = noise_alpha(self.recipe)
-        return Scorer(self.policy.model, self.policy.causal, self.probe, confidence=confidence, noise_alpha=alpha)
+        return Scorer(
+            self.policy.model,
+            self.policy.causal,
+            self.probe,
+            confidence=confidence,
+            noise_alpha=noise_alpha(self.recipe),
+            balances=balance_coef(self.recipe) is not None,
+        )
 
     def inside(self, action: Callable[[], Result]) -> Result:
         """Run an action that calls the model and not the scorer; the ranks of a sharded model call it in step."""
@@ -268,12 +275,20 @@ class Setup:
             reference: a reference that runs beside the policy.
         """
         report = self.extensions.report(self.task.report)
-        return Objective(self.accelerator, scorer, self.task.terms, report, reference, self.recipe.training.seed)
+        seed, coefficient = self.recipe.training.seed, balance_coef(self.recipe)
+        if coefficient is not None:
+            require_routers(self.policy.causal)
+        return Objective(self.accelerator, scorer, self.task.terms, report, reference, seed, coefficient)
 
 
 def noise_alpha(recipe: Recipe) -> float | None:
     """Return the alpha of NEFTune, if there is noise in the training."""
     return recipe.sft.neftune_noise_alpha if recipe.method == "sft" else None
+
+
+def balance_coef(recipe: Recipe) -> float | None:
+    """Return the factor of the load-balancing loss of experts, if it is part of the training."""
+    return recipe.sft.router_aux_loss_coef if recipe.method == "sft" else None
 
 
 def _shard(policy: Policy, sharding: Sharding, accelerator: Accelerator, recipe: Recipe) -> Scorer:

@@ -106,6 +106,11 @@ def _refuse(recipe: Recipe, ranks: int, dtype: torch.dtype) -> None:
             f"training.optim: {training.optim} needs whole matrices, and a sharded model has parts of them",
             hint="set training.optim: adamw, or training.sharding: none",
         )
+    if recipe.method == "sft" and recipe.sft.router_aux_loss_coef is not None:
+        raise UsageError(
+            "sft.router_aux_loss_coef has not been tried with a sharded model",
+            hint="remove it, or set training.sharding: none",
+        )
     lora = recipe.lora
     if lora is not None and (lora.use_dora or lora.changes_base):
         key = "use_dora" if lora.use_dora else "init_lora_weights"

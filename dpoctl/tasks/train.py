@@ -46,6 +46,7 @@ from dpoctl.runs.expected import NAME as EXPECTED
 from dpoctl.runs.expected import compare, to_dicts
 from dpoctl.runs.health import Expectation
 from dpoctl.runs.metrics import MetricsFile
+from dpoctl.runs.model_card import refresh_card
 from dpoctl.runs.report import NAME as REPORT
 from dpoctl.runs.report import refresh_report
 from dpoctl.runs.signals import terminable
@@ -207,6 +208,7 @@ def _finish(directory: RunDirectory, recipe: Recipe) -> dict[str, Any]:
     if found:
         directory.write_json(EXPECTED, to_dicts(found))
     refresh_report(directory.path)
+    refresh_card(directory.path)
     upload(directory.path, recipe.training)
     return {"expected": to_dicts(found)} if found else {}
 

@@ -6,6 +6,7 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import pytest
 
 from dpoctl.cli.app import main
@@ -106,3 +107,31 @@ def test_every_key_can_be_looked_up(call: Call) -> None:
         "data.train.weight: a number above 0 and at most 1000; default 1.0\n  "
     )
     assert {key["name"] for key in json.loads(call("--key", "ipo", "--json"))["keys"]} >= {"dpo.loss.beta (ipo)"}
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("rec", ["recipes"]),
+        ("recipes reviewer2-s", ["reviewer2-sft"]),
+        ("recipes copy qwen3-8b", ["qwen3-8b-dpo-qlora", "qwen3-8b-sft-qlora"]),
+        ("dpo --overw", ["--overwrite"]),
+    ],
+)
+def test_a_shell_completes_commands_options_and_recipes(words: str, completed: list[str], tmp_path: Path) -> None:
+    asked = {
+        "_DPOCTL_COMPLETE": "complete_bash",
+        "COMP_WORDS": f"dpoctl {words}",
+        "COMP_CWORD": str(words.count(" ") + 1),
+    }
+    ended = forked.run(files=tmp_path / "said", env=asked)
+    assert (ended.code, ended.out.split()) == (0, completed)
+
+
+def test_the_completion_is_installed_into_the_users_shell(tmp_path: Path) -> None:
+    alone = {"HOME": str(tmp_path), "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
+    ended = forked.run("--install-completion", "bash", files=tmp_path / "said", env=alone)
+    assert ended.code == 0, ended.err
+    (script,) = (tmp_path / ".bash_completions").iterdir()
+    assert "_DPOCTL_COMPLETE=complete_bash" in script.read_text()
+    assert str(script) in (tmp_path / ".bashrc").read_text()

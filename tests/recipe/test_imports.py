@@ -350,6 +350,13 @@ def test_a_config_becomes_a_recipe_that_dpoctl_accepts(name: str) -> None:
     assert set(lost.split()) <= {key.split(" ")[0] for key in reported}
 
 
+def test_a_key_of_another_method_is_said_to_be_lost(tmp_path: Path) -> None:
+    config = {"model_name_or_path": "some/model", "dataset_name": "some/pairs", "output_dir": "x", "beta": 0.1}
+    (tmp_path / "dpo.yaml").write_text(yaml.safe_dump(config | {"loss_type": "sigmoid", "neftune_noise_alpha": 5}))
+    found = import_config(tmp_path / "dpo.yaml")
+    assert [line.why for line in found.report.lost] == ["here it is a key of `dpoctl sft`"]
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_no_key_of_a_config_is_lost_without_a_word(name: str) -> None:
     report = import_config(FOLDER / name).report

@@ -1,5 +1,6 @@
 """The statistics of a comparison: by hand, against known quantiles, and in simulated evaluations."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,14 @@ import numpy as np
 import pytest
 
 from dpoctl.errors import UsageError
-from dpoctl.runs.comparison import Paired, paired_difference, sign_flip_p_value, verdict
+from dpoctl.runs.comparison import (
+    Measured,
+    Paired,
+    RunComparison,
+    paired_difference,
+    sign_flip_p_value,
+    verdict,
+)
 from dpoctl.runs.record_values import RecordValues, read_record_values, write_record_values
 
 
@@ -108,3 +116,26 @@ def test_a_verdict_needs_an_interval_without_zero(metric: str, paired: Paired | 
     metrics = {metric: [(0.6, None), (0.7, None)]}
     line = verdict("b", "a", metrics, 1, {} if paired is None else {metric: paired})
     assert line.startswith(f"verdict: b: {words}")
+
+
+def judged_run(folder: Path, wins: list[float | None], prompts: str) -> Measured:
+    file = folder / "evals" / "official.json"
+    file.parent.mkdir(parents=True)
+    rows = [{"prompt": prompt, "judge": {"win": win}} for prompt, win in zip(prompts, wins, strict=True)]
+    file.with_suffix(".samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rate = float(np.mean([win for win in wins if win is not None]))
+    report = {"data": {"eval": {"key": "k"}}, "model": "m", "judge": {"win_rate": rate}}
+    return Measured(folder, "method: dpo", file, report)
+
+
+def test_votes_on_the_same_prompts_are_compared_prompt_by_prompt(tmp_path: Path) -> None:
+    one = judged_run(tmp_path / "one", [0, 0, 1, 0.5, 0, None, 0], "aabcdef")
+    two = judged_run(tmp_path / "two", [1, 1, 1, 0.5, 1, 1, 1], "aabcdef")
+    comparison = RunComparison([one, two])
+    found = comparison.paired[1]["judge.win_rate"]
+    # Of the six votes that both have, the differences are 1, 1, 0, 0, 1, 1; those of the first two share a prompt.
+    assert found.difference == pytest.approx(4 / 6)
+    assert found.p_value == 0.25
+    assert comparison.verdicts()[0].startswith(f"verdict: {tmp_path / 'two'}: better than")
+    other = judged_run(tmp_path / "other", [1, 1], "ax")
+    assert "judge.win_rate" not in RunComparison([one, other]).paired[1]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from checkpoint_samples import save
 
-from dpoctl.errors import SetupError, UsageError
+from dpoctl.errors import DiskError, SetupError, UsageError, writing
 from dpoctl.files import temporary_file, temporary_folder, write_atomically
 from dpoctl.runs.checkpoint import Checkpoint, newest
 from dpoctl.runs.directory import RunDirectory
@@ -264,6 +264,13 @@ def test_a_file_that_fails_to_be_written_leaves_the_old_one_and_nothing_else(tmp
         write_atomically(path, "new")
     assert names(tmp_path) == ["env.json"]
     assert path.read_text() == "old"
+
+
+def test_a_folder_in_the_place_of_a_file_is_one_line(tmp_path):
+    (tmp_path / "recipe.yaml").mkdir()
+    with pytest.raises(DiskError, match=r"cannot be written: Is a directory"), writing(tmp_path):
+        write_atomically(tmp_path / "recipe.yaml", "x")
+    assert os.listdir(tmp_path) == ["recipe.yaml"]
 
 
 def test_json_that_no_parser_accepts_is_not_written(tmp_path):

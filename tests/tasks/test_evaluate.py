@@ -258,6 +258,10 @@ def test_eval_data_that_changed_since_training_are_another_set(
     names = list(results_of(recipe))
     assert [name.partition("-")[0] for name in names] == ["heldout.jsonl", "official"]
     assert results_of(recipe)[names[1]] == official
+    for evals in (True, {"eval": 7}):
+        (Path(recipe["training"]["output_dir"]) / "data_report.json").write_text(json.dumps({"evals": evals}))
+        with pytest.raises(SetupError, match=r"data_report\.json' is not as `dpoctl` wrote it"):
+            evaluate(Path(recipe["training"]["output_dir"]))
 
 
 def test_any_model_folder_is_measured_on_given_data_and_keeps_nothing(

@@ -44,6 +44,29 @@ def test_token_budgets_give_the_same_curve(method: str, dpo_recipe: dict[str, An
     assert_same_curve(runs[0], runs[2])
 
 
+def test_experts_are_balanced_alike_by_all_token_budgets(sft_recipe: dict[str, Any], train: Run) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 3, "num_experts_per_tok": 2}
+    config = {"model_type": "mixtral", **sizes, **heads}
+    changes = {
+        "sft.router_aux_loss_coef": 0.5,
+        "data.eval": None,
+        "training.eval_steps": None,
+        "training.max_steps": 2,
+        "model": {"model_name_or_path": None, "from_scratch": {"config": config, "tokenizer": {"vocab_size": 300}}},
+    }
+    curves = []
+    for name, other in {"few": {"training.gradient_checkpointing": True}, "one": {}}.items():
+        budget = {"training.max_tokens_per_device": 100 if name == "few" else 1_000_000}
+        out = {"training.output_dir": f"{sft_recipe['training']['output_dir']}-{name}"}
+        run = train(sft_recipe, changes | budget | other | out)["training"]["output_dir"]
+        curves.append([row for row in metrics_of(run) if "grad_norm" in row])
+    for row, same in zip(*curves, strict=True):
+        assert 1.9 < row["aux_loss"] < 4
+        for name in ("loss", "aux_loss", "grad_norm"):
+            assert row[name] == pytest.approx(same[name], rel=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "method"),

@@ -32,7 +32,7 @@ COMPARED = ("loss", "grad_norm", "eval_loss")
 # In the whole suite only.
 RARE = {
     *("modules that are trained whole", "an adapter over an adapter", "an adapter that is continued"),
-    *("tied embeddings", "a live reference", "recomputed layers"),
+    *("tied embeddings", "a live reference", "recomputed layers", "some weights", "ranks and LoRA+"),
 }
 LONG = "in the whole suite only"
 # Its weights of pairs nearly cancel, so that two roundings of one process differ as much.
@@ -41,6 +41,11 @@ CASES: dict[str, dict[str, Any]] = {
     "full": {},
     "LoRA": LORA,
     "4-bit LoRA": LORA | {"quantization": {"load_in_4bit": True}},
+    "some weights": {"training.trainable": ["layers.1", "norm", "lm_head"]},
+    "ranks and LoRA+": {
+        "lora": {"r": 4, "rank_pattern": {"q_proj": 2}, "use_rslora": True, "loraplus_lr_ratio": 4.0},
+        "training.lr_scheduler_type": "inverse_sqrt",
+    },
     "modules that are trained whole": {"lora": {"r": 4, "modules_to_save": ["embed_tokens", "lm_head"]}},
     "an adapter over an adapter": {"model.model_name_or_path": "adapter", "lora": {"r": 4, "start": "new"}},
     "an adapter that is continued": {"model.model_name_or_path": "adapter", "lora": {"start": "continue"}},

@@ -20,7 +20,7 @@ SECTIONS = ("model", "lora", "data", "sft", "dpo", "training")
 SAME = {
     "peft_use_dora": "lora.use_dora",
     "peft_use_rslora": "lora.use_rslora",
-    "neft_alpha": "training.neftune_noise_alpha",
+    "neft_alpha": "sft.neftune_noise_alpha",
 }
 """Other names of keys that a recipe has, or may have."""
 QUIET = ("training.logging_steps", "training.eval_on_start", "training.ddp_timeout")
@@ -206,6 +206,8 @@ class Translation:
                 self.report.unset.append(key)
             elif target is not None and target.startswith("lora.") and "lora" not in self.recipe:
                 self.drop(f"{key}: {short(value)}", "there is no adapter")
+            elif target is not None and target.partition(".")[0] in {"sft", "dpo"} - {self.get("method")}:
+                self.lose(f"{key}: {short(value)}", f"here it is a key of `dpoctl {target.partition('.')[0]}`")
             elif target is not None and self.get(target) is None and is_taken(target, value):
                 self.carry(key, target)
             elif value is False:
