@@ -46,7 +46,7 @@ class Division:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MemoryEstimate:
     """The memory of the fullest process of a run.
 
     Attributes:
@@ -104,7 +104,7 @@ class Estimator:
         """Whether the model is so small that nothing can fail to fit, and a formula will do."""
         return self.subject.kind == "cpu" and _is_small(self)
 
-    def choose(self) -> Estimate:
+    def choose(self) -> MemoryEstimate:
         """Choose the token budget and which layers are recomputed, as a run does; the estimate may not fit.
 
         With `gradient_checkpointing: auto` no layer is recomputed if two of the longest records fit without it; else
@@ -133,16 +133,16 @@ class Estimator:
         """The size of a micro-batch above which the device gets no faster."""
         return useful_tokens(int(self.subject.config.hidden_size), self.subject.kind)
 
-    def at(self, budget: int, every: int) -> Estimate:
+    def at(self, budget: int, every: int) -> MemoryEstimate:
         """Return the estimate for a token budget."""
         if self.is_small or self.subject.model is not None:
             found = formula(self.subject, fullest(self.subject.plan(budget))[0], every)
         else:
             found = measure_footprint(self.subject, budget, every)
         parts, phase = self._parts(found)
-        return Estimate(budget, every, parts, phase, found, self.capacity)
+        return MemoryEstimate(budget, every, parts, phase, found, self.capacity)
 
-    def _largest(self, least: Estimate, most: Estimate) -> Estimate:
+    def _largest(self, least: MemoryEstimate, most: MemoryEstimate) -> MemoryEstimate:
         """Return the largest budget that fits, between one that does and one that does not: by a line through both."""
         for _ in range(SEARCHES):
             slope = (most.peak - least.peak) / max(1, most.budget - least.budget)

@@ -20,11 +20,11 @@ from dpoctl.errors import UsageError
 from dpoctl.model.cards import CONTEXT, Card, find_card
 from dpoctl.model.memory import checkpointing_choices, free_bytes
 from dpoctl.recipe.schema import LoraSection, QuantizationSection, Recipe
-from dpoctl.tasks.estimate import CPU_CONTEXT, Division, Estimate, Estimator, Work, work_of
+from dpoctl.tasks.estimate import CPU_CONTEXT, Division, Estimator, MemoryEstimate, Work, work_of
 from dpoctl.tasks.fit import refuse_states, remedies, too_large
 from dpoctl.tasks.footprint import Subject
 from dpoctl.tasks.setup import quiet_libraries, read_data
-from dpoctl.tasks.speed import Measured, Rate, measure, rate_of
+from dpoctl.tasks.speed import MeasuredSteps, Rate, measure, rate_of
 from dpoctl.tasks.task import build_task
 
 WHOLE = Division()
@@ -94,11 +94,11 @@ class Forecast:
     """
 
     place: Target
-    estimate: Estimate
+    estimate: MemoryEstimate
     division: Division
     plan: Plan
     work: Work
-    measured: Measured | None = None
+    measured: MeasuredSteps | None = None
 
     @cached_property
     def rate(self) -> Rate:
@@ -178,7 +178,7 @@ def forecast_of(
     tokenizer: PreTrainedTokenizerBase,
     data: PreparedData,
     place: Target,
-    measured: Measured | None = None,
+    measured: MeasuredSteps | None = None,
 ) -> Forecast:
     """Return the forecast of a run.
 

@@ -21,7 +21,7 @@ from dpoctl.runs.directory import RunDirectory
 from dpoctl.runs.health import Expectation, Health
 from dpoctl.runs.metrics import MetricsFile, Progress, evaluation_line
 from dpoctl.runs.trackers import Trackers
-from dpoctl.tasks.comparison import Comparison
+from dpoctl.tasks.predicted import Comparison
 from dpoctl.tasks.samples import Samples
 from dpoctl.tasks.setup import Setup
 
@@ -103,6 +103,8 @@ class Recorder:
 
     def __exit__(self, *exception: Any) -> None:
         self._progress.__exit__(*exception)
+        if self._comparison is not None and exception[0] is None:
+            self._comparison.conclude()
         self._saver.abandon()
         if self._trackers is not None:
             self._trackers.finish()

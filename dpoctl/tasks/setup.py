@@ -50,7 +50,7 @@ from dpoctl.model.sharding import Gradients, Sharding, part
 from dpoctl.model.tokenizer import load_tokenizer, stop_tokens
 from dpoctl.recipe.schema import Recipe
 from dpoctl.tasks import fsdp_options
-from dpoctl.tasks.estimate import CPU_CONTEXT, Division, Estimate, Estimator, useful_tokens
+from dpoctl.tasks.estimate import CPU_CONTEXT, Division, Estimator, MemoryEstimate, useful_tokens
 from dpoctl.tasks.extensions import NO_EXTENSIONS, Extensions
 from dpoctl.tasks.fit import Remedy, refuse_states, remedies, too_large
 from dpoctl.tasks.footprint import Subject
@@ -135,7 +135,7 @@ class Setup:
         world_size, layout = self.accelerator.num_processes, self.probe.layout
         return replace(training_plan(self.recipe, lengths), world_size=world_size, max_tokens=budget, layout=layout)
 
-    def estimate(self, store: TokenStore) -> Estimate:
+    def estimate(self, store: TokenStore) -> MemoryEstimate:
         """Estimate the run, and choose the token budget and which layers are recomputed; the same on all ranks.
 
         The weights are loaded already, and so is a reference that runs beside the policy.
@@ -152,7 +152,7 @@ class Setup:
         least = float(self.accelerator.gather(capacity).min())
         if self.accelerator.is_main_process:
             estimate = self._estimator(store, least).choose()
-        found: list[Estimate | None] = broadcast_object_list([estimate])
+        found: list[MemoryEstimate | None] = broadcast_object_list([estimate])
         (estimate,) = found
         assert estimate is not None
         if estimate.live > estimate.capacity:

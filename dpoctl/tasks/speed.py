@@ -18,7 +18,7 @@ from dpoctl.model.load import load_policy
 from dpoctl.model.memory import MemoryMeter, set_gradient_checkpointing
 from dpoctl.recipe.schema import Recipe
 from dpoctl.runs.signals import StopRequest
-from dpoctl.tasks.estimate import Estimate, Work, flops_of
+from dpoctl.tasks.estimate import MemoryEstimate, Work, flops_of
 from dpoctl.tasks.reference import Reference, with_columns
 from dpoctl.tasks.setup import Setup, build_accelerator, keep_freed_memory
 
@@ -90,7 +90,7 @@ def _cpu_rate() -> float:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredSteps:
     """The outcome of a few real steps.
 
     Attributes:
@@ -102,11 +102,11 @@ class Measured:
 
     rate: Rate
     peak: int | None
-    estimate: Estimate
+    estimate: MemoryEstimate
     plan: Plan
 
 
-def measure(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: PreparedData, steps: int = 3) -> Measured:
+def measure(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: PreparedData, steps: int = 3) -> MeasuredSteps:
     """Take real steps of a run in this process, and return what they took; nothing is written.
 
     Args:
@@ -140,10 +140,10 @@ def measure(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: PreparedDa
     started = time.perf_counter() - began
     rate, passes = _rate_of_steps(stepper, estimate, min(steps, plan.num_steps))
     low, high = (share * rate for share in MEASURED_BAND)
-    return Measured(Rate(low, rate, high, passes, started + ENDS, "measured here"), memory.peak(), estimate, plan)
+    return MeasuredSteps(Rate(low, rate, high, passes, started + ENDS, "measured here"), memory.peak(), estimate, plan)
 
 
-def _rate_of_steps(stepper: Stepper, estimate: Estimate, steps: int) -> tuple[float, float]:
+def _rate_of_steps(stepper: Stepper, estimate: MemoryEstimate, steps: int) -> tuple[float, float]:
     """Return operations a second in some steps, and in a pass over the first of them without gradients."""
     plan, reader, objective = stepper.plan, stepper.reader, stepper.objective
     work, seconds, stop = 0.0, 0.0, StopRequest()

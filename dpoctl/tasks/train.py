@@ -54,10 +54,10 @@ from dpoctl.runs.status import Status, recorded_status
 from dpoctl.runs.trackers import check_installed
 from dpoctl.tasks.best_model import take_best
 from dpoctl.tasks.check import facts_of
-from dpoctl.tasks.comparison import Comparison, begin_metering
-from dpoctl.tasks.estimate import Estimate
+from dpoctl.tasks.estimate import MemoryEstimate
 from dpoctl.tasks.extensions import ENVIRONMENT, NO_EXTENSIONS, RECORD, Extensions
 from dpoctl.tasks.inspect import show_plan
+from dpoctl.tasks.predicted import Comparison, begin_metering
 from dpoctl.tasks.recorder import OWES_EVALUATION, Recorder
 from dpoctl.tasks.reference import LiveReference, Reference, check_first_step, metrics_at_start
 from dpoctl.tasks.resume import inputs_of, keep_threads, refuse_changes, refuse_other_inputs
@@ -177,6 +177,13 @@ def _prepare(recipe: Recipe, accelerator: Accelerator, *, is_known: bool) -> Mem
     if is_known:
         refuse_too_large(recipe, accelerator)
     return begin_metering(recipe, accelerator.device)
+
+
+def _begin_steps(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Prepare for steps, in which ranks wait for each other, and in which memory is needed anew."""
+    set_rank_timeout(recipe.training.ddp_timeout)
+    if accelerator.device.type == "cpu":
+        return_freed_memory()
 
 
 def _prepare_cpu(recipe: Recipe, cpu: torch.device) -> None:
@@ -308,10 +315,7 @@ def _train(
         retry=_memory_retry(recipe, accelerator, newest),
         clip=clip,
     )
-    set_rank_timeout(recipe.training.ddp_timeout)
-    if accelerator.device.type == "cpu":
-        return_freed_memory()
-    comparison = Comparison.of(directory, estimate, plan, accelerator, job.memory)
+    _begin_steps(recipe, accelerator)
     with Recorder(
         setup,
         directory,
@@ -321,11 +325,9 @@ def _train(
         resumed=newest,
         inputs=inputs,
         expected=_expectation(setup, plan),
-        comparison=comparison,
+        comparison=Comparison.of(directory, estimate, plan, accelerator, job.memory),
     ) as recorder:
         done = fit(stepper, recorder, _cadence(recipe.training), evals, max(start, 0), owes_evaluation=owed)
-    if comparison is not None:
-        comparison.conclude()
     if recorder.best is not None:
         take_best(setup, directory.checkpoints, recorder.best, done, plan.num_steps)
     _write_model(setup, directory, inputs, recorder.best)
@@ -370,7 +372,7 @@ def _set_up(
     data: PreparedData,
     newest: Checkpoint | None,
     sharding: Sharding | None,
-) -> tuple[Setup, LiveReference | None, Plan, Estimate]:
+) -> tuple[Setup, LiveReference | None, Plan, MemoryEstimate]:
     """Load the models, and plan the run.
 
     Returns:
@@ -467,7 +469,7 @@ def _readers(
     }
 
 
-def _announce(job: _Job, setup: Setup, plan: Plan, estimate: Estimate, data: PreparedData) -> list[Diagnostic]:
+def _announce(job: _Job, setup: Setup, plan: Plan, estimate: MemoryEstimate, data: PreparedData) -> list[Diagnostic]:
     """Print the model, the layout, the plan and the advice; return the advice, on the first rank."""
     policy = setup.policy
     sizes = [(p.numel(), p.requires_grad) for p in policy.model.parameters()]

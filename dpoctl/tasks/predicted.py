@@ -14,7 +14,7 @@ from dpoctl.model.cards import find_card
 from dpoctl.model.memory import MemoryMeter
 from dpoctl.recipe.schema import Recipe
 from dpoctl.runs.directory import RunDirectory
-from dpoctl.tasks.estimate import Estimate, Work, work_of
+from dpoctl.tasks.estimate import MemoryEstimate, Work, work_of
 from dpoctl.tasks.extensions import ENVIRONMENT
 from dpoctl.tasks.speed import Rate, rate_of
 
@@ -46,7 +46,7 @@ class Comparison:
     """
 
     directory: RunDirectory
-    estimate: Estimate
+    estimate: MemoryEstimate
     work: Work
     rate: Rate
     ranks: int
@@ -56,7 +56,7 @@ class Comparison:
 
     @classmethod
     def of(
-        cls, directory: RunDirectory, estimate: Estimate, plan: Plan, accelerator: Accelerator, meter: MemoryMeter
+        cls, directory: RunDirectory, estimate: MemoryEstimate, plan: Plan, accelerator: Accelerator, meter: MemoryMeter
     ) -> Self | None:
         """Return the comparison of a run, on the first rank.
 
