@@ -24,11 +24,9 @@ BITSANDBYTES = {
     "paged_lion_8bit": "PagedLion8bit",
 }
 """The optimizers of bitsandbytes, and their classes."""
-_MOMENTS = {
-    **{"adamw_8bit": 2, "rmsprop": 4, "lion_32bit": 4, "lion_8bit": 1},
-    **dict.fromkeys(("adafactor", "paged_adamw_32bit", "paged_adamw_8bit", "paged_lion_32bit", "paged_lion_8bit"), 0),
-}
-"""Bytes of the moments of each parameter. Pages can leave the device, and Adafactor keeps a row and a column."""
+_PAGED = {"paged_adamw_32bit": 8, "paged_adamw_8bit": 2, "paged_lion_32bit": 4, "paged_lion_8bit": 1}
+_MOMENTS = {"adamw_8bit": 2, "rmsprop": 4, "lion_32bit": 4, "lion_8bit": 1, "adafactor": 0}
+"""Bytes of the moments of each parameter, paged ones and others. Adafactor keeps a row and a column of a matrix."""
 
 
 def build_optimizer(
@@ -111,10 +109,19 @@ def _bitsandbytes_class(optim: str, device: torch.device) -> type[Optimizer]:
 def state_bytes(training: TrainingSection) -> tuple[int, int, int]:
     """Return the bytes of each trained parameter in full fine-tuning: its weight, its gradient, its moments.
 
-    Of Muon these are the moments of AdamW, the most that a parameter has.
+    Pages can leave the device, so the moments of paged optimizers count as nothing.
     """
     weight = 2 if training.param_dtype == "bfloat16" else 4
-    return weight, weight, _MOMENTS.get(training.optim, 2 * weight)
+    return weight, weight, 0 if training.optim in _PAGED else stored_moments(training)
+
+
+def stored_moments(training: TrainingSection) -> int:
+    """Return the bytes of the moments of each parameter in a checkpoint.
+
+    Of Muon these are the moments of AdamW, the most that a parameter has.
+    """
+    adam = 4 if training.param_dtype == "bfloat16" else 8
+    return (_MOMENTS | _PAGED).get(training.optim, adam)
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:

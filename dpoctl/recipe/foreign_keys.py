@@ -316,7 +316,7 @@ NOT_OFFERED: dict[str, tuple[str, ...]] = {
 }
 """Keys of other tools that have no counterpart, by what does their job here or why they are not offered."""
 MATTERING = (
-    *("load_best_model_at_end", "neftune_noise_alpha", "loftq_config", "cosine_min_lr_ratio", "bias"),
+    *("load_best_model_at_end", "loftq_config", "cosine_min_lr_ratio", "bias"),
     *("cosine_constant_lr_ratio", "optim_target_modules", "loraplus_lr_embedding"),
     *("image_max_pixels", "freeze_trainable_layers", "special_tokens", "model_adapter_name", "max_completion_length"),
 )

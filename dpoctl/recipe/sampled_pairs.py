@@ -64,6 +64,8 @@ class EndpointSection(Section):
     """The number of seconds to wait for an answer before it is asked for again."""
     max_requests: Count = 1_000_000
     """The maximum number of requests. If more are needed, they are not sent."""
+    request: dict[str, Any] = Field(default={}, examples=[{"top_k": 20}])
+    """Further fields of each request. null as a value leaves a field out that is there by default, such as `seed`."""
 
 
 class DrawsSection(SamplingSection):

@@ -154,7 +154,9 @@ class LoraSection(Section):
     """Scale by lora_alpha / sqrt(r) instead."""
     use_dora: bool = False
     """DoRA: train the norm of each row of a weight matrix too, beside its direction."""
-    init_lora_weights: Annotated[InitLoraWeights, BeforeValidator(init_name)] = "default"
+    init_lora_weights: Annotated[
+        InitLoraWeights, BeforeValidator(init_name, json_schema_input_type=InitLoraWeights | Literal[True])
+    ] = "default"
     """How adapters start, as in peft. `default` and `gaussian`: at zero. `pissa` and `olora`: with the largest singular
     values of the weights, or with their QR decomposition, which is then taken out of the frozen weights."""
     loraplus_lr_ratio: Annotated[float, Ge(1)] | None = Field(default=None, examples=[16])

@@ -61,7 +61,7 @@ class Paired(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredRun:
     """A run with the result that it is compared by.
 
     Attributes:
@@ -112,7 +112,7 @@ class RunComparison:
         runs: in the order in which they were given.
     """
 
-    runs: Sequence[Measured]
+    runs: Sequence[MeasuredRun]
 
     @property
     def recipe(self) -> dict[str, list[Any]]:
@@ -176,7 +176,7 @@ class RunComparison:
         }
 
 
-def measured(paths: Sequence[Path]) -> list[Measured]:
+def measured(paths: Sequence[Path]) -> list[MeasuredRun]:
     """Choose the result of each run: on data that all of them were measured on, of the weights that they have now.
 
     Raises:
@@ -197,7 +197,7 @@ def measured(paths: Sequence[Path]) -> list[Measured]:
     for path, own in zip(paths, candidates, strict=True):
         file, report = next((one for one in own if _measured_on(one[1]) in common), own[0])
         text = (path / RESOLVED_RECIPE).read_text(encoding="utf-8")
-        chosen.append(Measured(path, text, file, report, check_gates(report, _gates(path, text))))
+        chosen.append(MeasuredRun(path, text, file, report, check_gates(report, _gates(path, text))))
     return chosen
 
 
@@ -280,7 +280,7 @@ def sign_flip_p_value(values: Floats, seed: int = 0) -> float:
     return (larger + 1) / (DRAWS + 1)
 
 
-def _paired(first: Measured, second: Measured) -> dict[str, Paired]:
+def _paired(first: MeasuredRun, second: MeasuredRun) -> dict[str, Paired]:
     """Return the differences of the metrics of all eval sets that are the same records in both results."""
     if second is first:
         return {}
@@ -301,7 +301,7 @@ def _paired(first: Measured, second: Measured) -> dict[str, Paired]:
     return found
 
 
-def _paired_wins(first: Measured, second: Measured) -> Paired | None:
+def _paired_wins(first: MeasuredRun, second: MeasuredRun) -> Paired | None:
     """Return the difference of the win rates of a judge over the prompts that both runs were judged on."""
     texts = [run.file.with_suffix(SAMPLES) for run in (first, second)]
     if not all(path.is_file() for path in texts):
@@ -341,6 +341,6 @@ def _gates(path: Path, recipe_text: str) -> list[GateSection]:
         raise UsageError(f"{where} is damaged: {str(error).splitlines()[0]}", hint="copy the run again") from error
 
 
-def describe(run: Measured) -> str:
+def describe(run: MeasuredRun) -> str:
     """Say in one line what a run is compared by."""
     return f"{in_words(run.report)}; recipe {run.recipe_sha[:12]}"

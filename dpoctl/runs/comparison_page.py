@@ -12,7 +12,7 @@ from dpoctl import __version__
 from dpoctl.redact import redact
 from dpoctl.runs import charts
 from dpoctl.runs.charts import Figure, History, Mark, Series, number
-from dpoctl.runs.comparison import Measured, Paired, RunComparison, describe
+from dpoctl.runs.comparison import MeasuredRun, Paired, RunComparison, describe
 from dpoctl.runs.metrics import MetricsFile
 from dpoctl.runs.pages import TEMPLATES, template
 from dpoctl.runs.results import SAMPLES
@@ -58,7 +58,7 @@ def blocks(comparison: RunComparison) -> list[Block]:
     return [block for block in found if block.rows]
 
 
-def short_names(runs: Sequence[Measured]) -> list[str]:
+def short_names(runs: Sequence[MeasuredRun]) -> list[str]:
     """Return the names of the folders, or the paths as they were given if two have the same name."""
     names = [run.path.resolve().name for run in runs]
     return names if len(set(names)) == len(names) else [run.name for run in runs]
@@ -127,7 +127,7 @@ def to_page(comparison: RunComparison) -> str:
     )
 
 
-def _figures(runs: Sequence[Measured], names: Sequence[str]) -> Iterator[Figure]:
+def _figures(runs: Sequence[MeasuredRun], names: Sequence[str]) -> Iterator[Figure]:
     histories = [History.of(MetricsFile(run.path / "metrics.jsonl").rows(), list(run.data_keys)) for run in runs]
     for metric, (title, caption) in CURVES.items():
         series = [
@@ -140,7 +140,7 @@ def _figures(runs: Sequence[Measured], names: Sequence[str]) -> Iterator[Figure]
             yield figure
 
 
-def _prompts(runs: Sequence[Measured], names: Sequence[str]) -> list[ShownPrompt]:
+def _prompts(runs: Sequence[MeasuredRun], names: Sequence[str]) -> list[ShownPrompt]:
     """Return the first prompts that every run answered, each with the first answer of each run."""
     answered = [_answers(run) for run in runs]
     common = [prompt for prompt in answered[0] if all(prompt in each for each in answered)]
@@ -156,7 +156,7 @@ def _prompts(runs: Sequence[Measured], names: Sequence[str]) -> list[ShownPrompt
     return found
 
 
-def _answers(run: Measured) -> dict[str, Mapping[str, Any]]:
+def _answers(run: MeasuredRun) -> dict[str, Mapping[str, Any]]:
     path = run.file.with_suffix(SAMPLES)
     found: dict[str, Mapping[str, Any]] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():

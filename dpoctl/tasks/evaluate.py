@@ -104,12 +104,7 @@ def run(
     judge = judge_of(recipe.eval)
     accelerator = build_accelerator(recipe)
     tokenizer, prepared = read_data(recipe, accelerator, only_eval=True)
-    tables: dict[str, Columns] = {}
-    if build_task(recipe).needs_reference:
-        require_known_start(run, recipe)
-        if recipe.dpo.reference.sync_steps is not None:
-            console.note("the reference moved in training; here it is the model that training started from")
-        tables = _reference_tables(recipe, accelerator, tokenizer, prepared.evals, limit)
+    tables = _reference_tables(run, recipe, accelerator, tokenizer, prepared.evals, limit)
     dtype = weight_dtype(recipe, compute_dtype(recipe, accelerator.device))
     finished = FinishedRun.load(run, accelerator.device, dtype)
     setup = Setup.of(recipe, accelerator, finished.tokenizer, finished.policy)
@@ -123,8 +118,8 @@ def run(
     origin = _origin(run, recipe, prepared, limit, settings, is_own=data is None, is_compared=is_compared)
     if baseline is not None:
         origin = replace(origin, baseline=baseline.name, official=False)
-    main = results.pop("eval", {})
-    report: dict[str, Any] = {**origin.to_dict(), **main, **({"sets": results} if results else {}), **sampled}
+    sets = {name: value for name, value in results.items() if name != "eval"}
+    report = {**origin.to_dict(), **results.get("eval", {}), **({"sets": sets} if sets else {}), **sampled}
     report |= _benchmarks(finished, recipe.eval.benchmarks)
     gates = check_gates(report, recipe.eval.gates)
     report |= {"gates": [gate.to_dict() for gate in gates]} if gates else {}
@@ -132,9 +127,7 @@ def run(
     if json_output:
         console.emit(json.dumps(report))
     else:
-        _show_result(report, {**({"eval": main} if main else {}), **results}, samples, sampled)
-        for line in (*map(str, gates), where):
-            console.say(line)
+        _show_result(report, results, samples, sampled, [*map(str, gates), where])
     return all(gate.passed for gate in gates)
 
 
@@ -150,14 +143,15 @@ def _show_result(
     results: Mapping[str, Mapping[str, Any]],
     samples: Sequence[Sample],
     sampled: Mapping[str, Any],
+    last: Sequence[str],
 ) -> None:
-    """Print the tables of a result, and what they allow to say."""
+    """Print the tables of a result, what they allow to say, and the last lines."""
     console.say(in_words(report))
     _show(results)
     _show_samples(samples, sampled)
     if (benchmarks := report.get("benchmarks")) is not None:
         _show_benchmarks(benchmarks)
-    for line in verdicts(results, sampled.get("judge")):
+    for line in (*verdicts(results, sampled.get("judge")), *last):
         console.say(line)
 
 
@@ -277,9 +271,19 @@ def _recipe_of(run: Path, data: str | None, overrides: Sequence[str], changed: S
 
 
 def _reference_tables(
-    recipe: Recipe, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, stores: Stores, limit: int | None
+    run: Path,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    tokenizer: PreTrainedTokenizerBase,
+    stores: Stores,
+    limit: int | None,
 ) -> dict[str, Columns]:
-    """Return the reference's log-probabilities of every eval set; the model is freed at the end."""
+    """Return the reference's log-probabilities of every eval set, if they are needed; the model is freed at the end."""
+    if not build_task(recipe).needs_reference:
+        return {}
+    require_known_start(run, recipe)
+    if recipe.dpo.reference.sync_steps is not None:
+        console.note("the reference moved in training; here it is the model that training started from")
     setup = Setup.of(recipe, accelerator, tokenizer, load_policy(recipe, tokenizer, accelerator.device))
     reference = Reference(setup)
     return {

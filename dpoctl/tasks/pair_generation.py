@@ -325,13 +325,13 @@ def _add_pair(
         outcome.rejects.append(dropped | {"negative": negative, "positive": positive})
         return
     chosen, rejected = (negative, positive) if recipe.chosen == "negative" else (positive, negative)
-    row = {
+    pair = {
         "prompt": writer.as_prompt(asked.neutral),
         "chosen": writer.as_answer(chosen),
         "rejected": writer.as_answer(rejected),
         "meta": {"synthetic_prompt": True, "item": item, "chosen": recipe.chosen},
     }
-    outcome.rows.append([row])
+    outcome.rows.append([pair])
     if recipe.examples is not None:
         for prompt, answer, known in (
             (asked.negative, negative, recipe.examples.negative),

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dpoctl import console
-from dpoctl.core.optim import state_bytes
+from dpoctl.core.optim import state_bytes, stored_moments
 from dpoctl.core.planner import Lengths, Plan
 from dpoctl.data.cache import Cache, cache_dir
 from dpoctl.data.prepare import PreparedData
@@ -269,9 +269,7 @@ def as_numbers(recipe: Recipe, forecast: Forecast) -> dict[str, Any]:
 
 def disk(recipe: Recipe, forecast: Forecast) -> dict[str, int]:
     """Return the bytes of a checkpoint, of the model, of all that stays, and those that are free."""
-    weight, _, moments = state_bytes(recipe.training)
-    # Those of paged optimizers are written too.
-    moments = moments or (2 if "8bit" in recipe.training.optim else 8)
+    weight, moments = state_bytes(recipe.training)[0], stored_moments(recipe.training)
     trained = forecast.estimate.footprint.trained
     checkpoint, kept = trained * (weight + moments), recipe.training.save_total_limit or 1
     if recipe.training.save_total_limit is None and recipe.training.save_steps is not None:

@@ -172,6 +172,11 @@ class Recorder:
         best = None if self.best is None else self.best.step
         self._saver.save(Checkpoint(step, weights, optimizer, capture_rng(), extra, reference, best))
 
+    def summary(self) -> dict[str, Any]:
+        """Return the last value of every metric, and the best evaluation if the recipe asks for it."""
+        best = {} if self.best is None else {"best": {"step": self.best.step, self.best.metric: self.best.value}}
+        return {"metrics": self.last, **best}
+
     def wait_saved(self) -> None:
         """Wait until the last checkpoint is on the disk; every rank calls this at the same step."""
         self._saver.wait()

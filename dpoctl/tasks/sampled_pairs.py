@@ -78,15 +78,7 @@ def run(
     with ExitStack() as stack:
         source = _source_of(recipe, side_file, stack)
         progress = stack.enter_context(Progress(wanted, unit="prompt"))
-        size = max(LEAST_AT_ONCE, recipe.sampling.batch_size)
-        for start in range(0, len(prompts), size):
-            chunk = [source.as_prompt(prompt) for prompt in prompts[start : start + size]]
-            for record in _scored(chunk, source.draw(chunk, recipe.sampling.num), scorer, outcome):
-                if len(outcome.rows) < wanted:
-                    _add_pairs(record, recipe, outcome)
-            progress.update(len(outcome.rows), {})
-            if len(outcome.rows) >= wanted:
-                break
+        _sample(recipe, prompts, wanted, source, scorer, outcome, progress)
     sizes = sizes_of(outcome, recipe.splits)
     write_pairs(outcome, sizes, targets, None if rejects is None else Path(rejects))
     side_file.unlink(missing_ok=True)
@@ -137,9 +129,15 @@ class _Served:
     def draw(self, prompts: Sequence[Text], count: int) -> list[list[Generation]]:
         given = self.recipe.sampling
         sampling = {"max_tokens": given.max_new_tokens, "temperature": given.temperature, "top_p": given.top_p}
-        requests = [
+        more = {} if self.recipe.endpoint is None else self.recipe.endpoint.request
+
+        def fields(number: int) -> dict[str, Any]:
             # A server that takes a seed would give the same answer again for the same one.
-            Request(prompt, sampling | {"seed": given.seed * count + number}, repeat=number)
+            body = sampling | {"seed": given.seed * count + number} | more
+            return {name: value for name, value in body.items() if value is not None}
+
+        requests = [
+            Request(prompt, fields(number), repeat=number)
             for prompt in prompts
             if not isinstance(prompt, str)
             for number in range(count)
@@ -187,6 +185,32 @@ def _source_of(recipe: SampledRecipe, side_file: Path, stack: ExitStack) -> Answ
         return _Served(Client(endpoint, served.max_requests), recipe)
     assert recipe.model is not None
     return stack.enter_context(Answers(Writer.load(recipe.model, recipe.quantization, recipe.sampling), side_file))
+
+
+def _sample(
+    recipe: SampledRecipe,
+    prompts: Sequence[Text],
+    wanted: int,
+    source: AnswerSource,
+    scorer: AnswerScorer,
+    outcome: SampledOutcome,
+    progress: Progress,
+) -> None:
+    """Answer prompts until enough of them have pairs, and warn if most answers are the same."""
+    size = max(LEAST_AT_ONCE, recipe.sampling.batch_size)
+    for start in range(0, len(prompts), size):
+        chunk = [source.as_prompt(prompt) for prompt in prompts[start : start + size]]
+        for record in _scored(chunk, source.draw(chunk, recipe.sampling.num), scorer, outcome):
+            if len(outcome.rows) < wanted:
+                _add_pairs(record, recipe, outcome)
+        progress.update(len(outcome.rows), {})
+        if len(outcome.rows) >= wanted:
+            break
+    if 2 * (repeated := outcome.answers["repeated"]) > (drawn := outcome.answers["drawn"]):
+        console.warn(
+            f"{repeated:,} of {drawn:,} answers repeat another one to the same prompt: raise sampling.temperature; "
+            "`transformers serve` samples only if the generation_config.json of its model has do_sample: true"
+        )
 
 
 def _scored(

@@ -38,7 +38,7 @@ from dpoctl.recipe.document import Document
 from dpoctl.recipe.schema import Recipe, TrainingSection
 from dpoctl.recipe.secrets import without_secrets
 from dpoctl.runs import checkpoint
-from dpoctl.runs.best import write_best
+from dpoctl.runs.best import BestEvaluation, write_best
 from dpoctl.runs.checkpoint import Checkpoint
 from dpoctl.runs.directory import RunDirectory
 from dpoctl.runs.environment import describe_environment
@@ -323,19 +323,13 @@ def _train(
         expected=_expectation(setup, plan),
         comparison=comparison,
     ) as recorder:
-        cadence = _cadence(recipe.training)
-        done = fit(stepper, recorder, cadence, evals, start=max(start, 0), owes_evaluation=owed)
+        done = fit(stepper, recorder, _cadence(recipe.training), evals, max(start, 0), owes_evaluation=owed)
     if comparison is not None:
         comparison.conclude()
-    best = recorder.best
-    if best is not None:
-        take_best(setup, directory.checkpoints, best, done, plan.num_steps)
-    _write_model(setup, directory, inputs)
-    if accelerator.is_main_process:
-        write_best(directory.path, best)
-    accelerator.wait_for_everyone()
-    summary = {"output_dir": str(directory.path), "steps": done, "metrics": recorder.last}
-    return summary if best is None else summary | {"best": {"step": best.step, best.metric: best.value}}
+    if recorder.best is not None:
+        take_best(setup, directory.checkpoints, recorder.best, done, plan.num_steps)
+    _write_model(setup, directory, inputs, recorder.best)
+    return {"output_dir": str(directory.path), "steps": done, **recorder.summary()}
 
 
 def _evals(
@@ -408,8 +402,8 @@ def _set_up(
     return setup, live, plan, estimate
 
 
-def _write_model(setup: Setup, directory: RunDirectory, inputs: Mapping[str, Any]) -> None:
-    """Write the trained model into the run directory; all ranks call this."""
+def _write_model(setup: Setup, directory: RunDirectory, inputs: Mapping[str, Any], best: BestEvaluation | None) -> None:
+    """Write the trained model into the run directory, and which step it is of; all ranks call this."""
     base = inputs["weights"] if setup.policy.kind == "lora" else None
     with console.WorkProgress("writing the model") if setup.accelerator.is_main_process else nullcontext():
         export_model(
@@ -420,6 +414,9 @@ def _write_model(setup: Setup, directory: RunDirectory, inputs: Mapping[str, Any
             writes=setup.accelerator.is_main_process,
             base_weights=base,
         )
+    if setup.accelerator.is_main_process:
+        write_best(directory.path, best)
+    setup.accelerator.wait_for_everyone()
 
 
 def _check_inputs(

@@ -113,7 +113,7 @@ def test_every_key_can_be_looked_up(call: Call) -> None:
     ("words", "completed"),
     [
         ("rec", ["recipes"]),
-        ("recipes reviewer2-s", ["reviewer2-sft"]),
+        ("recipes reviewer2-sf", ["reviewer2-sft"]),
         ("recipes copy qwen3-8b", ["qwen3-8b-dpo-qlora", "qwen3-8b-sft-qlora"]),
         ("dpo --overw", ["--overwrite"]),
     ],

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from dpoctl.core.guard import Guard
 from dpoctl.core.loop import Cadence, fit
-from dpoctl.core.optim import learning_rate
 from dpoctl.core.planner import Lengths, Plan
+from dpoctl.core.schedule import learning_rate
 from dpoctl.core.step import MemoryRetry, Stepper
 from dpoctl.data.mismatched import Mismatched
 from dpoctl.data.tokenize import Example

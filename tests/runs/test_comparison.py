@@ -10,7 +10,7 @@ import pytest
 
 from dpoctl.errors import UsageError
 from dpoctl.runs.comparison import (
-    Measured,
+    MeasuredRun,
     Paired,
     RunComparison,
     paired_difference,
@@ -118,14 +118,14 @@ def test_a_verdict_needs_an_interval_without_zero(metric: str, paired: Paired | 
     assert line.startswith(f"verdict: b: {words}")
 
 
-def judged_run(folder: Path, wins: list[float | None], prompts: str) -> Measured:
+def judged_run(folder: Path, wins: list[float | None], prompts: str) -> MeasuredRun:
     file = folder / "evals" / "official.json"
     file.parent.mkdir(parents=True)
     rows = [{"prompt": prompt, "judge": {"win": win}} for prompt, win in zip(prompts, wins, strict=True)]
     file.with_suffix(".samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     rate = float(np.mean([win for win in wins if win is not None]))
     report = {"data": {"eval": {"key": "k"}}, "model": "m", "judge": {"win_rate": rate}}
-    return Measured(folder, "method: dpo", file, report)
+    return MeasuredRun(folder, "method: dpo", file, report)
 
 
 def test_votes_on_the_same_prompts_are_compared_prompt_by_prompt(tmp_path: Path) -> None:

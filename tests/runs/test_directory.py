@@ -270,7 +270,7 @@ def test_a_folder_in_the_place_of_a_file_is_one_line(tmp_path):
     (tmp_path / "recipe.yaml").mkdir()
     with pytest.raises(DiskError, match=r"cannot be written: Is a directory"), writing(tmp_path):
         write_atomically(tmp_path / "recipe.yaml", "x")
-    assert os.listdir(tmp_path) == ["recipe.yaml"]
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
 def test_json_that_no_parser_accepts_is_not_written(tmp_path):

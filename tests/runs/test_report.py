@@ -393,14 +393,11 @@ def test_headlines_of_a_run_with_named_sets_are_all_of_one_set(run: Path) -> Non
     assert "easy" not in top
 
 
-@pytest.mark.parametrize("file", ["data_report.json", "health.json", "metrics.jsonl"])
-@pytest.mark.parametrize("value", [True, 7, "x", [1]])
-def test_a_file_whose_values_are_of_other_kinds_is_one_line(run: Path, file: str, value: Any) -> None:
-    (run / file).write_text(json.dumps({"evals": value, "train": value, "step": value, "loss": value}))
-    try:
+@pytest.mark.parametrize("name", ["data_report.json", "health.json", "advice.json"])
+def test_a_file_whose_values_are_of_other_kinds_is_one_line(run: Path, name: str) -> None:
+    (run / name).write_text("7")
+    with pytest.raises(UsageError, match="is not as dpoctl wrote it"):
         write_report(run)
-    except UsageError as error:
-        assert "is not as dpoctl wrote it" in error.message
 
 
 def test_a_file_that_is_no_result_is_named(run: Path) -> None:

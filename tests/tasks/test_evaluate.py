@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tiny_runs import metrics_of, pair_rows, write_rows
 
-from dpoctl.errors import DataError, UsageError
+from dpoctl.errors import DataError, SetupError, UsageError
 from dpoctl.runs.results import PROVENANCE
 from dpoctl.runs.statistics import wilson_interval
 from dpoctl.tasks import merge

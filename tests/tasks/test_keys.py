@@ -123,7 +123,9 @@ def spy(patch: pytest.MonkeyPatch, seen: Outcome, world: dict[str, str]) -> None
         return staticmethod(wrapped)
 
     def of_two_processes(recipe: Recipe, accelerator: Accelerator, *arguments: Any, **options: Any) -> None:
-        two: Any = SimpleNamespace(num_processes=2, device=accelerator.device, gather=lambda tensor: tensor)
+        two: Any = SimpleNamespace(
+            num_processes=2, is_main_process=True, device=accelerator.device, gather=lambda tensor: tensor
+        )
         seen.asked.setdefault("sharding", []).append(choose_sharding(recipe, two, *arguments, **options))
 
     def count(name: str, kind: type) -> None:

@@ -1,7 +1,10 @@
 """Answers of a model or a server are scored and become pairs: by the rules of rated answers, resumable, asked once."""
 
 import json
+import socket
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,6 +207,37 @@ def test_a_reward_model_scores_as_transformers_does(tokenizer: PreTrainedTokeniz
     tokenizer.save_pretrained(tmp_path / "no-head")
     with pytest.raises(UserError, match=r"no-head has no weights for score\.weight"):
         build_scorer(section.model_copy(update={"model_name_or_path": str(tmp_path / "no-head")}))
+
+
+@pytest.mark.slow
+def test_transformers_serve_answers(make: Make, writer: Path, command: Any, whole: bool) -> None:
+    if not whole:
+        pytest.skip("a server of transformers takes half a minute to start: --all-faults")
+    for module in ("openai", "fastapi", "uvicorn"):
+        pytest.importorskip(module)
+    settings = writer / "generation_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"do_sample": True}))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(writer), "--device", "cpu"]
+    with subprocess.Popen([*started, "--host", "127.0.0.1", "--port", str(port)], stdout=subprocess.DEVNULL) as server:
+        try:
+            deadline = time.monotonic() + 300
+            while server.poll() is None and time.monotonic() < deadline:
+                with socket.socket() as probe:
+                    if probe.connect_ex(("127.0.0.1", port)) == 0:
+                        break
+                time.sleep(0.5)
+            endpoint = {"url": f"http://127.0.0.1:{port}/v1", "model": str(writer), "request": {"top_p": None}}
+            score = {"type": "command", "command": command()}
+            counts, rows = make(endpoint=endpoint, score=score, splits={"all": 4})
+        finally:
+            server.terminate()
+            server.wait(30)
+    assert counts["answers"]["drawn"] == 160
+    assert len(rows) == 4
+    assert all(len(row["chosen"][0]["content"]) > len(row["rejected"][0]["content"]) for row in rows)
 
 
 def test_prompts_are_those_of_rows_in_any_format(tmp_path: Path) -> None:

@@ -355,6 +355,29 @@ def test_what_cannot_be_shared_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"training.optim": "muon"}, "training.optim: muon needs whole matrices"),
+        ({"lora": {"use_dora": True}}, "lora.use_dora needs whole weight matrices"),
+        ({"lora": {"init_lora_weights": "pissa"}}, "lora.init_lora_weights needs whole weight matrices"),
+        ({"method": "sft", "sft": {"router_aux_loss_coef": 0.1}}, "sft.router_aux_loss_coef has not been tried"),
+    ],
+)
+def test_what_needs_whole_matrices_is_refused_also_if_a_launcher_asks(
+    changes: dict[str, Any],
+    message: str,
+    scene: Scene,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    recipe = parse(scene.recipe | {"method": changes.get("method", "dpo")}, changes)
+    four: Any = SimpleNamespace(num_processes=4, device=torch.device("cpu"))
+    with pytest.raises(UsageError, match=message):
+        choose_sharding(recipe, four, tokenizer)
+
+
+@pytest.mark.parametrize(
     ("changes", "ranks", "said"),
     [
         ({"training.sharding": "full"}, 1, "training.sharding: full has no effect"),
