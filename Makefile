@@ -77,9 +77,13 @@ parity: $(STAMP)  ## Compare every loss with TRL's
 real: $(STAMP)  ## Train a real model, SmolLM2-135M, beside plain transformers; downloads 98 MB, once
 	GOMP_SPINCOUNT=20000 OMP_NUM_THREADS=$$(nproc) $(BIN)/python -m pytest -m real --durations=0 tests/real
 
+WHOLE_TESTS ?= tests/tasks/test_resume.py tests/tasks/test_sharding.py tests/core/test_invariance.py tests/tasks/test_keys.py \
+	tests/tasks/test_invariance.py tests/tasks/test_estimate.py tests/tasks/test_scale_simulation.py tests/tasks/test_evaluate.py \
+	tests/tasks/test_reference.py tests/tasks/test_train.py tests/tasks/test_benchmarks.py tests/tasks/test_real_server.py \
+	tests/data/test_prepare.py tests/cli/test_streams.py
+
 faults: $(STAMP)  ## Kill, cut and flood runs in every way that is known, and print what they survived
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --all-faults tests/faults tests/tasks/test_resume.py tests/tasks/test_sharding.py \
-		tests/core/test_invariance.py tests/tasks/test_keys.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --all-faults tests/faults $(WHOLE_TESTS)
 
 bench: $(STAMP)  ## Compare a training step with TRL's, in turns, and plan ten million records
 	$(BIN)/python tests/benchmarks/step_speed.py

@@ -46,6 +46,16 @@ def pytest_configure(config: pytest.Config) -> None:
         settings.load_profile("whole")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what a marker `long` names, a whole test or some of its cases, but for `--all-faults`."""
+    if config.getoption("--all-faults"):
+        return
+    for item in items:
+        for mark in item.iter_markers("long"):
+            if not mark.args or (isinstance(item, pytest.Function) and item.callspec.id in mark.args):
+                item.add_marker(pytest.mark.skip(reason="in the whole suite only"))
+
+
 def _check_descriptor(descriptor: int) -> None:
     """Take the place of `os.fsync`: no test cuts the power, and a disk that is waited for takes half of the time."""
     os.fstat(descriptor)

@@ -22,7 +22,8 @@ FULL = {"model.disable_dropout": False, "training.num_train_epochs": 2, "trainin
 # The loss falls, so the best evaluation is the first one, long before the end.
 BEST = {"training.eval_steps": 2, "training.keep_best": {"metric": "eval_loss", "mode": "max"}}
 KINDS: dict[str, dict[str, Any]] = {
-    "sft": FULL | BEST | {"method": "sft", "training.early_stopping": {"patience": 2}},
+    "sft": FULL | {"method": "sft"},
+    "sft, best": FULL | BEST | {"method": "sft", "training.early_stopping": {"patience": 2}},
     "dpo": FULL,
     "dpo, LoRA": FULL | BEST | {"lora": {"r": 4, "lora_dropout": 0.2}},
     "beta-dpo": FULL | {"dpo.loss": {"type": "beta_dpo", "filter_ratio": 0.4}, "training.max_tokens_per_device": 200},

@@ -43,7 +43,7 @@ Against = Annotated[
     str | None,
     typer.Option(
         metavar="MODEL",
-        help="Compare with this run, model folder, hub id, or address of a server, instead of the reference.",
+        help="Compare with this run, model or server address, not the reference.",
         show_default=False,
     ),
 ]

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer, RMSprop
-from transformers.optimization import Adafactor
 
 from dpoctl.core.low_precision import BFloat16AdamW, rounded
 from dpoctl.core.muon import MuonAdamW
@@ -66,6 +65,8 @@ def build_optimizer(
     if training.optim == "rmsprop":
         return RMSprop(groups, lr=training.learning_rate, eps=training.adam_epsilon)
     if training.optim == "adafactor":
+        from transformers.optimization import Adafactor  # noqa: PLC0415 - it imports peft, which takes a second
+
         arguments = {"scale_parameter": False} | training.optim_args
         return Adafactor(groups, lr=training.learning_rate, relative_step=False, **arguments)
     if "lion" in training.optim:

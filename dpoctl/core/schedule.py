@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import get_scheduler
 
 from dpoctl.errors import UsageError
 from dpoctl.recipe.schema import TrainingSection
@@ -40,6 +39,8 @@ def learning_rate(training: TrainingSection, num_steps: int) -> Callable[[int], 
 
 def _factor(training: TrainingSection, warmup: int, num_steps: int) -> Callable[[int], float]:
     """Return the function by which transformers multiplies the highest learning rate."""
+    from transformers import get_scheduler  # noqa: PLC0415 - it imports peft, which takes a second
+
     arguments = {key: value for key, value in training.lr_scheduler_kwargs.items() if value is not None}
     decay, stable = arguments.get("num_decay_steps", 0), arguments.get("num_stable_steps", 0)
     if decay and warmup + stable + decay > num_steps:

@@ -40,6 +40,7 @@ def test_what_has_to_be_printed_and_cannot_be_is_one_line(arguments: str, ending
     assert line.startswith(said)
 
 
+@pytest.mark.long(">&-", ">&- 2>&-", ">/dev/full")
 @pytest.mark.parametrize("ending", [">&-", ">/dev/full", ">&- 2>&-", ">/dev/full 2>/dev/full", "<&- >&- 2>&-"])
 def test_a_command_with_nothing_to_print_does_not_notice(ending: str, tmp_path: Path) -> None:
     out = tmp_path / "pairs.jsonl"
@@ -101,6 +102,7 @@ def test_a_run_whose_reader_goes_away_goes_on_and_writes_to_its_log(recipe: Path
     assert "done: " in log
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_whose_disk_for_messages_is_full_goes_on(recipe: Path, tmp_path: Path) -> None:
     assert shell(f"{DPOCTL} sft {recipe} --num-processes 2 2>/dev/full").returncode == 0

@@ -132,7 +132,7 @@ def test_outputs_that_exclude_each_other_are_refused(write_rows, tmp_path):
         run(source, output=str(tmp_path / "a"), rejects=str(tmp_path / "a"))
 
 
-IMPORT = "from dpoctl.data.convert import Conversion, run; from dpoctl.recipe.schema import Source"
+IMPORT = "from dpoctl.data.convert import Conversion, run; from dpoctl.recipe.data_section import Source"
 PIPE = f"{IMPORT}; run(Conversion(Source(path='-'), '-'))"
 
 

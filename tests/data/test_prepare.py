@@ -314,6 +314,7 @@ def test_real_transcripts_are_prepared_and_accounted_for(run, hh_file):
 SLOW = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
 
+@pytest.mark.long("1-1 row is left out-read once", "1-1 row is left out-read twice", "2-2 rows are left out-read once")
 @pytest.mark.parametrize("contradict", [False, True], ids=["read once", "read twice"])
 @pytest.mark.parametrize(("slow", "named"), [(1, "1 row is left out"), (2, "2 rows are left out")])
 def test_rows_that_a_busy_machine_leaves_out_are_not_kept_out_of_later_runs(

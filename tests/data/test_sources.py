@@ -32,7 +32,7 @@ def test_an_unreachable_hub_id_is_named(monkeypatch):
     assert error.value.exit_code == 5
 
 
-READ = "from dpoctl.data.sources import *; from dpoctl.recipe.schema import Source; "
+READ = "from dpoctl.data.sources import *; from dpoctl.recipe.data_section import Source; "
 OFFLINE = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
 
 

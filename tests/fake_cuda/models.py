@@ -144,7 +144,7 @@ def build(fakes: FakeTensorMode, family: str, kind: str, **changes: Any) -> Poli
             _pack(model, kind)
         lora = recipe(kind).lora
         policy = (
-            load._full_policy(model, None, BF16)
+            load._full_policy(model, None, BF16, None)
             if lora is None
             else load._lora_policy(model, ModelSource(name="a-model"), None, lora, BF16, 0)
         )

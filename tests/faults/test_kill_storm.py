@@ -13,7 +13,7 @@ from fault_runs import KINDS, Scene, die, kill, leftovers, outcome
 from dpoctl.runs import serialization
 
 RANKS = {1: (), 2: ("--num-processes", "2")}
-SHORT = {("sft", 1), ("dpo", 2), ("dpo, LoRA", 1), ("beta-dpo", 2)}
+SHORT = {("sft, best", 1), ("dpo", 2), ("dpo, LoRA", 1), ("beta-dpo", 2)}
 """Kinds of runs and ranks of the short form."""
 TOUCHING = ("mkdir", "open", "fsync", "replace", "rename", "unlink", "rmdir")
 

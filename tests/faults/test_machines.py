@@ -106,6 +106,7 @@ def test_two_machines_give_the_bits_of_one(ranks: int, scene: Scene, tally: Any,
     assert survived
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("victim", [1, 0])
 def test_a_signal_to_one_machine_and_the_loss_of_one_cost_no_bit(
     victim: int, scene: Scene, tally: Any, whole: bool

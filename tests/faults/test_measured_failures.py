@@ -129,6 +129,7 @@ class Failing:
         return act
 
 
+@pytest.mark.long("log-True", "start-False")
 @pytest.mark.parametrize("hang", [False, True])
 @pytest.mark.parametrize("action", ["start", "log", "finish"])
 def test_a_tracker_that_fails_or_hangs_changes_nothing(action: str, hang: bool, scene: Scene, tally: Any) -> None:
@@ -185,6 +186,7 @@ def test_code_that_comes_with_a_model_never_runs_unasked(file: str, scene: Scene
     assert survived
 
 
+@pytest.mark.long("continue-live", "new-cached")
 @pytest.mark.parametrize("reference", ["cached", "live"])
 @pytest.mark.parametrize("start", [{"start": "new", "r": 3}, {"start": "continue"}], ids=["new", "continue"])
 def test_the_reference_over_an_sft_adapter_is_the_same_after_a_kill(

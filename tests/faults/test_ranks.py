@@ -37,6 +37,7 @@ WAYS = {
 }
 
 
+@pytest.mark.long("sleeps", "leaves")
 @pytest.mark.parametrize("way", WAYS)
 def test_a_rank_that_fails_ends_the_run_in_bounded_time(way: str, scene: Scene, tally: Any) -> None:
     fault, said = WAYS[way]

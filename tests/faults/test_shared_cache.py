@@ -41,6 +41,7 @@ def flip(file: Path, rng: random.Random) -> None:
     file.write_bytes(content)
 
 
+@pytest.mark.long("sft-34", "kto-34")
 @pytest.mark.parametrize(("kind", "runs"), [("sft", 34), ("dpo", 17), ("kto", 34)])
 def test_every_flipped_bit_is_found_before_the_file_is_used(
     kind: str, runs: int, scene: Scene, whole: bool, tally: Any
@@ -124,6 +125,7 @@ def write_store(folder: Path, before_commit: Callable[[], None] = lambda: None) 
         assert store.texts(index).prompt == "p"
 
 
+@pytest.mark.long("locks")
 @pytest.mark.parametrize("can_lock", [True, False], ids=["locks", "no locks"])
 def test_two_that_heal_one_store_at_the_same_time(
     can_lock: bool, tmp_path: Path, whole: bool, tally: Any, monkeypatch: pytest.MonkeyPatch

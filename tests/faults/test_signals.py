@@ -77,6 +77,7 @@ def test_a_second_signal_ends_at_once_with_a_status(signum: signal.Signals, scen
     assert survived
 
 
+@pytest.mark.long("1", "2")
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_in_the_middle_of_one_long_operation_is_answered_at_once_and_the_third_ends(
     signum: signal.Signals, scene: Scene, tally: Any
@@ -103,6 +104,7 @@ def one_long_operation() -> None:
     hashlib.pbkdf2_hmac("sha256", b"", b"", 60_000_000)
 
 
+@pytest.mark.long("two processes")
 @pytest.mark.parametrize("options", [(), TWO], ids=["one process", "two processes"])
 def test_no_evaluation_runs_on_after_a_signal_and_it_is_made_up_for(
     options: tuple[str, ...], scene: Scene, tally: Any
@@ -220,6 +222,14 @@ MOMENTS = {
     "while the model is loaded": "dpoctl.tasks.train:load_policy",
     "while the model is exported": "dpoctl.tasks.train:refresh_report",
 }
+MOMENTS_TRIED = {
+    (False, "while the data are read", signal.SIGINT),
+    (False, "while the data are read", signal.SIGHUP),
+    (False, "while the model is exported", signal.SIGUSR1),
+    (False, "while the model is loaded", signal.SIGXCPU),
+    (True, "while the model is loaded", signal.SIGTERM),
+}
+"""With two processes, the moment and the signal: each signal and each moment once in the short form."""
 
 
 @pytest.mark.parametrize("options", [(), TWO], ids=["one process", "two processes"])
@@ -228,7 +238,7 @@ MOMENTS = {
 def test_a_signal_while_no_step_is_taken_ends_the_run_and_says_so(
     moment: str, signum: signal.Signals, options: tuple[str, ...], scene: Scene, whole: bool, tally: Any
 ) -> None:
-    if not whole and options and (moment, signum) != ("while the model is loaded", signal.SIGTERM):
+    if not whole and (bool(options), moment, signum) not in MOMENTS_TRIED:
         pytest.skip("part of the whole suite")
     out = scene.folder / "run"
     fault = before(MOMENTS[moment], to_itself(signum))

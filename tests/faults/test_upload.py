@@ -102,6 +102,7 @@ def test_a_hub_that_fails_costs_a_warning_and_the_same_command_uploads_again(
     assert survived
 
 
+@pytest.mark.long("2-130")
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_hub_that_hangs_is_ended_by_a_signal_and_the_model_stays(
     signum: signal.Signals, code: int, pushing: Scene, tally: Any

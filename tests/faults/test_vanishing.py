@@ -46,6 +46,16 @@ def undisturbed(scene: Scene) -> Outcome:
     return scene.changed(KINDS["dpo"]).undisturbed().outcome
 
 
+@pytest.mark.long(
+    "the held-out data are deleted",
+    "the model is deleted",
+    "the recipe is deleted",
+    "the recipe of the run is deleted",
+    "the status of the run is deleted",
+    "the tables of the reference are deleted",
+    "the data are deleted",
+    "the recipe is edited",
+)
 @pytest.mark.parametrize("what", DURING)
 def test_a_run_goes_on_with_what_it_has_read(what: str, own: Scene, undisturbed: Outcome, tally: Any) -> None:
     fault = at_step(3, lambda: DURING[what](own.folder))
@@ -61,6 +71,7 @@ GONE: dict[str, Fault] = {
 } | {"cache": DURING["the cache is deleted"]}
 
 
+@pytest.mark.long("token stores")
 @pytest.mark.parametrize("what", GONE)
 def test_what_is_derived_is_made_anew_when_a_run_goes_on(
     what: str, own: Scene, undisturbed: Outcome, tally: Any
@@ -85,6 +96,7 @@ BETWEEN: dict[str, tuple[Fault, str]] = {
 }
 
 
+@pytest.mark.long("cut short", "deleted")
 @pytest.mark.parametrize("what", BETWEEN)
 def test_data_that_change_while_they_are_read_are_refused_and_never_cached(
     what: str, own: Scene, undisturbed: Outcome, tally: Any

@@ -90,6 +90,7 @@ def real_peak(subject: Subject, every: int) -> tuple[int, int]:
     return live.peak, work.flops
 
 
+@pytest.mark.long("full, recomputed", "lora")
 @pytest.mark.parametrize(
     ("changes", "every"),
     [({}, 0), ({}, 1), (LORA, 0), (LORA | {"model.dtype": "bfloat16"}, 1)],

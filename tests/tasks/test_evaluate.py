@@ -296,6 +296,7 @@ def test_a_merged_model_is_measured_as_its_run_is(
     assert len(results_of(recipe)) == (2 if place == "merged" else 1)
 
 
+@pytest.mark.long("full")
 @pytest.mark.parametrize("changes", [{}, LORA], ids=["full", "lora"])
 def test_an_earlier_step_is_measured_from_its_checkpoint(
     changes: dict[str, Any], dpo_recipe: dict[str, Any], train: Run, report: Report, main: Callable[..., int]

@@ -67,6 +67,7 @@ def test_experts_are_balanced_alike_by_all_token_budgets(sft_recipe: dict[str, A
             assert row[name] == pytest.approx(same[name], rel=1e-5)
 
 
+@pytest.mark.long("torchrun-dpo")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "method"),

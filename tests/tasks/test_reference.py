@@ -108,6 +108,7 @@ def test_over_an_sft_adapter_a_moving_reference_starts_there(
     assert abs(found[3] - standing[3]) > 1e-6
 
 
+@pytest.mark.long("full")
 @pytest.mark.usefixtures("_dropout")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_killed_run_with_a_moving_reference_resumes_to_the_same_bits(
@@ -148,6 +149,7 @@ def test_a_killed_run_with_a_moving_reference_resumes_to_the_same_bits(
     assert rows[0] == rows[1]
 
 
+@pytest.mark.long("full")
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_with_a_moving_reference_give_the_curve_of_one(

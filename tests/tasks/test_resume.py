@@ -129,6 +129,7 @@ def test_a_signal_stops_after_a_checkpoint_and_resumes_to_the_same_bits(dpo_reci
     assert outcome(Path(whole + "-stopped")) == outcome(Path(whole))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_killed_resume_to_the_same_bits(

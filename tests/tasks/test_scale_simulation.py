@@ -73,6 +73,7 @@ def counting(file: Path) -> Fault:
     return only_on(0, install)
 
 
+@pytest.mark.long("LoRA", "recomputed")
 @pytest.mark.parametrize(
     ("ranks", "replicas", "changes"),
     [(2, 1, LORA), (4, 2, {}), (2, 1, {"training.gradient_checkpointing": True})],

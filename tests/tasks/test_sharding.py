@@ -124,6 +124,7 @@ def assert_same(one: Path, other: Path, *, coarse: float = 1e-6, since: int = 0)
             assert row[name] == pytest.approx(same[name], rel=1e-5, abs=coarse), (row["step"], name)
 
 
+@pytest.mark.long("LoRA", "another reference", "host memory", "kto", "plackett-luce")
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_that_share_a_model_give_the_numbers_of_one_process(case: str, scene: Scene, whole: bool) -> None:
     if case in RARE and not whole:
@@ -133,6 +134,7 @@ def test_two_ranks_that_share_a_model_give_the_numbers_of_one_process(case: str,
     assert_same(alone, finished(scene.changed(SHARDED), "sharded", *TWO), coarse=COARSE.get(case, 1e-6))
 
 
+@pytest.mark.long("full-1")
 @pytest.mark.parametrize("replicas", [1, 2])
 @pytest.mark.parametrize("case", ["full", "4-bit LoRA"])
 def test_four_ranks_give_them_too_with_replicas_and_without(
@@ -155,6 +157,7 @@ def interrupted(run: Path, name: str) -> Path:
     return copy
 
 
+@pytest.mark.long("2-1")
 @pytest.mark.parametrize(("before", "now"), [(2, 1), (2, 3), (4, 2), (1, 2)])
 def test_a_run_goes_on_with_another_number_of_ranks(before: int, now: int, scene: Scene, whole: bool) -> None:
     if (before, now) not in {(2, 1), (4, 2)} and not whole:
@@ -206,6 +209,7 @@ def test_the_state_of_an_optimizer_of_8_bits_is_not_divided_anew(scene: Scene) -
     assert "the state of an 8-bit optimizer cannot be divided anew" in ended.last
 
 
+@pytest.mark.long("full-AutoModelForCausalLM")
 @pytest.mark.parametrize(("case", "loader"), [("full", AutoModelForCausalLM), ("LoRA", AutoPeftModelForCausalLM)])
 def test_the_model_loads_without_dpoctl(case: str, loader: Any, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     scene = scene.changed(CASES[case])

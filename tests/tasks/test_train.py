@@ -192,6 +192,7 @@ def test_several_eval_sets_keep_their_metrics_apart(
     assert merged["eval_loss"] != merged["eval_seen_loss"]
 
 
+@pytest.mark.long("adamw")
 @pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
 def test_weights_in_bfloat16_learn_as_much_as_in_float32(dpo_recipe: dict[str, Any], optim: str, train: Run) -> None:
     """The same steps, and none of them lost to rounding; weights, moments and the exported model are bfloat16."""
