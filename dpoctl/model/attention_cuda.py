@@ -217,7 +217,8 @@ def find_kernel(query: Tensor, value: Tensor, plain: bool) -> Kernel | None:
         value: `[1, kv_heads, T, d]`; in latent attention values have another head size than queries.
         plain: whether attention is a softmax of the scores alone: no soft cap, no sinks, no dropout.
     """
-    if not (device_kind(query.device) == "cuda" and plain and query.dtype in (torch.float16, torch.bfloat16)):
+    on_cuda = query.is_cuda or device_kind(query.device) == "cuda"
+    if not (on_cuda and plain and query.dtype in (torch.float16, torch.bfloat16)):
         return None
     size = query.shape[-1]
     if size > MAX_HEAD_SIZE or size % HEAD_SIZE_MULTIPLE or value.shape[-1] != size or value.dtype != query.dtype:
