@@ -67,7 +67,7 @@ newest:  ## The same with the newest versions, in .venv-newest; a failure is sho
 # A folder for an environment, and options of pip. Warnings of other versions are not those of the versions in use.
 define test_versions
 $(if $(TORCH_INDEX),$(1)/bin/python -m pip install --quiet --no-deps --constraint constraints.txt --extra-index-url $(TORCH_INDEX) torch &&) \
-$(1)/bin/python -m pip install --quiet $(2) --editable '.[quant,sentencepiece,tensorboard,zstd]' pytest && \
+$(1)/bin/python -m pip install --quiet $(2) --editable '.[quant,sentencepiece,tensorboard,zstd,served]' pytest hypothesis && \
 OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -W default --disable-warnings -k 'not other_trainers' $(VERSIONS_TESTS)
 endef
 
