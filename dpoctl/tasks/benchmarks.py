@@ -27,15 +27,24 @@ Items = Mapping[int, float]
 """The values of a metric by item."""
 
 
-def check_benchmarks(benchmarks: Sequence[BenchmarkSection]) -> None:
-    """Refuse benchmarks that lm-eval cannot run, before any model is loaded.
+def check_benchmarks(benchmarks: Sequence[BenchmarkSection], *, has_baseline: bool = False) -> None:
+    """Refuse benchmarks that cannot be run, before any model is loaded.
+
+    Args:
+        benchmarks: of the recipe.
+        has_baseline: whether the model is compared with another one than its reference.
 
     Raises:
         SetupError: lm-eval is not installed.
-        UsageError: It has no task of that name.
+        UsageError: It has no task of that name, or the baseline is not the reference.
     """
     if not benchmarks:
         return
+    if has_baseline:
+        raise UsageError(
+            "--against: eval.benchmarks compare a run with its own reference, and with no other model",
+            hint="leave --against out, or the benchmarks: --set 'eval.benchmarks=[]'",
+        )
     if not is_installed(PACKAGE):
         raise needs("eval.benchmarks", [PACKAGE])
     for index, one in enumerate(benchmarks):

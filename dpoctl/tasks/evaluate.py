@@ -100,7 +100,7 @@ def run(
     recipe = _recipe_of(run, data, overrides)
     if changes := reference_overrides(run, recipe, baseline):
         recipe = _recipe_of(run, data, overrides, changes)
-    check_benchmarks(recipe.eval.benchmarks)
+    check_benchmarks(recipe.eval.benchmarks, has_baseline=baseline is not None)
     judge = judge_of(recipe.eval)
     accelerator = build_accelerator(recipe)
     tokenizer, prepared = read_data(recipe, accelerator, only_eval=True)

@@ -21,9 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from dpoctl.core.trace import working_bytes
+
 aten = torch.ops.aten
 ROUNDING = 512
-FLOAT = 4
 # Operators whose answer has a size, or is a number, that only the device knows.
 WAITS = {
     aten._local_scalar_dense,
@@ -40,7 +41,6 @@ WAITS = {
 INDEXING, MASKS = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}, {torch.bool, torch.uint8}
 # Operators that send even a single number of the host to the device first.
 SENDS = {aten.where, aten.index_put, aten.index_put_, aten.cat, aten.stack}
-DEQUANTISED_ROWS = 1536
 MATRICES = {aten.mm: 2, aten.bmm: 2, aten.addmm: 3, aten.baddbmm: 3}
 # Operators that touch no byte, and are not marked as views.
 VIEWS = {f"aten::{name}" for name in ("_unsafe_view", "empty_like", "empty", "new_empty", "empty_strided", "set_")}
@@ -241,24 +241,6 @@ class Tracker(TorchDispatchMode):
 
     def _forget(self, identity: int) -> None:
         self.live -= self._known.pop(identity)
-
-
-def working_bytes(name: str, args: Any) -> int:
-    """Return what a kernel allocates inside and frees again, of the kernels where that is much."""
-    if name == GEMM:
-        # Of many rows bitsandbytes dequantises the whole weight, and multiplies with that.
-        rows, (words, width) = args[0].numel() // args[0].shape[-1], args[2]
-        # Its scales are unpacked and shifted first.
-        whole = words * width * args[0].element_size() + 2 * FLOAT * words * width // args[4]
-        return whole if rows > DEQUANTISED_ROWS else 0
-    if name == BACKWARD:
-        # The gradient of the queries adds up in float32; keys and values get one for each query's head.
-        query, key = args[1], args[2]
-        (rows, heads, width), (keys, shared, _) = query.shape, key.shape
-        padded = rows + 128 * (len(args[6]) - 1)
-        apart = 2 * keys * heads * width * key.element_size() if shared != heads else 0
-        return padded * heads * (width + 1) * FLOAT + apart
-    return 0
 
 
 def areas(lengths: Sequence[tuple[int, Sequence[int]]]) -> Callable[[int | None], int]:

@@ -29,6 +29,12 @@ def test_without_the_package_the_command_that_installs_it_is_said(monkeypatch: p
     assert str(refused.value) == ("eval.benchmarks needs lm-eval, which is not installed; pip install 'dpoctl[bench]'")
 
 
+def test_a_baseline_that_benchmarks_would_not_be_compared_with_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"--against: eval.benchmarks compare a run with its own reference"):
+        check_benchmarks([BenchmarkSection(task="arc_easy")], has_baseline=True)
+    check_benchmarks([], has_baseline=True)
+
+
 def by_hand(model: Path, task: str) -> dict[str, Any]:
     """What lm-eval says of a folder when it loads the model itself."""
     from lm_eval import simple_evaluate
