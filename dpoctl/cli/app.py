@@ -139,4 +139,5 @@ def main() -> NoReturn:
         code = failure.report(error, as_json="--json" in sys.argv, debug=debug)
     finally:
         streams.flush()
+    launch.leave_ranks(code)
     sys.exit(code)

@@ -4,6 +4,7 @@
 `--accelerate-config` runs accelerate's launcher inside this process. A process that a launcher started starts none.
 """
 
+import atexit
 import contextlib
 import json
 import logging
@@ -146,6 +147,23 @@ def end_with_parent() -> None:
             f"{PARENT} is {parent!r}, and process {os.getppid()} started this one: dpoctl sets it for its own ranks",
             hint="unset it",
         )
+
+
+def leave_ranks(code: int) -> None:
+    """End a process that is one of several ranks, with the exit code of its command; return if it is none.
+
+    Python's own end would abort the process now and then, and lose its exit code: the threads of torch's process group
+    free their last tensors meanwhile, and some live on after the group, with the meshes of sharded models.
+    """
+    distributed: Any = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return
+    if code == 0:
+        # After an error, it would wait for ranks that no longer answer.
+        with contextlib.suppress(RuntimeError):
+            distributed.destroy_process_group()
+    atexit._run_exitfuncs()
+    os._exit(code)
 
 
 @dataclass

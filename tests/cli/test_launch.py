@@ -1,5 +1,6 @@
 """Several processes from one command: who starts them, what they get, and whose exit code comes back."""
 
+import atexit
 import json
 import os
 import signal
@@ -10,9 +11,10 @@ from pathlib import Path
 
 import forked
 import pytest
+import torch
 from forked import Ended
 
-from dpoctl.cli.launch import PARENT, Launcher, _accelerate_options, find_config, find_launcher, report_job
+from dpoctl.cli.launch import PARENT, Launcher, _accelerate_options, find_config, find_launcher, leave_ranks, report_job
 from dpoctl.errors import UsageError
 
 DPO = ("-m", "dpoctl", "dpo", "recipe.yaml")
@@ -138,6 +140,20 @@ def test_no_rank_outlives_a_killed_parent(workplace: Path, monkeypatch: pytest.M
     while any(_alive(int(file.read_text())) for file in ready):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_rank_ends_before_python_does(code: int, tmp_path: Path) -> None:
+    def work() -> None:
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        atexit.register((tmp_path / "registered").touch)
+        try:
+            leave_ranks(code)
+        finally:
+            os._exit(99)
+
+    assert os.waitstatus_to_exitcode(os.waitpid(forked.fork(work), 0)[1]) == code
+    assert (tmp_path / "registered").exists()
 
 
 def test_a_wrong_recipe_is_refused_before_any_rank_starts(workplace: Path) -> None:
