@@ -13,7 +13,10 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from dpoctl.errors import UsageError
+from dpoctl.recipe.gpus import Gpu, find_gpu
 
+GPU_CONTEXT = 600 << 20
+"""Bytes of a GPU that the driver, its context and the libraries take."""
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 _simulated: str | None = None
 _INTERMEDIATE = ("moe_intermediate_size", "intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "d_ff")
@@ -33,6 +36,15 @@ def simulating(kind: str) -> Iterator[None]:
         yield
     finally:
         _simulated = before
+
+
+def machine_gpu() -> Gpu:
+    """Return the first GPU of this machine, with its own memory; one that is not known gets a usual rate."""
+    properties = torch.cuda.get_device_properties(0)
+    known = find_gpu(properties.name)
+    rate = 100e12 if known is None else known.rate
+    has_bfloat16 = torch.cuda.get_device_capability(0) >= (8, 0)
+    return Gpu(str(properties.name), int(properties.total_memory), rate, has_bfloat16)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -6,12 +6,8 @@ from dataclasses import dataclass
 from dpoctl.errors import UsageError
 from dpoctl.recipe.document import write_yaml
 from dpoctl.recipe.facts import size_in_name
+from dpoctl.recipe.gpus import find_gpu
 
-GPUS = {
-    **{"t4": 16, "v100": 16, "rtx4080": 16, "l4": 24, "a10": 24, "rtx3090": 24, "rtx4090": 24, "rtx5090": 32},
-    **{"a6000": 48, "l40s": 48, "a100": 80, "h100": 80, "h200": 141, "b200": 180},
-}
-"""Gigabytes of GPUs that people name; an A100 with 40 GB has its size in its name."""
 SIZE = re.compile(r"(\d+(?:\.\d+)?) *(?:g|gb|gib)?", re.IGNORECASE)
 SIZE_IN_NAME = re.compile(r"[- _](\d+) *gi?b$", re.IGNORECASE)
 BYTES = {"full": 16.0, "LoRA": 2.2, "QLoRA": 0.8}
@@ -56,15 +52,11 @@ def gigabytes(given: str) -> float:
     text = given.strip().lower()
     if text in ("none", "cpu", "0"):
         return 0.0
-    if found := SIZE.fullmatch(text):
+    if (gpu := find_gpu(text)) is not None:
+        return round(gpu.memory / 1e9, 1)
+    if found := SIZE.fullmatch(text) or SIZE_IN_NAME.search(text):
         return float(found[1])
-    if found := SIZE_IN_NAME.search(text):
-        return float(found[1])
-    name = re.sub(r"nvidia|geforce|tesla|[^a-z0-9]", "", text)
-    known = next((GPUS[gpu] for gpu in sorted(GPUS, key=len, reverse=True) if name.startswith(gpu)), None)
-    if known is None:
-        raise UsageError(f"{given!r} is no GPU that is known here", hint="give its memory in GB, such as 24, or none")
-    return float(known)
+    raise UsageError(f"{given!r} is no GPU that is known here", hint="give its memory in GB, such as 24, or none")
 
 
 def choose_training(memory: float, parameters: float | None) -> tuple[str, str]:

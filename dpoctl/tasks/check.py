@@ -92,7 +92,7 @@ def _states_that_do_not_fit(recipe: Recipe, gpu: str | None) -> Iterator[Diagnos
     try:
         refuse_before_data(recipe, place)
     except UsageError as error:
-        is_certain = gpu is not None or place.card is not None
+        is_certain = gpu is not None or place.gpu is not None
         words = str(error) if is_certain else f"{error}; for another machine: dpoctl check --gpu NAME"
         yield Diagnostic("error" if is_certain else "note", "does-not-fit", ("model",), words)
 
@@ -102,7 +102,7 @@ def _memory_notes(
 ) -> Iterator[Diagnostic]:
     """Yield whether a run does not fit on a GPU, or fits because layers are recomputed."""
     place = Target.of(gpu or "auto", 1)
-    if place.card is None:
+    if place.gpu is None:
         return
     forecast = forecast_of(recipe, tokenizer, data, place)
     path = ("training", "gradient_checkpointing")

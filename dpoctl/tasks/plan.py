@@ -17,8 +17,8 @@ from dpoctl.core.planner import Lengths, Plan
 from dpoctl.data.cache import Cache, cache_dir
 from dpoctl.data.prepare import PreparedData
 from dpoctl.errors import UsageError
-from dpoctl.model.cards import CONTEXT, Card, find_card
-from dpoctl.model.memory import checkpointing_choices, free_bytes
+from dpoctl.model.memory import GPU_CONTEXT, checkpointing_choices, free_bytes, machine_gpu
+from dpoctl.recipe.gpus import Gpu, known_gpu
 from dpoctl.recipe.schema import LoraSection, QuantizationSection, Recipe
 from dpoctl.tasks.estimate import CPU_CONTEXT, Division, Estimator, MemoryEstimate, Work, work_of
 from dpoctl.tasks.fit import refuse_states, remedies, too_large
@@ -37,12 +37,12 @@ class Target:
     """A place for a run: a GPU by name, or this machine's CPU.
 
     Attributes:
-        card: the GPU; None is the CPU.
+        gpu: None is the CPU.
         processes: their number.
         capacity: bytes that a process may take.
     """
 
-    card: Card | None
+    gpu: Gpu | None
     processes: int
     capacity: float
 
@@ -51,33 +51,42 @@ class Target:
         """Return a GPU by its name; `auto` is the GPU of this machine, or its CPU if it has none."""
         if gpu == "auto" and not torch.cuda.is_available():
             return cls(None, processes, free_bytes(torch.device("cpu")) / max(1, processes))
-        card = find_card(gpu)
-        return cls(card, processes, card.memory)
+        known = machine_gpu() if gpu == "auto" else known_gpu(gpu)
+        return cls(known, processes, known.memory)
 
     @property
     def kind(self) -> str:
         """`cuda` or `cpu`."""
-        return "cpu" if self.card is None else "cuda"
+        return "cpu" if self.gpu is None else "cuda"
 
     @property
     def context(self) -> int:
         """Bytes that are taken before the first tensor."""
-        return CPU_CONTEXT if self.card is None else CONTEXT
+        return CPU_CONTEXT if self.gpu is None else GPU_CONTEXT
 
     @property
     def words(self) -> str:
         """The place, in words."""
-        name = "this CPU" if self.card is None else self.card.name
+        name = "this CPU" if self.gpu is None else self.gpu.name
         return name if self.processes == 1 else f"{self.processes} x {name}"
 
     def dtype(self, recipe: Recipe) -> torch.dtype:
-        """Return the precision of the computation; the GPUs of the table have bfloat16."""
+        """Return the precision of the computation, as `compute_dtype` would there.
+
+        Raises:
+            UsageError: The weights are to be bfloat16, and the GPU has no bfloat16.
+        """
+        half = torch.bfloat16 if self.gpu is None or self.gpu.has_bfloat16 else torch.float16
         if recipe.training.param_dtype == "bfloat16":
+            if half != torch.bfloat16:
+                raise UsageError(
+                    f"training.param_dtype: {self.words} has no bfloat16", hint="remove training.param_dtype"
+                )
             return torch.bfloat16
         if recipe.model.dtype != "auto":
             dtype: torch.dtype = getattr(torch, recipe.model.dtype)
             return dtype
-        return torch.float32 if self.card is None else torch.bfloat16
+        return torch.float32 if self.gpu is None else half
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,7 @@ class Forecast:
     @cached_property
     def rate(self) -> Rate:
         """Operations a second."""
-        return rate_of(self.place.card) if self.measured is None else self.measured.rate
+        return rate_of(self.place.gpu) if self.measured is None else self.measured.rate
 
 
 def run(
@@ -120,7 +129,7 @@ def run(
 
     Args:
         recipe: checked and complete.
-        gpu: the name of a card, or `auto`.
+        gpu: the name of a GPU, or `auto`.
         processes: their number.
         measured: take some real steps, for the rate.
         compare: kinds of training to compare, of `KINDS`; none prints the forecast of the recipe.

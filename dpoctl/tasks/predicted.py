@@ -10,8 +10,7 @@ from accelerate import Accelerator
 
 from dpoctl import console
 from dpoctl.core.planner import Plan
-from dpoctl.model.cards import find_card
-from dpoctl.model.memory import MemoryMeter
+from dpoctl.model.memory import MemoryMeter, machine_gpu
 from dpoctl.recipe.schema import Recipe
 from dpoctl.runs.directory import RunDirectory
 from dpoctl.tasks.estimate import MemoryEstimate, Work, work_of
@@ -65,7 +64,7 @@ class Comparison:
         if not accelerator.is_main_process or estimate.footprint.method != "trace":
             return None
         work = work_of(estimate.footprint, plan.lengths, plan, has_reference=False)
-        rate = rate_of(find_card("auto") if accelerator.device.type == "cuda" else None)
+        rate = rate_of(machine_gpu() if accelerator.device.type == "cuda" else None)
         return cls(directory, estimate, work, rate, accelerator.num_processes, meter)
 
     def after(self, step: int, tokens_per_second: float) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The time of a run: its work over a rate, from the table of cards, from this CPU, or from a few real steps."""
+"""The time of a run: its work over a rate, from the table of GPUs, from this CPU, or from a few real steps."""
 
 import time
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ from dpoctl.core.meters import Meter
 from dpoctl.core.planner import Lengths, Plan
 from dpoctl.core.step import MemoryRetry, Stepper
 from dpoctl.data.prepare import PreparedData
-from dpoctl.model.cards import Card
 from dpoctl.model.load import load_policy
 from dpoctl.model.memory import MemoryMeter, set_gradient_checkpointing
+from dpoctl.recipe.gpus import Gpu
 from dpoctl.recipe.schema import Recipe
 from dpoctl.runs.signals import StopRequest
 from dpoctl.tasks.estimate import MemoryEstimate, Work, flops_of
@@ -65,11 +65,11 @@ class Rate:
         return per * self.low, per * self.usual, per * self.high
 
 
-def rate_of(card: Card | None) -> Rate:
-    """Return the rate of a GPU by the table of cards, or that of this CPU by a product of two matrices."""
-    if card is not None:
-        low, usual, high = (share * card.rate for share in CUDA_SHARES)
-        words = f"{CUDA_SHARES[0]:.0%} to {CUDA_SHARES[2]:.0%} of {card.rate / 1e12:,.0f} TFLOP/s"
+def rate_of(gpu: Gpu | None) -> Rate:
+    """Return the rate of a GPU by the table of GPUs, or that of this CPU by a product of two matrices."""
+    if gpu is not None:
+        low, usual, high = (share * gpu.rate for share in CUDA_SHARES)
+        words = f"{CUDA_SHARES[0]:.0%} to {CUDA_SHARES[2]:.0%} of {gpu.rate / 1e12:,.0f} TFLOP/s"
         return Rate(low, usual, high, usual, START, words)
     rate = _cpu_rate()
     low, usual, high = (share * rate for share in CPU_SHARES)

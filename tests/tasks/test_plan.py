@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from tiny_runs import merge
 
 from dpoctl.errors import UsageError
-from dpoctl.model.cards import CARDS, CONTEXT
+from dpoctl.model.memory import GPU_CONTEXT
 from dpoctl.recipe import parse_recipe
+from dpoctl.recipe.gpus import GPUS, find_gpu
 from dpoctl.recipe.schema import Recipe
 from dpoctl.runs.report import render
 from dpoctl.tasks import check, estimate, plan
@@ -19,6 +21,12 @@ from dpoctl.tasks.footprint import states_of
 from dpoctl.tasks.plan import Target
 
 Run = Callable[..., dict[str, Any]]
+LEAST: dict[str, Any] = {
+    "method": "dpo",
+    "model": {"model_name_or_path": "x"},
+    "data": {"train": ["x"]},
+    "training": {"output_dir": "run", "learning_rate": 1e-5},
+}
 
 
 def parse(recipe: dict[str, Any], changes: dict[str, Any] | None = None) -> Recipe:
@@ -30,8 +38,8 @@ def little(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Give every place so many bytes, a GPU without a context."""
 
     def of(size: float) -> None:
-        monkeypatch.setattr(Target, "of", lambda gpu, processes: Target(CARDS["rtx4090"], processes, size))
-        monkeypatch.setattr(plan, "CONTEXT", 0)
+        monkeypatch.setattr(Target, "of", lambda gpu, processes: Target(GPUS["rtx4090"], processes, size))
+        monkeypatch.setattr(plan, "GPU_CONTEXT", 0)
 
     return of
 
@@ -42,11 +50,11 @@ def test_a_plan_for_a_gpu_that_is_not_there(dpo_recipe: dict[str, Any], capsys: 
     memory = found["memory"]
     assert memory["method"] == "trace"
     assert memory["peak"] == sum(memory["parts"].values())
-    assert memory["parts"]["context"] == CONTEXT
+    assert memory["parts"]["context"] == GPU_CONTEXT
     # All weights in float32, and their two moments; small tensors are rounded up.
     assert memory["parts"]["weights"] == pytest.approx(4 * found["trained"], rel=0.03)
     assert memory["parts"]["optimizer state"] == pytest.approx(8 * found["trained"], rel=0.03)
-    assert memory["capacity"] == CARDS["rtx4090"].memory
+    assert memory["capacity"] == GPUS["rtx4090"].memory
     assert (found["steps"], found["disk"]["checkpoint"]) == (5, 12 * found["trained"])
     low, usual, high = (found["seconds"][name] for name in ("least", "likely", "most"))
     assert low <= usual <= high
@@ -89,13 +97,13 @@ def test_what_fits_by_recomputation_says_so(
 ) -> None:
     recipe = parse(dpo_recipe, {"model.dtype": "bfloat16"})
     plan.run(recipe, gpu="rtx4090", json_output=True)
-    whole = json.loads(capsys.readouterr().out)["memory"]["peak"] - CONTEXT
+    whole = json.loads(capsys.readouterr().out)["memory"]["peak"] - GPU_CONTEXT
     plan.run(
         parse(dpo_recipe, {"model.dtype": "bfloat16", "training.gradient_checkpointing": True}),
         gpu="rtx4090",
         json_output=True,
     )
-    recomputed = json.loads(capsys.readouterr().out)["memory"]["peak"] - CONTEXT
+    recomputed = json.loads(capsys.readouterr().out)["memory"]["peak"] - GPU_CONTEXT
     little((whole + recomputed) / 2)
     plan.run(parse(dpo_recipe, {"model.dtype": "bfloat16", "training.max_tokens_per_device": 100_000}))
     assert "recomputed in backward" in capsys.readouterr().out
@@ -119,5 +127,32 @@ def test_a_run_says_what_was_predicted_and_what_was_measured(
 
 
 def test_a_gpu_by_another_name_is_refused() -> None:
-    with pytest.raises(UsageError, match="--gpu h1000: not a known GPU; give one of rtx3090"):
+    with pytest.raises(UsageError, match="--gpu h1000: not a known GPU; give one of t4, "):
         Target.of("h1000", 1)
+
+
+@pytest.mark.parametrize(("gpu", "dtype"), [("t4", torch.float16), ("rtx3090", torch.bfloat16)])
+def test_the_precision_is_that_of_the_gpu(gpu: str, dtype: torch.dtype) -> None:
+    assert Target.of(gpu, 1).dtype(parse(LEAST)) == dtype
+
+
+def test_weights_in_bfloat16_are_refused_for_a_gpu_without_it() -> None:
+    recipe = parse(LEAST, {"training": {"param_dtype": "bfloat16"}})
+    with pytest.raises(UsageError, match=r"training.param_dtype: t4 has no bfloat16; remove training.param_dtype"):
+        Target.of("t4", 1).dtype(recipe)
+
+
+def test_gpus_have_the_names_that_people_and_drivers_give_them() -> None:
+    found = {
+        **{"NVIDIA A100-SXM4-80GB": "a100-80gb", "A100-PCIE-40GB": "a100-40gb", "a100": "a100-80gb"},
+        **{"NVIDIA H100 80GB HBM3": "h100-80gb", "h200": "h200-141gb", "NVIDIA L40S": "l40s", "L40": "l40", "l4": "l4"},
+        **{"NVIDIA GeForce RTX 4090": "rtx4090", "4090": "rtx4090", "NVIDIA RTX A6000": "a6000", "Tesla T4": "t4"},
+        **{"NVIDIA RTX 6000 Ada Generation": "rtx6000ada", "NVIDIA A10G": "a10g", "a10": "a10", "L4-24GB": "l4"},
+        **{"V100": "v100-32gb", "Tesla V100-SXM2-16GB": "v100-16gb"},
+    }
+    assert {name: gpu.name for name in found if (gpu := find_gpu(name)) is not None} == found
+    assert {name: gpu.name for name, gpu in GPUS.items() if find_gpu(name) is gpu} == {name: name for name in GPUS}
+    part = find_gpu("NVIDIA A100-SXM4-10GB")
+    assert part is not None
+    assert (part.name, part.memory, part.rate) == ("a100-10gb", 10 << 30, 312e12)
+    assert [find_gpu(name) for name in ("24", "a1000", "NVIDIA GH200 480GB", "Quadro RTX 6000", "")] == [None] * 5
