@@ -66,9 +66,9 @@ def traced_policy(
     source, lora = _source(recipe)
     with torch.device("meta"):
         if lora is not None:
-            _pack(model, recipe, dtype)
+            pack(model, recipe, dtype)
         policy = assemble(model, recipe, source, lora, dtype)
-    _to_fakes(policy.model, fakes)
+    to_fakes(policy.model, fakes, HOST)
     if device_kind(HOST) == "cuda" and not recipe.training.torch_compile:
         _fuse(policy)
     return policy
@@ -105,7 +105,7 @@ def _grow_vocabulary(model: PreTrainedModel, rows: int) -> None:
             head.weight = embedding.weight
 
 
-def _pack(model: PreTrainedModel, recipe: "Recipe", dtype: torch.dtype) -> None:
+def pack(model: PreTrainedModel, recipe: "Recipe", dtype: torch.dtype) -> None:
     """Put bitsandbytes' layers where transformers puts them."""
     keep = list(recipe.lora.modules_to_save or ()) if recipe.lora is not None else []
     packed = quantization_config(recipe.quantization, dtype, keep)
@@ -120,26 +120,26 @@ def _pack(model: PreTrainedModel, recipe: "Recipe", dtype: torch.dtype) -> None:
     prepare_quantised_layers(model)
 
 
-def _to_fakes(model: nn.Module, fakes: FakeTensorMode) -> None:
-    """Replace parameters and buffers on the meta device by fakes on the CPU; quantised ones are quantised there."""
+def to_fakes(model: nn.Module, fakes: FakeTensorMode, device: torch.device) -> None:
+    """Replace parameters and buffers on the meta device by fakes on a device; quantised ones are quantised there."""
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
             if parameter is None:
                 continue
             if id(parameter) not in made:
-                fake = nn.Parameter(_fake(parameter.detach(), fakes), requires_grad=parameter.requires_grad)
+                fake = nn.Parameter(_fake(parameter.detach(), fakes, device), requires_grad=parameter.requires_grad)
                 made[id(parameter)] = _quantise(module, parameter, fake, fakes)
             module._parameters[name] = made[id(parameter)]
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
-                module._buffers[name] = _fake(buffer.detach().to("meta"), fakes)
+                module._buffers[name] = _fake(buffer.detach().to("meta"), fakes, device)
 
 
-def _fake(tensor: Tensor, fakes: FakeTensorMode) -> FakeTensor:
+def _fake(tensor: Tensor, fakes: FakeTensorMode, device: torch.device) -> FakeTensor:
     with fakes:
         # A view keeps the class of a parameter.
-        return FakeTensor(fakes, tensor.data.as_subclass(Tensor), HOST)
+        return FakeTensor(fakes, tensor.data.as_subclass(Tensor), device)
 
 
 def _quantise(module: nn.Module, like: Any, fake: nn.Parameter, fakes: FakeTensorMode) -> nn.Parameter:
@@ -148,7 +148,7 @@ def _quantise(module: nn.Module, like: Any, fake: nn.Parameter, fakes: FakeTenso
         return fake
     from bitsandbytes import functional  # noqa: PLC0415 - an optional extra
 
-    with _dynamic_map(functional, fakes), fakes:
+    with _dynamic_map(functional, fakes, fake.device), fakes:
         if kind == "Params4bit":
             options = {name: getattr(like, name) for name in ("blocksize", "compress_statistics", "quant_type")}
             data, state = functional.quantize_4bit(
@@ -163,10 +163,10 @@ def _quantise(module: nn.Module, like: Any, fake: nn.Parameter, fakes: FakeTenso
 
 
 @contextmanager
-def _dynamic_map(functional: Any, fakes: FakeTensorMode) -> Iterator[None]:
+def _dynamic_map(functional: Any, fakes: FakeTensorMode, device: torch.device) -> Iterator[None]:
     """Let bitsandbytes find a fake table of values inside, since it keeps the one that it first works out."""
     tables, before = functional.name2qmap, functional.name2qmap.get("dynamic")
-    tables["dynamic"] = _fake(functional.create_dynamic_map().to("meta"), fakes)
+    tables["dynamic"] = _fake(functional.create_dynamic_map().to("meta"), fakes, device)
     try:
         yield
     finally:
@@ -192,7 +192,7 @@ def _fuse(policy: Policy) -> None:
             verdicts[kind] = _is_silu(module) if hasattr(module, "gate_proj") else _is_norm(module, replacement, dtype)
         return verdicts[kind]
 
-    fused_layers.fuse_layers_by(policy.causal, policy.dtype, agrees, _one_kernel())
+    fused_layers.fuse_layers_by(policy.causal, policy.dtype, agrees, one_kernel())
     for module in policy.causal.modules():
         if verdicts.get(type(module).__name__) and not hasattr(module, "gate_proj"):
             # On a CPU torch spells out what is one kernel on a GPU.
@@ -234,8 +234,8 @@ class _RmsNorm(torch.autograd.Function):
 
 
 @cache
-def _one_kernel() -> Any:
-    """Return what compiling the product of gate and up gives: one kernel for each direction."""
+def one_kernel() -> Any:
+    """Return a stand-in for the compiled product of gate and up: one kernel for each direction."""
     torch.library.define("dpoctl_traced::silu_times", "(Tensor gate, Tensor up) -> Tensor")
     torch.library.define(
         "dpoctl_traced::pull_silu_times", "(Tensor upstream, Tensor gate, Tensor up) -> (Tensor, Tensor)"

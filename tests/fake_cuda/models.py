@@ -12,15 +12,16 @@ import numpy as np
 import torch
 import transformers
 from memory_store import MemoryStore
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
 from dpoctl.data.tokenize import Example
 from dpoctl.model import fused_layers, linear_head, load
 from dpoctl.model.policy import Policy
 from dpoctl.model.source import ModelSource
+from dpoctl.model.traced import one_kernel, pack, to_fakes
 from dpoctl.recipe import Recipe
 
 GPU = torch.device("cuda:0")
@@ -88,10 +89,6 @@ SMALL = {
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
 
 
-class _Packed(FakeTensor):
-    """A quantised weight: bitsandbytes' own class of parameter cannot be a fake one, so its name has to do."""
-
-
 def world() -> FakeTensorMode:
     """Return a world of fakes, into which small real tensors may enter."""
     return FakeTensorMode(allow_non_fake_inputs=True)
@@ -141,14 +138,14 @@ def build(fakes: FakeTensorMode, family: str, kind: str, **changes: Any) -> Poli
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager")
         model.train(False)
         if kind in ("4bit", "8bit"):
-            _pack(model, kind)
+            pack(model, recipe(kind), BF16)
         lora = recipe(kind).lora
         policy = (
             load._full_policy(model, None, BF16, None)
             if lora is None
             else load._lora_policy(model, ModelSource(name="a-model"), None, lora, BF16, 0)
         )
-    to_gpu(policy.model, fakes)
+    to_fakes(policy.model, fakes, GPU)
     load._disable_dropout(policy, None)
     _fuse(policy, family)
     return policy
@@ -159,7 +156,7 @@ def _fuse(policy: Policy, family: str) -> None:
     kinds = _fused_kinds(family)
     stand_ins = {
         "agrees_on_random_rows": lambda module, *_: type(module) in kinds,
-        "_compiled_product": lambda _: _one_kernel(),
+        "_compiled_product": lambda _: one_kernel(),
     }
     real = {name: vars(fused_layers)[name] for name in stand_ins}
     vars(fused_layers).update(stand_ins)
@@ -174,81 +171,6 @@ def _fused_kinds(family: str) -> set[type[nn.Module]]:
     small = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SMALL), dtype=BF16)
     fused_layers.fuse_layers(small, BF16)
     return {type(module) for module in small.modules() if "forward" in vars(module)}
-
-
-@cache
-def _one_kernel() -> Any:
-    """What compiling the product of gate and up gives: one kernel for each direction."""
-    torch.library.define("fake_cuda::silu_times", "(Tensor gate, Tensor up) -> Tensor")
-    torch.library.define("fake_cuda::pull_silu_times", "(Tensor upstream, Tensor gate, Tensor up) -> (Tensor, Tensor)")
-    torch.library.register_fake("fake_cuda::silu_times", lambda gate, up: torch.empty_like(up))
-    torch.library.register_fake(
-        "fake_cuda::pull_silu_times", lambda _, gate, up: (torch.empty_like(gate), torch.empty_like(up))
-    )
-    made: Any = torch.ops.fake_cuda
-    return fused_layers.GatedProduct(made.silu_times, made.pull_silu_times)
-
-
-def _pack(model: PreTrainedModel, kind: str) -> None:
-    """Put bitsandbytes' layers where transformers puts them."""
-    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-
-    from dpoctl.model.quantize import prepare_quantised_layers, quantization_config
-
-    section = recipe(kind).quantization
-    packed = quantization_config(section, BF16, [])
-    replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=packed)
-    # By this peft knows which of its layers to put over them.
-    setattr(model, f"is_loaded_in_{kind}", True)
-    prepare_quantised_layers(model)
-
-
-def to_gpu(model: nn.Module, fakes: FakeTensorMode) -> None:
-    """Replace parameters and buffers on the meta device by fakes on the GPU; quantised ones are quantised there."""
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if parameter is None:
-                continue
-            if id(parameter) not in made:
-                fake = nn.Parameter(_fake(parameter.detach(), fakes), requires_grad=parameter.requires_grad)
-                made[id(parameter)] = _quantise(module, parameter, fake, fakes)
-            module._parameters[name] = made[id(parameter)]
-        for name, buffer in list(module._buffers.items()):
-            if buffer is not None:
-                module._buffers[name] = _fake(buffer.detach().to("meta"), fakes)
-
-
-def _fake(tensor: Tensor, fakes: FakeTensorMode) -> FakeTensor:
-    with fakes:
-        # A view keeps the class of a parameter.
-        return FakeTensor(fakes, tensor.data.as_subclass(Tensor), GPU)
-
-
-def _quantise(module: nn.Module, like: Any, fake: nn.Parameter, fakes: FakeTensorMode) -> nn.Parameter:
-    kind = type(like).__name__
-    if kind not in ("Params4bit", "Int8Params"):
-        return fake
-    from bitsandbytes import functional
-
-    # The table of values is worked out on the host.
-    functional.name2qmap["dynamic"] = _fake(functional.create_dynamic_map().to("meta"), fakes)
-    with fakes:
-        if kind == "Params4bit":
-            options = {name: getattr(like, name) for name in ("blocksize", "compress_statistics", "quant_type")}
-            data, state = functional.quantize_4bit(fake.data.to(BF16), quant_storage=like.quant_storage, **options)
-            packed = _named(kind, nn.Parameter(data, requires_grad=False), quant_state=state, bnb_quantized=True)
-            module.quant_state = state  # type: ignore[assignment]
-        else:
-            data, scales, _ = functional.int8_vectorwise_quant(fake.data.half())
-            packed = _named(kind, nn.Parameter(data, requires_grad=False), CB=data, SCB=scales)
-    return packed
-
-
-def _named(name: str, parameter: nn.Parameter, **attributes: Any) -> nn.Parameter:
-    parameter.__class__ = type(name, (_Packed,), {})  # type: ignore[assignment]
-    vars(parameter).update(attributes)
-    return parameter
 
 
 def spread(count: int, mean: int, width: float = 0.5) -> list[int]:

@@ -44,6 +44,8 @@ def trl_model(fakes: Any, layers: int, *, recomputed: bool) -> Any:
     from transformers.initialization import no_init_weights
     from trl.trainer.utils import add_fused_lm_head
 
+    from dpoctl.model.traced import to_fakes
+
     shape = models.SHAPES["llama"] | {"num_hidden_layers": layers}
     config = AutoConfig.for_model("llama", max_position_embeddings=8192, use_cache=False, **shape)
     with torch.device("meta"), no_init_weights():
@@ -53,7 +55,7 @@ def trl_model(fakes: Any, layers: int, *, recomputed: bool) -> Any:
     if recomputed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         adapter.enable_input_require_grads()
-    models.to_gpu(adapter, fakes)
+    to_fakes(adapter, fakes, models.GPU)
     return adapter.train()
 
 
