@@ -87,6 +87,15 @@ CONTRASTIVE: dict[str, Any] = {
 }
 
 
+SAMPLED: dict[str, Any] = {
+    "method": "sampled",
+    "prompts": {"path": "prompts.txt"},
+    "model": {"model_name_or_path": "./model", "dtype": "float32"},
+    "sampling": {"num": 2, "max_new_tokens": 4},
+    "score": {"type": "keywords", "categories": {"good": ["yes"], "bad": ["no"]}, "target": "good"},
+}
+
+
 def contrastive(shell: Shell) -> None:
     def spec(changes: dict[str, Any] | None = None) -> None:
         Path("spec.yaml").write_text(yaml.safe_dump(merge(CONTRASTIVE, changes or {})))
@@ -107,6 +116,32 @@ def contrastive(shell: Shell) -> None:
     shell.run(
         "convert-data", "spec.yaml", "--format", "contrastive", "-o", "made.jsonl", title="nothing ends by itself"
     )
+
+
+def sampled(shell: Shell) -> None:
+    Path("prompts.txt").write_text("one\ntwo\n\ntwo\nthree\n")
+    for changes in (
+        {"splits": {"train": 8}},
+        {"prompts.column": "title"},
+        {"prompts.path": "nowhere.txt"},
+        {"pairs": "best"},
+        {"model": None},
+        {"endpoint": {"url": "http://localhost:1/v1", "model": "x"}},
+        {"sampling.temperature": 0.0},
+        {"score.command": ["rate"]},
+        {"score": None},
+        {},
+    ):
+        Path("spec.yaml").write_text(yaml.safe_dump(merge(SAMPLED, changes)))
+        shell.run("convert-data", "spec.yaml", "--format", "sampled", "-o", "made.jsonl", title=f"{changes}")
+    for score in (
+        {"type": "command"},
+        {"type": "command", "command": ["no-such-program"]},
+        {"type": "reward_model", "model_name_or_path": "./model"},
+    ):
+        Path("spec.yaml").write_text(yaml.safe_dump(SAMPLED | {"score": score}))
+        shell.run("convert-data", "spec.yaml", "--format", "sampled", "-o", "made.jsonl", title=f"{score}")
+    shell.run("convert-data", "spec.yaml", "--format", "sampled")
 
 
 def data_errors(shell: Shell) -> None:
@@ -138,4 +173,4 @@ def data_errors(shell: Shell) -> None:
         shell.run("dpo", shell.recipe(slow), "--overwrite", title="the template is slow", only=ENDS)
 
 
-DATA_SCENES = (templates, convert_data, contrastive, data_errors)
+DATA_SCENES = (templates, convert_data, contrastive, sampled, data_errors)

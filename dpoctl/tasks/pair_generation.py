@@ -242,9 +242,17 @@ class PairOutcome:
             "examples_copied": self.copies,
         }
 
+    def cause(self) -> str | None:
+        """Return why there are too few pairs, in words; None if nothing was rejected."""
+        return f"first: {self.rejects[0]['detail']}" if self.rejects else None
 
-def read_items(section: "ItemsSection") -> tuple[list[str], Counter[str]]:
+
+def read_items(section: "ItemsSection", name: str = "items") -> tuple[list[str], Counter[str]]:
     """Read the items, without duplicates.
+
+    Args:
+        section: names their source.
+        name: the name of the section in the recipe.
 
     Returns:
         The items in the order of their source, and the number of unused items by reason.
@@ -257,7 +265,8 @@ def read_items(section: "ItemsSection") -> tuple[list[str], Counter[str]]:
     is_text = suffix_of(Path(section.path)) == ".txt"
     if is_text and section.column is not None:
         raise UsageError(
-            f"items.column has no effect: {section.path} is a text file with one item per line", hint="remove the key"
+            f"{name}.column has no effect: {section.path} is a text file, whose lines are the {name}",
+            hint="remove the key",
         )
     left_out: Counter[str] = Counter()
     items: dict[str, None] = {}
@@ -272,7 +281,7 @@ def read_items(section: "ItemsSection") -> tuple[list[str], Counter[str]]:
         else:
             items[item] = None
     if not items:
-        raise DataError(f"items.path: {section.path} has no items")
+        raise DataError(f"{name}.path: {section.path} has no {name}")
     return list(items), left_out
 
 
@@ -373,8 +382,7 @@ def sizes_of(outcome: PairOutcome, splits: dict[str, int]) -> dict[str, int]:
     if sizes[first] < 1:
         counts = ", ".join(f"{count:,} {reason}" for reason, count in outcome.counts()["rejected"].items())
         made = f"only {pairs:,} pairs were made, too few for all splits" if pairs else "no pairs were made"
-        hint = f"first: {outcome.rejects[0]['detail']}" if outcome.rejects else None
-        raise DataError(f"splits: {made}; dropped: {counts or 'none'}", hint=hint)
+        raise DataError(f"splits: {made}; dropped: {counts or 'none'}", hint=outcome.cause())
     if sizes[first] < splits[first]:
         console.warn(f"splits.{first}: only {sizes[first]:,} of {splits[first]:,} pairs: there are no more items")
     return sizes

@@ -34,6 +34,14 @@ LEAST_AT_ONCE = 64
 """The number of prompts that are answered before their answers are scored; more where a batch is larger."""
 UNUSABLE = ("empty", "cut_off", "repeated", "no_score")
 
+UNUSABLE = {
+    "cut_off": "did not end within sampling.max_new_tokens",
+    "empty": "are empty",
+    "repeated": "repeat another one to the same prompt",
+    "no_score": "have no score",
+}
+"""Why an answer cannot be used, by the name under which it is counted."""
+
 
 def run(
     path: Path | str,
@@ -105,6 +113,11 @@ class SampledOutcome(PairOutcome):
         means = {name: fmean(values) for name, values in (("score", self.scores), ("best_score", self.best)) if values}
         return counts | {"pairs": sum(map(len, self.rows)), "answers": answers, **means}
 
+    def cause(self) -> str | None:
+        """Return why there are too few pairs, in words: what is wrong with the answers."""
+        wrong = [f"{self.answers[name]:,} {words}" for name, words in UNUSABLE.items() if self.answers[name]]
+        return f"of {self.answers['drawn']:,} answers, {', '.join(wrong)}" if wrong else super().cause()
+
 
 class AnswerSource(Protocol):
     """Answers prompts."""
@@ -158,7 +171,9 @@ def read_prompts(section: PromptsSection) -> tuple[list[Text], Counter[str]]:
         SetupError: The hub cannot be reached.
     """
     if section.column is not None or suffix_of(Path(section.path)) == ".txt":
-        items, left_out = read_items(ItemsSection(path=section.path, column=section.column, split=section.split))
+        items, left_out = read_items(
+            ItemsSection(path=section.path, column=section.column, split=section.split), "prompts"
+        )
         return [section.template.replace(ITEM, item) for item in items], left_out
     options = {"format": section.format, "format_options": section.format_options}
     source = Source(path=section.path, split=section.split, **options)
@@ -256,7 +271,7 @@ def _add_pairs(record: Record, recipe: SampledRecipe, outcome: SampledOutcome) -
     )
     try:
         if len(record.responses) < 2:
-            raise Reject("too_few_answers", f"{len(record.responses)} of the answers can be used")
+            raise Reject("too_few_answers", f"{len(record.responses)} of the {recipe.sampling.num} answers can be used")
         paired, _ = pair_up(record, pairing)
     except Reject as reject:
         scores = list(record.scores)
