@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,6 +41,8 @@ Method = Annotated[
 Output = Annotated[
     Path, typer.Option("--output", "-o", metavar="FILE", help="The file of the recipe.", show_default="recipe.yaml")
 ]
+FEW = 200
+"""Fewer rows than this are counted."""
 QUESTIONS = {
     "model": "Which model? A hub id or a folder",
     "data": "Which data? A file, a folder or a hub id",
@@ -69,7 +72,7 @@ def init(
         raise UsageError(f"{output}: exists already", hint="name another file with -o")
     answers = _ask({"model": model, "data": data, "gpu": gpu})
     memory = gigabytes(answers["gpu"])
-    found, record = _detected(answers["data"], split, method)
+    found, record, rows = _detected(answers["data"], split, method)
     wish = Wish(
         model=answers["model"],
         data=answers["data"],
@@ -78,6 +81,7 @@ def init(
         method=_method_for(record, method, answers["data"]),
         loss=_loss_for(record),
         memory=memory,
+        rows=rows,
         output=re.sub(r"[^\w.-]+", "-", output.stem) or "mine",
     )
     text = starter_recipe(wish)
@@ -103,8 +107,8 @@ def _ask(given: dict[str, str | None]) -> dict[str, str]:
     return {name: asked.get(name) or str(given[name]) for name in given}
 
 
-def _detected(data: str, split: str | None, method: str | None) -> tuple["Detection", "Record"]:
-    """Return the format of the data, and the first row that can be used."""
+def _detected(data: str, split: str | None, method: str | None) -> tuple["Detection", "Record", int | None]:
+    """Return the format of the data, the first row that can be used, and the number of rows if they are few."""
     from dpoctl.data.formats import read
     from dpoctl.data.pipeline import detect_format, open_rows
     from dpoctl.data.records import Reject
@@ -118,7 +122,9 @@ def _detected(data: str, split: str | None, method: str | None) -> tuple["Detect
     found = detect_format(data, opened)
     for row in opened.sound:
         try:
-            return found, read(found.format, row, {})
+            record = read(found.format, row, {})
+            count = sum(1 for _ in islice(opened.rows, FEW))
+            return found, record, count if count < FEW else None
         except Reject as reject:
             reason = f"{reject.reason}: {reject.detail}"
     raise DataError(f"{data}: none of the first {len(opened.sound)} rows can be used: {reason}")

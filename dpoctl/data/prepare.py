@@ -322,7 +322,8 @@ class _StoreFactory:
         if TOO_SLOW in report["rejected"]:
             raise too_slow(name, paths, report)
         if not report["used"]:
-            raise nothing_used(name, paths, report)
+            held_out = selection.eval_size if selection.side == "eval" else None
+            raise nothing_used(name, paths, report, held_out=held_out)
         if selection.wants == "rankings" and report["most_answers"] < 3:
             raise DataError(
                 f"{name}: {', '.join(dict.fromkeys(paths))} holds pairs; a list-wise loss needs rankings",

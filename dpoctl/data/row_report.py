@@ -145,11 +145,18 @@ def too_slow(name: str, paths: Sequence[str], report: Mapping[str, Any]) -> Data
     )
 
 
-def nothing_used(name: str, paths: Sequence[str], report: Mapping[str, Any]) -> DataError:
-    """Make the error of a set without usable rows."""
+def nothing_used(
+    name: str, paths: Sequence[str], report: Mapping[str, Any], *, held_out: float | None = None
+) -> DataError:
+    """Make the error of a set without usable rows; `held_out` is the size of one that is held out from others."""
     where = f"{name}: {', '.join(dict.fromkeys(paths))}"
     if not report["rows"]:
-        return DataError(f"{where}: no rows")
+        if held_out is None:
+            return DataError(f"{where}: no rows")
+        return DataError(
+            f"{where}: data.eval_size: {held_out:g} holds out no row of so few",
+            hint="give a number of rows, e.g. data.eval_size: 1, or more data",
+        )
     reasons = []
     for reason, count in report["rejected"].items():
         (source, part, line), detail = report["first_rejected"][reason]

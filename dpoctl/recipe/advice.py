@@ -311,7 +311,7 @@ def evaluation(run: PlannedRun) -> Advice:
         points = 50 / math.sqrt(count)
         if run.recipe.method == "dpo" and count < ENOUGH_EVAL_PAIRS:
             message = (
-                f"eval set {name!r} has {count:,} pairs, so accuracy differences below "
+                f"eval set {name!r} has {count:,} {'pair' if count == 1 else 'pairs'}, so accuracy differences below "
                 f"{2 * points:.0f} points may be chance (standard error up to {points:.1f} points)"
             )
             yield Diagnostic("warning" if count < FEW_EVAL_PAIRS else "note", "eval-small", path, message)

@@ -30,6 +30,7 @@ class Wish:
         method: `sft` or `dpo`.
         loss: the type of `dpo.loss` that the rows need.
         memory: gigabytes of one GPU; 0 for a CPU.
+        rows: their number, where they are few.
         output: the name of the run.
     """
 
@@ -40,6 +41,7 @@ class Wish:
     method: str
     loss: str
     memory: float
+    rows: int | None
     output: str
 
 
@@ -102,7 +104,7 @@ def starter_recipe(wish: Wish) -> str:
         "data:",
         "  train:",
         f"    - {{path: {_text(wish.data)}{split}}}          # rows in the format {wish.format}",
-        "  eval_size: 0.05               # held out; or name data of its own: eval: [heldout.jsonl]",
+        *_held_out(wish.rows),
         "  max_length: 1024              # tokens of prompt and answer together",
         "  overlong: drop                # longer rows are counted; truncate cuts them instead",
         "",
@@ -117,11 +119,19 @@ def starter_recipe(wish: Wish) -> str:
         "  warmup_ratio: 0.1",
         *(["  optim: paged_adamw_32bit     # its state moves to host memory when the GPU is full"] * (kind == "QLoRA")),
         "  logging_steps: 10",
-        "  eval_steps: 50",
+        *([] if wish.rows == 1 else ["  eval_steps: 50"]),
         "  save_steps: 50",
         "  seed: 42",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _held_out(rows: int | None) -> list[str]:
+    """Return the line of the eval set: of few rows a number, since a share of them may be none."""
+    if rows == 1:
+        return []
+    size = "0.05" if rows is None else str(max(1, rows // 10))
+    return [f"  eval_size: {size:<19}# held out; or name data of its own: eval: [heldout.jsonl]"]
 
 
 def _adapter(kind: str, why: str) -> list[str]:

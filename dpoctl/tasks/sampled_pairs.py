@@ -32,11 +32,9 @@ from dpoctl.tasks.setup import quiet_libraries
 
 LEAST_AT_ONCE = 64
 """The number of prompts that are answered before their answers are scored; more where a batch is larger."""
-UNUSABLE = ("empty", "cut_off", "repeated", "no_score")
-
 UNUSABLE = {
-    "cut_off": "did not end within sampling.max_new_tokens",
     "empty": "are empty",
+    "cut_off": "did not end within sampling.max_new_tokens",
     "repeated": "repeat another one to the same prompt",
     "no_score": "have no score",
 }

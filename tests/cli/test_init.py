@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from forked import fork
 from format_samples import FIXTURES
+from tiny_runs import pair_rows, write_rows
 
 from dpoctl.cli.app import main
 from dpoctl.recipe import parse_recipe
@@ -60,7 +62,9 @@ def test_the_recipe_is_for_the_rows_and_the_gpu_and_there_is_nothing_to_say_agai
     assert not loss or recipe.dpo.losses[0][1]["type"] == loss
     assert [source.path for source in recipe.data.train] == [str(FIXTURES[data])]
     examined = examine_recipe(text, "mine.yaml")
-    assert [str(one) for one in advise(examined.recipe, examined.document) if one.severity != "note"] == []
+    said = [str(one) for one in advise(examined.recipe, examined.document) if one.severity != "note"]
+    # The samples of formats have few rows.
+    assert [one for one in said if "eval set 'eval' has 1 pair," not in one] == []
     assert text.count("  # ") >= 8
 
 
@@ -143,3 +147,12 @@ def test_the_training_is_the_most_that_fits_into_seven_tenths_of_the_memory() ->
     assert [
         gigabytes(text) for text in ("24", "24GB", "1.5 GiB", "L40S", "Tesla T4", "A100-40GB", "GeForce RTX 4090")
     ] == [*(24.0, 24.0, 1.5, 47.7, 15.7, 42.3, 25.2)]
+
+
+@pytest.mark.parametrize(("rows", "held_out"), [(1, None), (2, 1), (60, 6), (200, 0.05)])
+def test_few_rows_are_held_out_by_number(rows: int, held_out: float | None, call: Call, tmp_path: Path) -> None:
+    write_rows(tmp_path / "few.jsonl", pair_rows(rows))
+    assert call("--model", "x", "--data", "few.jsonl", "--gpu", "none", "-o", "mine.yaml")[0] == 0
+    recipe = yaml.safe_load(Path("mine.yaml").read_text())
+    assert recipe["data"].get("eval_size") == held_out
+    assert ("eval_steps" in recipe["training"]) == (held_out is not None)

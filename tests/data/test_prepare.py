@@ -130,6 +130,11 @@ def test_a_split_that_holds_out_everything_is_refused(run, write_rows):
         run(train=[write_rows([pair(number) for number in range(3)])], eval_size=5)
 
 
+def test_a_share_that_holds_out_nothing_is_refused(run, write_rows):
+    with pytest.raises(DataError, match=r"data.eval_size: 0.001 holds out no row of so few; give a number of rows"):
+        run(train=[write_rows([pair(number) for number in range(3)])], eval_size=0.001)
+
+
 def test_a_weight_is_how_often_a_row_is_seen(run, write_rows):
     path = write_rows([pair(number) for number in range(20)])
     seen = prompts(run(train=[{"path": path, "weight": 2.5}]).train)
