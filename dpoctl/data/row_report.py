@@ -166,6 +166,8 @@ def nothing_used(
         if report[kind]:
             reasons.append(f"{report[kind]:,} {kind}")
     hint = next((hint for reason, hint in HINTS.items() if reason in report["rejected"]), None)
+    if report["held_out"] == report["rows"]:
+        hint = "data.eval_size holds out all rows: lower it, or give more data"
     return DataError(f"{where}: none of {report['rows']:,} rows can be used: {', '.join(reasons)}", hint=hint)
 
 
