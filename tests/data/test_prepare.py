@@ -126,7 +126,7 @@ def test_texts_without_a_prompt_are_held_out_one_by_one(run, write_rows):
 
 
 def test_a_split_that_holds_out_everything_is_refused(run, write_rows):
-    with pytest.raises(DataError, match="3 held_out; data.eval_size holds out all rows: lower it"):
+    with pytest.raises(DataError, match=r"3 held_out; data.eval_size holds out all rows: lower it"):
         run(train=[write_rows([pair(number) for number in range(3)])], eval_size=5)
 
 
