@@ -37,7 +37,7 @@ from dpoctl.runs.record_values import RecordValues
 from dpoctl.runs.report import NAME as REPORT
 from dpoctl.runs.report import refresh_report
 from dpoctl.runs.results import Provenance, fingerprint, in_words, write_result
-from dpoctl.runs.statistics import Z, wilson_interval
+from dpoctl.runs.statistics import Z
 from dpoctl.runs.verdicts import share_difference
 from dpoctl.tasks.baselines import Baseline, reference_overrides
 from dpoctl.tasks.benchmarks import check_benchmarks, run_benchmarks
@@ -54,7 +54,7 @@ from dpoctl.tasks.finished_run import (
     require_model,
 )
 from dpoctl.tasks.judging import judge_verdicts
-from dpoctl.tasks.pair_groups import accuracy_by_group
+from dpoctl.tasks.pair_groups import ACCURACY, accuracy_by_group, accuracy_of
 from dpoctl.tasks.record_values import RecordWatch
 from dpoctl.tasks.reference import Columns, Reference, with_columns
 from dpoctl.tasks.samples import Sample, show, to_lines
@@ -307,24 +307,24 @@ def _evaluate(
             reader = with_columns(setup.reader(store, name), tables.get(name))
             counts = {item: int(numbers.sum()) for item, numbers in lengths.items.items()}
             watch, one_pass = RecordWatch(setup.task), setup.plan(lengths).one_pass(lengths)
-            results[name] = _describe(evaluate(objective, reader, one_pass, watch=watch), counts)
+            metrics = evaluate(objective, reader, one_pass, watch=watch)
             values[name] = watch.values(store)
+            results[name] = _describe(metrics, counts, values[name])
             groups = accuracy_by_group(values[name], store, sources[name])
             results[name] |= {"groups": groups} if groups else {}
     return results, values
 
 
-def _describe(metrics: Mapping[str, Any], counts: Mapping[Item, int]) -> dict[str, Any]:
-    """Add the number of items and the confidence interval to the mean metrics."""
+def _describe(metrics: Mapping[str, Any], counts: Mapping[Item, int], values: RecordValues) -> dict[str, Any]:
+    """Add the number of items and the confidence intervals to the mean metrics."""
     if (error := metrics.get(f"loss{STANDARD_ERROR}")) is not None:
         metrics = {**metrics, "loss_ci": [metrics["loss"] - Z * error, metrics["loss"] + Z * error]}
     if "rewards/chosen" not in metrics:
         nats = metrics.get("nll_loss", metrics["loss"])
         return {**metrics, "perplexity": math.exp(nats), "num_tokens": counts["tokens"]}
-    if "rewards/accuracies" not in metrics:
+    if ACCURACY not in metrics:
         return {**metrics, "num_records": counts["records"]}
-    low, high = wilson_interval(metrics["rewards/accuracies"], counts["pairs"])
-    return {**metrics, "rewards/accuracies_ci": [low, high], "num_pairs": counts["pairs"]}
+    return {**metrics, **accuracy_of(values).named(ACCURACY), "num_pairs": counts["pairs"]}
 
 
 def _show(results: Mapping[str, Mapping[str, Any]]) -> None:
