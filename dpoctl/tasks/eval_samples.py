@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpoctl.data.store import TokenStore
 from dpoctl.errors import UsageError
 from dpoctl.model.generate import Generation
+from dpoctl.recipe.judge_section import JudgeSection
 from dpoctl.recipe.schema import EvalSection, SamplesSection
 from dpoctl.runs.statistics import ratio
 from dpoctl.runs.text_metrics import compare_texts
@@ -69,7 +70,7 @@ def sample_finished(
     section, writers = setup.recipe.eval.samples, writers or Writers()
     if section is None or not (section.num or section.prompts) or not stores:
         return {}, []
-    sampler = Sampler(section, setup, stores, limit)
+    sampler = Sampler.of(section, setup, stores, limit)
     policy = [_draw(sampler, finished, writers.policy, repeat) for repeat in range(writers.repeats)]
     reference, divergences = _of_baseline(setup, sampler, finished, stores, limit, section, writers, policy)
     if not setup.accelerator.is_main_process:
@@ -85,7 +86,7 @@ def sample_finished(
             raise UsageError("a judge that compares needs a baseline", hint="pass one with --against")
         report["judge"], samples = judge_samples(setup.recipe.eval.judge, judge, samples)
     elif setup.recipe.eval.judge is not None:
-        report["judge"] = _counted(setup.recipe.eval, samples)
+        report["judge"] = count_words(setup.recipe.eval.judge, samples)
     return report, samples
 
 
@@ -133,7 +134,7 @@ def _of_baseline(
     if baseline is not None:
         knows_tokens = same_tokens(setup.tokenizer, baseline.tokenizer)
         theirs = replace(setup, tokenizer=baseline.tokenizer, policy=baseline.policy)
-        other, causal = Sampler(section, theirs, stores, limit, is_own=knows_tokens), baseline.policy.causal
+        other, causal = Sampler.of(section, theirs, stores, limit, is_own=knows_tokens), baseline.policy.causal
         enter = lambda: nullcontext(causal)  # noqa: E731
     with enter() as model:
         texts = [other.draw(model, repeat) for repeat in repeats]
@@ -153,13 +154,11 @@ def _divergence(sampler: Sampler, texts: Sequence[Generation], divergences: Sequ
     return ratio(divergences, lengths, [prompt_key(prompt) for prompt in sampler.prompts]).named("kl")
 
 
-def _counted(section: EvalSection, samples: Sequence[Sample]) -> dict[str, Any]:
+def count_words(section: JudgeSection, samples: Sequence[Sample]) -> dict[str, Any]:
     """Return the shares of a keyword judge."""
-    if section.judge is None:
-        return {}
-    count = KeywordJudge(section.judge.categories).count
+    count = KeywordJudge(section.categories).count
     sides = {
         "reference": [one.reference.text for one in samples if one.reference is not None],
         "policy": [one.policy.text for one in samples],
     }
-    return {"target": section.judge.target, **{name: count(texts) for name, texts in sides.items() if texts}}
+    return {"target": section.target, **{name: count(texts) for name, texts in sides.items() if texts}}

@@ -79,6 +79,7 @@ def run(
     repeats: int = 1,
     served: Client | None = None,
     baseline: Baseline | None = None,
+    output: Path | None = None,
 ) -> bool:
     """Evaluate a finished run on its own eval sets, or on other data.
 
@@ -91,12 +92,14 @@ def run(
         repeats: draw and judge all texts so often, for the noise of the evaluation itself.
         served: a server that has the same model, and writes its texts.
         baseline: what the run is compared with; None for its reference.
+        output: the folder that keeps the result of a model that no run describes, in `evals/`.
 
     Returns:
         Whether all gates of the recipe passed; True on ranks that print nothing.
     """
     quiet_libraries()
     run = with_model(run)
+    check_output(output, run)
     recipe = _recipe_of(run, data, overrides)
     if changes := reference_overrides(run, recipe, baseline):
         recipe = _recipe_of(run, data, overrides, changes)
@@ -114,7 +117,7 @@ def run(
     if not accelerator.is_main_process:
         return True
     is_compared = bool(tables) or any(one.reference is not None for one in samples)
-    settings = _settings(overrides, repeats, served)
+    settings = settings_of(overrides, repeats, served)
     origin = _origin(run, recipe, prepared, limit, settings, is_own=data is None, is_compared=is_compared)
     if baseline is not None:
         origin = replace(origin, baseline=baseline.name, official=False)
@@ -123,22 +126,22 @@ def run(
     report |= _benchmarks(finished, recipe.eval.benchmarks)
     gates = check_gates(report, recipe.eval.gates)
     report |= {"gates": [gate.to_dict() for gate in gates]} if gates else {}
-    where = _keep(run, origin, report, to_lines(samples), values)
+    where = _keep(run, output, origin, report, to_lines(samples), values)
     if json_output:
         console.emit(json.dumps(report))
     else:
-        _show_result(report, results, samples, sampled, [*map(str, gates), where])
+        show_result(report, results, samples, sampled, [*map(str, gates), where])
     return all(gate.passed for gate in gates)
 
 
-def _settings(overrides: Sequence[str], repeats: int, served: Client | None) -> list[str]:
+def settings_of(overrides: Sequence[str], repeats: int, served: Client | None) -> list[str]:
     """Return what of a command line changes the numbers of its result; gates change none."""
     settings = [text for text in overrides if not text.startswith("eval.gates=")]
     settings += [f"repeats={repeats}"] if repeats > 1 else []
     return [*settings, *([f"texts of {served.endpoint.name}"] if served else [])]
 
 
-def _show_result(
+def show_result(
     report: Mapping[str, Any],
     results: Mapping[str, Mapping[str, Any]],
     samples: Sequence[Sample],
@@ -164,12 +167,48 @@ def _benchmarks(finished: FinishedRun, benchmarks: Sequence[BenchmarkSection]) -
     return {"benchmarks": run_benchmarks(benchmarks, tokenizer, causal, reference)}
 
 
-def _keep(
-    run: Path, origin: Provenance, report: Mapping[str, Any], samples: str, values: Mapping[str, RecordValues]
+def check_output(output: Path | None, run: Path | None = None) -> None:
+    """Refuse a folder for results that is not needed, or that belongs to something else.
+
+    Raises:
+        UsageError: RUN keeps its results itself, or the folder is a run or a file.
+    """
+    if output is None:
+        return
+    if run is not None and not is_model_only(run):
+        raise UsageError("--output-dir: a run keeps its results itself", hint="leave it out")
+    if (output / RESOLVED_RECIPE).is_file():
+        raise UsageError(f"--output-dir: {output} is a run, and keeps its own results only", hint="name another folder")
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output-dir: {output} is not a folder", hint="name another one")
+
+
+def keep_elsewhere(
+    name: str,
+    output: Path | None,
+    origin: Provenance,
+    report: Mapping[str, Any],
+    samples: str,
+    values: Mapping[str, RecordValues],
 ) -> str:
-    """Write a result into its run, and say where; a model that no run describes keeps none."""
+    """Write the result of a model that no run describes into a folder, if there is one, and say where."""
+    if output is None:
+        return f"{name} belongs to no run: the result is kept nowhere; --output-dir keeps it, --json prints all of it"
+    with writing(output):
+        return f"result: {write_result(output, origin, report, samples, values)}"
+
+
+def _keep(
+    run: Path,
+    output: Path | None,
+    origin: Provenance,
+    report: Mapping[str, Any],
+    samples: str,
+    values: Mapping[str, RecordValues],
+) -> str:
+    """Write a result into its run, and say where."""
     if is_model_only(run):
-        return f"{run} belongs to no run, so the result is kept nowhere; --json prints all of it"
+        return keep_elsewhere(str(run), output, origin, report, samples, values)
     home = home_of(run)
     with writing(home):
         path = write_result(home, origin, report, samples, values)
@@ -239,11 +278,11 @@ def _opponent(baseline: Baseline | None, accelerator: Accelerator, dtype: torch.
     return FinishedRun.load(baseline.folder, accelerator.device, dtype)
 
 
-def _recipe_of(run: Path, data: str | None, overrides: Sequence[str], changed: Sequence[str] = ()) -> Recipe:
-    """Read the recipe of a finished run; replace its eval data if other data are given, and what else is asked for.
+def refuse_other_sections(overrides: Sequence[str]) -> None:
+    """Refuse values of sections that an evaluation cannot change.
 
     Raises:
-        UsageError: the run or its eval data are missing, or an override is about another section than `eval`.
+        UsageError: there is one.
     """
     for text in overrides:
         if not text.startswith("eval."):
@@ -251,6 +290,15 @@ def _recipe_of(run: Path, data: str | None, overrides: Sequence[str], changed: S
                 f"--set {text.partition('=')[0]}: an evaluation can only change keys of the section eval",
                 hint="for example --set eval.samples.num=100",
             )
+
+
+def _recipe_of(run: Path, data: str | None, overrides: Sequence[str], changed: Sequence[str] = ()) -> Recipe:
+    """Read the recipe of a finished run; replace its eval data if other data are given, and what else is asked for.
+
+    Raises:
+        UsageError: the run or its eval data are missing, or an override is about another section than `eval`.
+    """
+    refuse_other_sections(overrides)
     recipe = recipe_of(run)
     require_model(run)
     if data is not None:
@@ -374,7 +422,7 @@ def verdicts(results: Mapping[str, Mapping[str, Any]], judge: Mapping[str, Any] 
             yield f"verdict: {share}, {_compared(interval, 0.5, 'chance')}"
     if judge is not None and "type" in judge:
         yield from judge_verdicts(judge)
-    elif judge is not None:
+    elif judge is not None and "reference" in judge:
         target = judge["target"]
         before, after = (judge[side][target] for side in ("reference", "policy"))
         change = f"{target} answers {before['share']:.1%} -> {after['share']:.1%}"
@@ -406,7 +454,8 @@ def _show_samples(samples: Sequence[Sample], numbers: Mapping[str, Any]) -> None
     if judge and "type" not in judge:
         for category in sorted(judge["policy"], key=lambda name: name != judge["target"]):
             mark = " (target)" if category == judge["target"] else ""
-            table.add_row(Text(category + mark), *(_interval(judge[side][category]) for side in sides))
+            cells = (_interval(judge[side][category]) if side in judge else "" for side in sides)
+            table.add_row(Text(category + mark), *cells)
     console.say(table)
 
 

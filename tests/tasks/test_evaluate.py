@@ -155,7 +155,8 @@ def test_pairs_that_share_a_prompt_are_no_independent_evidence_of_accuracy(
     (file,) = (run / "evals").glob("*.records.npz")
     values = read_record_values(file)["eval"]
     sums = dict.fromkeys(values.prompts.tolist(), 0.0)
-    for prompt, wins in zip(values.prompts.tolist(), values.sums[values.names.index("rewards/accuracies")], strict=True):
+    all_wins = values.sums[values.names.index("rewards/accuracies")].tolist()
+    for prompt, wins in zip(values.prompts.tolist(), all_wins, strict=True):
         sums[prompt] += wins
     assert len(sums) == 5
     assert error == pytest.approx((5 / 4 * sum((wins - 4 * right) ** 2 for wins in sums.values())) ** 0.5 / n)
@@ -309,6 +310,9 @@ def test_any_model_folder_is_measured_on_given_data_and_keeps_nothing(
     demonstrations = report(model, data=str(write_rows(tmp_path / "sft.jsonl", rows)))
     assert demonstrations["perplexity"] > 1
     assert sorted(tiny_llama_folder.iterdir()) == before
+    kept = report(model, data=str(heldout), limit=2, output=tmp_path / "kept")
+    (file,) = (tmp_path / "kept" / "evals").glob("*.json")
+    assert json.loads(file.read_text()) == kept
     with pytest.raises(UsageError, match=r"it has no eval data; pass --data SOURCE$"):
         evaluate(tiny_llama_folder)
 
