@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpoctl.data.store import TokenStore
 from dpoctl.errors import UsageError
 from dpoctl.model.generate import Generation
+from dpoctl.model.policy import Policy
 from dpoctl.recipe.judge_section import JudgeSection
 from dpoctl.recipe.schema import EvalSection, SamplesSection
 from dpoctl.runs.statistics import ratio
@@ -133,12 +134,23 @@ def _of_baseline(
     enter: Callable[[], AbstractContextManager[PreTrainedModel]] = finished.reference
     if baseline is not None:
         knows_tokens = same_tokens(setup.tokenizer, baseline.tokenizer)
-        theirs = replace(setup, tokenizer=baseline.tokenizer, policy=baseline.policy)
+        theirs = _beside(setup, baseline.policy, baseline.tokenizer)
         other, causal = Sampler.of(section, theirs, stores, limit, is_own=knows_tokens), baseline.policy.causal
         enter = lambda: nullcontext(causal)  # noqa: E731
+    elif setup.sharded is not None and finished.other_policy is not None:
+        other = sampler.of_model(_beside(setup, finished.other_policy, setup.tokenizer))
     with enter() as model:
         texts = [other.draw(model, repeat) for repeat in repeats]
-    return texts, sampler.divergences(finished.policy.causal, enter, policy[0]) if knows_tokens else None
+    if not knows_tokens:
+        return texts, None
+    return texts, sampler.divergences(finished.policy.causal, enter, policy[0], other.setup)
+
+
+def _beside(setup: Setup, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> Setup:
+    """Return the setup of another model, which is divided over the ranks if the first one is."""
+    if setup.sharded is None:
+        return replace(setup, tokenizer=tokenizer, policy=policy)
+    return replace(setup, tokenizer=tokenizer).with_model(policy)
 
 
 def same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:

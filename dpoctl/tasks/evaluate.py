@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from rich.table import Table
 from rich.text import Text
@@ -24,6 +23,7 @@ from dpoctl.data.store import TokenStore
 from dpoctl.errors import SetupError, UsageError, writing
 from dpoctl.losses import Item
 from dpoctl.model.load import compute_dtype, load_policy, weight_dtype
+from dpoctl.model.sharding import Sharding
 from dpoctl.model.source import read_json
 from dpoctl.recipe import Recipe
 from dpoctl.recipe.data_section import Source
@@ -60,6 +60,7 @@ from dpoctl.tasks.reference import Columns, Reference, with_columns
 from dpoctl.tasks.samples import Sample, show, to_lines
 from dpoctl.tasks.served import Client
 from dpoctl.tasks.setup import Setup, build_accelerator, quiet_libraries, read_data
+from dpoctl.tasks.sharding import WHOLE_EVAL, choose_eval_sharding, refuse_undividable
 from dpoctl.tasks.task import build_task
 
 Stores = Mapping[str, TokenStore]
@@ -107,12 +108,12 @@ def run(
     judge = judge_of(recipe.eval)
     accelerator = build_accelerator(recipe)
     tokenizer, prepared = read_data(recipe, accelerator, only_eval=True)
-    tables = _reference_tables(run, recipe, accelerator, tokenizer, prepared.evals, limit)
-    dtype = weight_dtype(recipe, compute_dtype(recipe, accelerator.device))
-    finished = FinishedRun.load(run, accelerator.device, dtype)
-    setup = Setup.of(recipe, accelerator, finished.tokenizer, finished.policy)
+    sharding = _sharding(run, recipe, accelerator, tokenizer, baseline)
+    tables = _reference_tables(run, recipe, accelerator, tokenizer, prepared.evals, limit, sharding)
+    finished = _load(run, recipe, accelerator, sharding)
+    setup = Setup.of(recipe, accelerator, finished.tokenizer, finished.policy, sharding=sharding)
     results, values = _evaluate(setup, prepared, tables, limit)
-    writers = Writers(served, _opponent(baseline, accelerator, dtype), repeats)
+    writers = Writers(served, _opponent(baseline, recipe, accelerator, sharding), repeats)
     sampled, samples = sample_finished(setup, finished, prepared.evals, limit, judge=judge, writers=writers)
     if not accelerator.is_main_process:
         return True
@@ -271,11 +272,54 @@ def _baseline(recipe: Recipe) -> str:
     return model.model_name_or_path + (f"@{model.revision}" if model.revision else "")
 
 
-def _opponent(baseline: Baseline | None, accelerator: Accelerator, dtype: torch.dtype) -> Client | FinishedRun | None:
+def _sharding(
+    run: Path,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    tokenizer: PreTrainedTokenizerBase,
+    baseline: Baseline | None,
+) -> Sharding | None:
+    """Decide whether to divide the models of an evaluation over the ranks.
+
+    Raises:
+        UsageError: they have to be divided, and something that is asked for cannot be done then.
+    """
+    other = None if baseline is None else baseline.folder
+    has_reference = baseline is None and not is_model_only(run)
+    # The reference of an adapter is in the same model, and that of other weights is needed beside them for texts only.
+    writes_beside = recipe.eval.samples is not None and (other is not None or (has_reference and recipe.lora is None))
+    is_pair = writes_beside or (recipe.method == "dpo" and recipe.dpo.reference.path is not None)
+    sharding = choose_eval_sharding(recipe, accelerator, tokenizer, models=2 if is_pair else 1)
+    if sharding is None:
+        return None
+    if recipe.eval.benchmarks:
+        raise UsageError(
+            "eval.benchmarks: one process runs them, and it holds only a part of a sharded model",
+            hint="leave them out with --set 'eval.benchmarks=[]', or use one process",
+        )
+    if other is not None:
+        theirs = recipe_of(other)
+        refuse_undividable(theirs, compute_dtype(theirs, accelerator.device), WHOLE_EVAL)
+    return sharding
+
+
+def _load(run: Path, recipe: Recipe, accelerator: Accelerator, sharding: Sharding | None) -> FinishedRun:
+    """Load a run, ready to be divided over the ranks if it is to be."""
+    dtype = weight_dtype(recipe, compute_dtype(recipe, accelerator.device))
+    finished = FinishedRun.load(run, accelerator.device, dtype, lazy=sharding is not None)
+    if sharding is not None and recipe.eval.samples is not None:
+        finished.load_reference_adapter()
+    return finished
+
+
+def _opponent(
+    baseline: Baseline | None, recipe: Recipe, accelerator: Accelerator, sharding: Sharding | None
+) -> Client | FinishedRun | None:
     """Return what writes the texts of a baseline."""
-    if baseline is None or baseline.folder is None:
+    if baseline is None or baseline.folder is None or recipe.eval.samples is None:
         return None if baseline is None else baseline.client
-    return FinishedRun.load(baseline.folder, accelerator.device, dtype)
+    dtype = weight_dtype(recipe, compute_dtype(recipe, accelerator.device))
+    return FinishedRun.load(baseline.folder, accelerator.device, dtype, lazy=sharding is not None)
 
 
 def refuse_other_sections(overrides: Sequence[str]) -> None:
@@ -325,6 +369,7 @@ def _reference_tables(
     tokenizer: PreTrainedTokenizerBase,
     stores: Stores,
     limit: int | None,
+    sharding: Sharding | None,
 ) -> dict[str, Columns]:
     """Return the reference's log-probabilities of every eval set, if they are needed; the model is freed at the end."""
     if not build_task(recipe).needs_reference:
@@ -332,7 +377,12 @@ def _reference_tables(
     require_known_start(run, recipe)
     if recipe.dpo.reference.sync_steps is not None:
         console.note("the reference moved in training; here it is the model that training started from")
-    setup = Setup.of(recipe, accelerator, tokenizer, load_policy(recipe, tokenizer, accelerator.device))
+    if is_model_only(run):
+        # Against another model, which the recipe names; an adapter has no recipe that says how to train it.
+        policy = _load(run, recipe, accelerator, sharding).policy
+    else:
+        policy = load_policy(recipe, tokenizer, accelerator.device, lazy=sharding is not None)
+    setup = Setup.of(recipe, accelerator, tokenizer, policy, sharding=sharding)
     reference = Reference(setup)
     return {
         name: reference.table(

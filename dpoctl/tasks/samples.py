@@ -3,6 +3,7 @@
 A keyword judge counts them, with confidence intervals.
 """
 
+import copy
 import json
 import math
 import re
@@ -28,7 +29,7 @@ from dpoctl.data.records import Text
 from dpoctl.data.store import TokenStore
 from dpoctl.data.tokenize import render_prompts
 from dpoctl.files import write_atomically
-from dpoctl.model.continuations import continuation_divergences
+from dpoctl.model.continuations import InStep, batch_size, continuation_divergences
 from dpoctl.model.generate import Generation, SamplingParams, generate
 from dpoctl.recipe.judge_section import UNDECIDED
 from dpoctl.recipe.schema import SamplesSection
@@ -118,6 +119,17 @@ class Sampler:
             found = _given_prompts(section.prompts, next(iter(stores.values())), tokenizer, kwargs)
         return cls(section, setup, found)
 
+    def of_model(self, setup: Setup) -> Self:
+        """Return a sampler of the same prompts for another model with the same tokens."""
+        other = copy.copy(self)
+        other._setup = setup
+        return other
+
+    @property
+    def setup(self) -> Setup:
+        """The setup of the model."""
+        return self._setup
+
     @property
     def prompts(self) -> list[Text]:
         """The prompt of each text, in the order of the texts."""
@@ -154,18 +166,30 @@ class Sampler:
         policy: PreTrainedModel,
         reference: Callable[[], AbstractContextManager[PreTrainedModel]],
         texts: Sequence[Generation],
+        other: Setup,
     ) -> list[float]:
         """Return the divergence of a model from a reference over each of its texts, in nats.
 
         Every rank calls this and gets all of them.
+
+        Args:
+            policy: the model.
+            reference: a context with the reference.
+            texts: of the model, one for each prompt.
+            other: the setup of the reference.
         """
         rows = [(ids, text) for (_, ids), text in zip(self._prompts, self.tokens(texts), strict=True)]
-        mine, _ = self._shares([(*prompt, *text) for prompt, text in rows])
+        joined = [(*prompt, *text) for prompt, text in rows]
+        mine, most = self._shares(joined)
+        longest, in_step = max(map(len, joined)), None
+        if self._setup.sharded is not None:
+            in_step = InStep(self._setup.inside, other.inside, -(-most // batch_size(longest)), rows[0])
         with (
             console.WorkProgress("computing the divergence", len(mine), "texts") as progress,
             self._accelerator.autocast(),
         ):
-            found = continuation_divergences(policy, reference, [rows[index] for index in mine], progress.advance)
+            own = [rows[index] for index in mine]
+            found = continuation_divergences(policy, reference, own, progress.advance, longest=longest, in_step=in_step)
         return self._gathered(mine, found)
 
     def tokens(self, texts: Sequence[Generation]) -> list[Sequence[int]]:
