@@ -109,7 +109,9 @@ def evaluate(
         refuse_secret_argument(name, address or "")
     if model is not None and model_url is None:
         raise UsageError("--model is for a served model", hint="pass its address with --model-url URL")
-    if run is None and model_url is not None and num_processes not in (None, 1):
+    if run is None and model_url is None:
+        raise UsageError("RUN is missing", hint="pass a run, or a served model with --model-url, --model and --data")
+    if run is None and num_processes not in (None, 1):
         raise UsageError("one process asks a served model", hint="leave out --num-processes")
     if run is None and against == "reference":
         raise UsageError("--against reference: a served model has no reference", hint="name another model")
@@ -121,12 +123,11 @@ def evaluate(
     from dpoctl.tasks.served_eval import run as evaluate_served
 
     client = None if model_url is None else served(model_url, model, "--model-url", "--model")
-    if run is not None:
-        evaluation = partial(evaluate_run, Path(run), served=client)
-    elif client is not None:
+    if run is None:
+        assert client is not None
         evaluation = partial(evaluate_served, client)
     else:
-        raise UsageError("RUN is missing", hint="pass a run, or a served model with --model-url, --model and --data")
+        evaluation = partial(evaluate_run, Path(run), served=client)
     passed = evaluation(
         data=data,
         limit=limit,

@@ -1,5 +1,6 @@
 """`dpoctl eval RUN`: evaluate a finished run on held-out data, against its reference, with confidence intervals."""
 
+import gc
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -118,13 +119,10 @@ def run(
     if not accelerator.is_main_process:
         return True
     is_compared = bool(tables) or any(one.reference is not None for one in samples)
-    settings = settings_of(overrides, repeats, served)
-    origin = _origin(run, recipe, prepared, limit, settings, is_own=data is None, is_compared=is_compared)
-    if baseline is not None:
-        origin = replace(origin, baseline=baseline.name, official=False)
-    sets = {name: value for name, value in results.items() if name != "eval"}
-    report = {**origin.to_dict(), **results.get("eval", {}), **({"sets": sets} if sets else {}), **sampled}
-    report |= _benchmarks(finished, recipe.eval.benchmarks)
+    against = baseline.name if baseline is not None else _baseline(recipe) if is_compared else None
+    origin = _origin(run, prepared, limit, settings_of(overrides, repeats, served), against, is_own=data is None)
+    origin = replace(origin, official=origin.official and baseline is None)
+    report = _report(origin, results, sampled) | _benchmarks(finished, recipe.eval.benchmarks)
     gates = check_gates(report, recipe.eval.gates)
     report |= {"gates": [gate.to_dict() for gate in gates]} if gates else {}
     where = _keep(run, output, origin, report, to_lines(samples), values)
@@ -133,6 +131,12 @@ def run(
     else:
         show_result(report, results, samples, sampled, [*map(str, gates), where])
     return all(gate.passed for gate in gates)
+
+
+def _report(origin: Provenance, results: Mapping[str, Mapping[str, Any]], sampled: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a result says of the eval sets and of the samples; the metrics of the set `eval` are at its root."""
+    sets = {name: value for name, value in results.items() if name != "eval"}
+    return {**origin.to_dict(), **results.get("eval", {}), **({"sets": sets} if sets else {}), **sampled}
 
 
 def settings_of(overrides: Sequence[str], repeats: int, served: Client | None) -> list[str]:
@@ -220,13 +224,12 @@ def _keep(
 
 def _origin(
     run: Path,
-    recipe: Recipe,
     prepared: PreparedData,
     limit: int | None,
     settings: Sequence[str],
+    against: str | None,
     *,
     is_own: bool,
-    is_compared: bool,
 ) -> Provenance:
     """Return the origin of the numbers; the run's own data are those that its training evaluated on."""
     trained_on = _trained_keys(home_of(run))
@@ -245,7 +248,7 @@ def _origin(
         step=int(earlier[1]) if earlier else model_step(run),
         data=data,
         limit=limit,
-        baseline=_baseline(recipe) if is_compared else None,
+        baseline=against,
         official=is_own and limit is None and not settings and (run / RESOLVED_RECIPE).is_file(),
         settings=tuple(settings),
     )
@@ -306,6 +309,10 @@ def _sharding(
 def _load(run: Path, recipe: Recipe, accelerator: Accelerator, sharding: Sharding | None) -> FinishedRun:
     """Load a run, ready to be divided over the ranks if it is to be."""
     dtype = weight_dtype(recipe, compute_dtype(recipe, accelerator.device))
+    if sharding is not None:
+        # The accelerator keeps the parts of the model that gave the reference's numbers, and their hooks are cycles.
+        accelerator.free_memory()
+        gc.collect()
     finished = FinishedRun.load(run, accelerator.device, dtype, lazy=sharding is not None)
     if sharding is not None and recipe.eval.samples is not None:
         finished.load_reference_adapter()

@@ -1,6 +1,7 @@
 """`dpoctl eval` of a model that its ranks share gives the numbers of one process."""
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -118,17 +119,19 @@ def test_two_ranks_that_share_a_model_measure_what_one_process_does(
 
 
 def counting(folder: Path) -> Fault:
-    """Write down the share of each divided model that a rank holds."""
+    """Write down the share of each divided model that a rank holds, and how many are held before it."""
 
     def install() -> None:
-        divide = Sharding.divide
+        divide, before = Sharding.divide, weakref.WeakSet[torch.nn.Module]()
 
         def counted(self: Sharding, module: torch.nn.Module) -> None:
+            others = len(before)
+            before.add(module)
             divide(self, module)
             whole = sum(parameter.numel() for parameter in module.parameters())
             held = sum(part(parameter).numel() for parameter in module.parameters())
             with (folder / f"rank-{torch.distributed.get_rank()}").open("a") as file:
-                file.write(f"{held / whole}\n")
+                file.write(f"{others} {held / whole}\n")
 
         Sharding.divide = counted  # type: ignore[method-assign]
 
@@ -153,10 +156,10 @@ def test_a_model_that_does_not_fit_is_shared_also_by_a_rank_without_rows_and_tex
     assert (found["num_pairs"], found["samples"]) == (1, expected["samples"])
     assert found["kl"] == pytest.approx(expected["kl"], rel=1e-4, abs=1e-7)
     for rank in range(2):
-        # The model that gives the log-probabilities of the reference, the policy, and the reference that writes.
-        shares = [float(line) for line in (tmp_path / f"rank-{rank}").read_text().splitlines()]
-        assert len(shares) == 3
-        assert all(0.4 < share < 0.6 for share in shares)
+        lines = [line.split() for line in (tmp_path / f"rank-{rank}").read_text().splitlines()]
+        # The model that gives the reference's log-probabilities, the policy, and beside it the reference that writes.
+        assert [int(others) for others, _ in lines] == [0, 0, 1]
+        assert all(0.4 < float(share) < 0.6 for _, share in lines)
 
 
 @pytest.mark.long
