@@ -1,5 +1,6 @@
 """The `dpoctl eval` command."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -10,8 +11,10 @@ from dpoctl.errors import GATE_FAILED, UsageError
 from dpoctl.tasks import import_libraries
 
 
-def _existing(run: str) -> str:
+def _existing(run: str | None) -> str | None:
     """Refuse a missing directory here, before torch is imported; the name of a hub repository has one slash."""
+    if run is None:
+        return None
     owner, _, name = run.partition("/")
     is_hub_id = bool(name) and "/" not in name and not Path(owner).exists()
     if not Path(run).is_dir() and not is_hub_id:
@@ -20,10 +23,11 @@ def _existing(run: str) -> str:
 
 
 RunOrModel = Annotated[
-    str,
+    str | None,
     typer.Argument(
         metavar="RUN",
-        help="The run directory (training.output_dir), a folder with a model, or a hub id.",
+        help="The run directory (training.output_dir), a folder with a model, or a hub id. Left out: the model at "
+        "--model-url.",
         callback=_existing,
         show_default=False,
     ),
@@ -55,12 +59,19 @@ ModelUrl = Annotated[
     str | None,
     typer.Option(
         metavar="URL",
-        help="Let a server write the model's texts: the base of an OpenAI-compatible API, with --model.",
+        help="Let a server write the model's texts: the base of an OpenAI-compatible API, with --model. Without RUN, "
+        "that model is evaluated, on --data.",
         show_default=False,
     ),
 ]
 Model = Annotated[
     str | None, typer.Option(metavar="NAME", help="The name of the model at --model-url.", show_default=False)
+]
+OutputDir = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR", help="Keep the result of a model that belongs to no run in DIR/evals.", show_default=False
+    ),
 ]
 Repeats = Annotated[
     int,
@@ -69,7 +80,7 @@ Repeats = Annotated[
 
 
 def evaluate(
-    run: RunOrModel,
+    run: RunOrModel = None,
     data: Data = None,
     limit: Limit = None,
     set_values: options.Set = None,
@@ -78,6 +89,7 @@ def evaluate(
     against_model: AgainstModel = None,
     model_url: ModelUrl = None,
     model: Model = None,
+    output_dir: OutputDir = None,
     num_processes: options.NumProcesses = None,
     json_output: options.Json = False,
     debug: options.Debug = False,
@@ -97,21 +109,33 @@ def evaluate(
         refuse_secret_argument(name, address or "")
     if model is not None and model_url is None:
         raise UsageError("--model is for a served model", hint="pass its address with --model-url URL")
+    if run is None and model_url is None:
+        raise UsageError("RUN is missing", hint="pass a run, or a served model with --model-url, --model and --data")
+    if run is None and num_processes not in (None, 1):
+        raise UsageError("one process asks a served model", hint="leave out --num-processes")
+    if run is None and against == "reference":
+        raise UsageError("--against reference: a served model has no reference", hint="name another model")
     if (launcher := launch.find_launcher(num_processes, None)) is not None:
         raise typer.Exit(launcher.run())
     import_libraries()
     from dpoctl.tasks.baselines import Baseline, served
     from dpoctl.tasks.evaluate import run as evaluate_run
+    from dpoctl.tasks.served_eval import run as evaluate_served
 
-    passed = evaluate_run(
-        Path(run),
+    client = None if model_url is None else served(model_url, model, "--model-url", "--model")
+    if run is None:
+        assert client is not None
+        evaluation = partial(evaluate_served, client)
+    else:
+        evaluation = partial(evaluate_run, Path(run), served=client)
+    passed = evaluation(
         data=data,
         limit=limit,
         json_output=json_output,
         overrides=set_values or (),
         repeats=repeats,
-        served=None if model_url is None else served(model_url, model, "--model-url", "--model"),
         baseline=Baseline.of(against, against_model),
+        output=None if output_dir is None else Path(output_dir),
     )
     if not passed:
         raise typer.Exit(GATE_FAILED)

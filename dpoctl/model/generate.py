@@ -52,8 +52,8 @@ class Generation:
     """One generated text, without special tokens."""
 
     text: str
-    finished: bool
-    """True if the model ended its turn, false if `max_new_tokens` cut it off."""
+    finished: bool | None
+    """True if the model ended its turn, false if `max_new_tokens` cut it off; None if a server does not say."""
     ids: tuple[int, ...] = field(default=(), compare=False)
     """Its tokens with the one that ends the turn; empty if they are not known."""
 

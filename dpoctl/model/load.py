@@ -142,10 +142,7 @@ def load_policy(
     if section.disable_dropout:
         _disable_dropout(policy, lora)
     if lazy:
-        # peft puts an adapter beside its layer, and a lazy one is on the CPU.
-        for tensor in [*policy.model.parameters(), *policy.model.buffers()]:
-            if not is_lazy(tensor):
-                tensor.data = tensor.data.to(device)
+        _move_to(policy.model, device)
     if device.type == "cuda" and not recipe.training.torch_compile:
         fuse_layers(policy.causal, policy.dtype, compiled=True)
     return policy
@@ -216,6 +213,8 @@ def load_run(
     _take_generation_settings(model, source)
     _resize_embedding(model, _embedding_rows(adapter, model), trained=True, seed=0)
     peft_model = load_adapter(model, adapter, TRAINED, trainable=False)
+    if lazy:
+        _move_to(peft_model, device)
     return Policy(
         model=peft_model,
         causal=model,
@@ -225,6 +224,13 @@ def load_run(
         base=_absolute(base),
         base_revision=base.revision,
     )
+
+
+def _move_to(model: nn.Module, device: torch.device) -> None:
+    """Move what is in memory to a device: peft puts an adapter beside its layer, and a lazy one is on the CPU."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if not is_lazy(tensor):
+            tensor.data = tensor.data.to(device)
 
 
 def _new_model(

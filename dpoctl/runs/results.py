@@ -18,6 +18,7 @@ FOLDER = "evals"
 SAMPLES = ".samples.jsonl"
 PROVENANCE = ("run", "model", "step", "data", "limit", "baseline", "official", "date")
 """The keys of a result that say what was measured; all others are numbers."""
+OWN, NOT_OWN = "the run's own eval data", "not the run's own result"
 _PIECES, _PIECE = 64, 4096
 
 
@@ -79,7 +80,8 @@ def write_result(
     target = own_folder(run / FOLDER) / f"{origin.name}.json"
     if samples:
         write_atomically(target.with_suffix(SAMPLES), samples)
-    write_record_values(target.with_suffix(SUFFIX), values)
+    if values:
+        write_record_values(target.with_suffix(SUFFIX), values)
     write_atomically(target, to_json(report))
     return target
 
@@ -122,10 +124,12 @@ def in_words(report: Mapping[str, Any]) -> str:
     sets = []
     for name, about in report["data"].items():
         what = ", ".join(dict.fromkeys(map(str, about["sources"])))
+        unit = "prompts" if "endpoint" in report else "records"
         first = "" if report["limit"] is None else "the first "
         label = "" if name == "eval" else f"{name}: "
-        sets.append(f"{label}{first}{about['records']:,} records of {what}")
-    kind = "the run's own eval data" if report["official"] else "not the run's own result"
+        sets.append(f"{label}{first}{about['records']:,} {unit} of {what}")
+    # A served model has no run.
+    kind = "" if "endpoint" in report else f" ({OWN if report['official'] else NOT_OWN})"
     against = f"; against {report['baseline']}" if report["baseline"] else ""
     step = "" if report["step"] is None else f" at step {report['step']:,}"
-    return f"{report['run']}{step}, on {'; '.join(sets)} ({kind}){against}"
+    return f"{report['run']}{step}, on {'; '.join(sets)}{kind}{against}"

@@ -85,19 +85,26 @@ def ratio(numerators: ArrayLike, denominators: ArrayLike, clusters: Sequence[Any
 def share(values: ArrayLike, clusters: Sequence[Any], counts: ArrayLike | None = None) -> Estimate:
     """Estimate the mean of values between 0 and 1, such as a win rate in which a tie counts one half.
 
-    The interval is Wilson's with the effective number of independent trials p (1 - p) / se^2 (Korn and Graubard, 1998):
-    it stays between 0 and 1, and it is no point if all values are equal. There the number of prompts is taken.
+    The interval is Wilson's with the effective number of independent trials (Korn and Graubard, 1998): of n trials of
+    G prompts, n (se0 / se)^2 (t(n - 1) / t(G - 1))^2 with the error of independent trials, se0^2 = p (1 - p) / (n - 1).
+    With one trial per prompt it is Wilson's of n trials. It stays between 0 and 1, and it is no point if all values are
+    equal: there the number of prompts is taken.
 
     Args:
         values: shape (n,).
         clusters: the prompt of each value.
         counts: the number of trials of each value, if that is a sum of several; shape (n,).
     """
-    found = mean(values, clusters) if counts is None else ratio(values, counts, clusters)
-    p, prompts = found.value, len(set(clusters))
-    error, quantile = found.error, t_quantile(0.975, prompts - 1) if prompts > 1 else Z
-    count = float(prompts) if not error else p * (1 - p) / (error * error)
-    return Estimate(p, error, wilson_interval(p, count, quantile), f"{SHARE}, {CLUSTERED}")
+    trials = np.ones(np.shape(values)) if counts is None else _floats(counts)
+    kept = [cluster for cluster, count in zip(clusters, trials, strict=True) if count]
+    found = ratio(_floats(values)[trials > 0], trials[trials > 0], kept)
+    p, n, prompts = found.value, float(trials.sum()), len(set(kept))
+    effective = float(prompts)
+    if found.error:
+        independent = p * (1 - p) / (n - 1)
+        freedom = t_quantile(0.975, n - 1) / t_quantile(0.975, prompts - 1)
+        effective = n * independent / found.error**2 * freedom**2
+    return Estimate(p, found.error, wilson_interval(p, effective), f"{SHARE}, {CLUSTERED}")
 
 
 def wilson_interval(share: float, count: float, z: float = Z) -> tuple[float, float]:

@@ -14,7 +14,7 @@ _QUOTES = str.maketrans("\N{RIGHT SINGLE QUOTATION MARK}\N{MODIFIER LETTER APOST
 
 def compare_texts(
     sides: Mapping[str, Sequence[str]],
-    finished: Mapping[str, Sequence[bool]],
+    finished: Mapping[str, Sequence[bool | None]],
     clusters: Sequence[Any],
     refusals: Sequence[str],
 ) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def compare_texts(
 
     Args:
         sides: the texts of `policy`, and of `reference` if there are any; text i of both answers the same prompt.
-        finished: whether each text ends by itself.
+        finished: whether each text ends by itself; None where that is not known, and then no share of them is given.
         clusters: the prompt of each text.
         refusals: words that make a text a refusal.
     """
@@ -32,7 +32,7 @@ def compare_texts(
             "length": [float(len(text.split())) for text in texts],
             "repetition": [repetition(text) for text in texts],
             "refusals": [float(bool(pattern.search(text.translate(_QUOTES)))) for text in texts],
-            "finished": list(map(float, finished[side])),
+            **({} if None in finished[side] else {"finished": [float(bool(end)) for end in finished[side]]}),
         }
         for side, texts in sides.items()
     }
@@ -42,8 +42,8 @@ def compare_texts(
             estimate = mean if name == "length" else share
             found[f"{name}_{side}"] = estimate(column, clusters)
     if len(columns) == 2:
-        for name, column in columns["policy"].items():
-            others = columns["reference"][name]
+        for name in (name for name in columns["policy"] if name in columns["reference"]):
+            column, others = columns["policy"][name], columns["reference"][name]
             differences = [value - other for value, other in zip(column, others, strict=True)]
             found[f"{name}_difference"] = mean(differences, clusters)
     variety = {f"distinct_bigrams_{side}": distinct(texts, 2) for side, texts in sides.items()}

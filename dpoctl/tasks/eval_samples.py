@@ -10,6 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dpoctl.data.store import TokenStore
 from dpoctl.errors import UsageError
 from dpoctl.model.generate import Generation
+from dpoctl.model.policy import Policy
+from dpoctl.recipe.judge_section import JudgeSection
 from dpoctl.recipe.schema import EvalSection, SamplesSection
 from dpoctl.runs.statistics import ratio
 from dpoctl.runs.text_metrics import compare_texts
@@ -69,7 +71,7 @@ def sample_finished(
     section, writers = setup.recipe.eval.samples, writers or Writers()
     if section is None or not (section.num or section.prompts) or not stores:
         return {}, []
-    sampler = Sampler(section, setup, stores, limit)
+    sampler = Sampler.of(section, setup, stores, limit)
     policy = [_draw(sampler, finished, writers.policy, repeat) for repeat in range(writers.repeats)]
     reference, divergences = _of_baseline(setup, sampler, finished, stores, limit, section, writers, policy)
     if not setup.accelerator.is_main_process:
@@ -85,7 +87,7 @@ def sample_finished(
             raise UsageError("a judge that compares needs a baseline", hint="pass one with --against")
         report["judge"], samples = judge_samples(setup.recipe.eval.judge, judge, samples)
     elif setup.recipe.eval.judge is not None:
-        report["judge"] = _counted(setup.recipe.eval, samples)
+        report["judge"] = count_words(setup.recipe.eval.judge, samples)
     return report, samples
 
 
@@ -132,12 +134,23 @@ def _of_baseline(
     enter: Callable[[], AbstractContextManager[PreTrainedModel]] = finished.reference
     if baseline is not None:
         knows_tokens = same_tokens(setup.tokenizer, baseline.tokenizer)
-        theirs = replace(setup, tokenizer=baseline.tokenizer, policy=baseline.policy)
-        other, causal = Sampler(section, theirs, stores, limit, is_own=knows_tokens), baseline.policy.causal
+        theirs = _beside(setup, baseline.policy, baseline.tokenizer)
+        other, causal = Sampler.of(section, theirs, stores, limit, is_own=knows_tokens), baseline.policy.causal
         enter = lambda: nullcontext(causal)  # noqa: E731
+    elif setup.sharded is not None and finished.other_policy is not None:
+        other = sampler.of_model(_beside(setup, finished.other_policy, setup.tokenizer))
     with enter() as model:
         texts = [other.draw(model, repeat) for repeat in repeats]
-    return texts, sampler.divergences(finished.policy.causal, enter, policy[0]) if knows_tokens else None
+    if not knows_tokens:
+        return texts, None
+    return texts, sampler.divergences(finished.policy.causal, enter, policy[0], other.setup)
+
+
+def _beside(setup: Setup, policy: Policy, tokenizer: PreTrainedTokenizerBase) -> Setup:
+    """Return the setup of another model, which is divided over the ranks if the first one is."""
+    if setup.sharded is None:
+        return replace(setup, tokenizer=tokenizer, policy=policy)
+    return replace(setup, tokenizer=tokenizer).with_model(policy)
 
 
 def same_tokens(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
@@ -153,13 +166,11 @@ def _divergence(sampler: Sampler, texts: Sequence[Generation], divergences: Sequ
     return ratio(divergences, lengths, [prompt_key(prompt) for prompt in sampler.prompts]).named("kl")
 
 
-def _counted(section: EvalSection, samples: Sequence[Sample]) -> dict[str, Any]:
+def count_words(section: JudgeSection, samples: Sequence[Sample]) -> dict[str, Any]:
     """Return the shares of a keyword judge."""
-    if section.judge is None:
-        return {}
-    count = KeywordJudge(section.judge.categories).count
+    count = KeywordJudge(section.categories).count
     sides = {
         "reference": [one.reference.text for one in samples if one.reference is not None],
         "policy": [one.policy.text for one in samples],
     }
-    return {"target": section.judge.target, **{name: count(texts) for name, texts in sides.items() if texts}}
+    return {"target": section.target, **{name: count(texts) for name, texts in sides.items() if texts}}

@@ -1,5 +1,6 @@
 """`dpoctl eval RUN`: evaluate a finished run on held-out data, against its reference, with confidence intervals."""
 
+import gc
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from rich.table import Table
 from rich.text import Text
@@ -24,6 +24,7 @@ from dpoctl.data.store import TokenStore
 from dpoctl.errors import SetupError, UsageError, writing
 from dpoctl.losses import Item
 from dpoctl.model.load import compute_dtype, load_policy, weight_dtype
+from dpoctl.model.sharding import Sharding
 from dpoctl.model.source import read_json
 from dpoctl.recipe import Recipe
 from dpoctl.recipe.data_section import Source
@@ -37,7 +38,7 @@ from dpoctl.runs.record_values import RecordValues
 from dpoctl.runs.report import NAME as REPORT
 from dpoctl.runs.report import refresh_report
 from dpoctl.runs.results import Provenance, fingerprint, in_words, write_result
-from dpoctl.runs.statistics import Z, wilson_interval
+from dpoctl.runs.statistics import Z
 from dpoctl.runs.verdicts import share_difference
 from dpoctl.tasks.baselines import Baseline, reference_overrides
 from dpoctl.tasks.benchmarks import check_benchmarks, run_benchmarks
@@ -54,12 +55,13 @@ from dpoctl.tasks.finished_run import (
     require_model,
 )
 from dpoctl.tasks.judging import judge_verdicts
-from dpoctl.tasks.pair_groups import accuracy_by_group
+from dpoctl.tasks.pair_groups import ACCURACY, accuracy_by_group, accuracy_of
 from dpoctl.tasks.record_values import RecordWatch
 from dpoctl.tasks.reference import Columns, Reference, with_columns
 from dpoctl.tasks.samples import Sample, show, to_lines
 from dpoctl.tasks.served import Client
 from dpoctl.tasks.setup import Setup, build_accelerator, quiet_libraries, read_data
+from dpoctl.tasks.sharding import WHOLE_EVAL, choose_eval_sharding, refuse_undividable
 from dpoctl.tasks.task import build_task
 
 Stores = Mapping[str, TokenStore]
@@ -79,6 +81,7 @@ def run(
     repeats: int = 1,
     served: Client | None = None,
     baseline: Baseline | None = None,
+    output: Path | None = None,
 ) -> bool:
     """Evaluate a finished run on its own eval sets, or on other data.
 
@@ -91,12 +94,14 @@ def run(
         repeats: draw and judge all texts so often, for the noise of the evaluation itself.
         served: a server that has the same model, and writes its texts.
         baseline: what the run is compared with; None for its reference.
+        output: the folder that keeps the result of a model that no run describes, in `evals/`.
 
     Returns:
         Whether all gates of the recipe passed; True on ranks that print nothing.
     """
     quiet_libraries()
     run = with_model(run)
+    check_output(output, run)
     recipe = _recipe_of(run, data, overrides)
     if changes := reference_overrides(run, recipe, baseline):
         recipe = _recipe_of(run, data, overrides, changes)
@@ -104,41 +109,44 @@ def run(
     judge = judge_of(recipe.eval)
     accelerator = build_accelerator(recipe)
     tokenizer, prepared = read_data(recipe, accelerator, only_eval=True)
-    tables = _reference_tables(run, recipe, accelerator, tokenizer, prepared.evals, limit)
-    dtype = weight_dtype(recipe, compute_dtype(recipe, accelerator.device))
-    finished = FinishedRun.load(run, accelerator.device, dtype)
-    setup = Setup.of(recipe, accelerator, finished.tokenizer, finished.policy)
+    sharding = _sharding(run, recipe, accelerator, tokenizer, baseline)
+    tables = _reference_tables(run, recipe, accelerator, tokenizer, prepared.evals, limit, sharding)
+    finished = _load(run, recipe, accelerator, sharding)
+    setup = Setup.of(recipe, accelerator, finished.tokenizer, finished.policy, sharding=sharding)
     results, values = _evaluate(setup, prepared, tables, limit)
-    writers = Writers(served, _opponent(baseline, accelerator, dtype), repeats)
+    writers = Writers(served, _opponent(baseline, recipe, accelerator, sharding), repeats)
     sampled, samples = sample_finished(setup, finished, prepared.evals, limit, judge=judge, writers=writers)
     if not accelerator.is_main_process:
         return True
     is_compared = bool(tables) or any(one.reference is not None for one in samples)
-    settings = _settings(overrides, repeats, served)
-    origin = _origin(run, recipe, prepared, limit, settings, is_own=data is None, is_compared=is_compared)
-    if baseline is not None:
-        origin = replace(origin, baseline=baseline.name, official=False)
-    sets = {name: value for name, value in results.items() if name != "eval"}
-    report = {**origin.to_dict(), **results.get("eval", {}), **({"sets": sets} if sets else {}), **sampled}
-    report |= _benchmarks(finished, recipe.eval.benchmarks)
+    against = baseline.name if baseline is not None else _baseline(recipe) if is_compared else None
+    origin = _origin(run, prepared, limit, settings_of(overrides, repeats, served), against, is_own=data is None)
+    origin = replace(origin, official=origin.official and baseline is None)
+    report = _report(origin, results, sampled) | _benchmarks(finished, recipe.eval.benchmarks)
     gates = check_gates(report, recipe.eval.gates)
     report |= {"gates": [gate.to_dict() for gate in gates]} if gates else {}
-    where = _keep(run, origin, report, to_lines(samples), values)
+    where = _keep(run, output, origin, report, to_lines(samples), values)
     if json_output:
         console.emit(json.dumps(report))
     else:
-        _show_result(report, results, samples, sampled, [*map(str, gates), where])
+        show_result(report, results, samples, sampled, [*map(str, gates), where])
     return all(gate.passed for gate in gates)
 
 
-def _settings(overrides: Sequence[str], repeats: int, served: Client | None) -> list[str]:
+def _report(origin: Provenance, results: Mapping[str, Mapping[str, Any]], sampled: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a result says of the eval sets and of the samples; the metrics of the set `eval` are at its root."""
+    sets = {name: value for name, value in results.items() if name != "eval"}
+    return {**origin.to_dict(), **results.get("eval", {}), **({"sets": sets} if sets else {}), **sampled}
+
+
+def settings_of(overrides: Sequence[str], repeats: int, served: Client | None) -> list[str]:
     """Return what of a command line changes the numbers of its result; gates change none."""
     settings = [text for text in overrides if not text.startswith("eval.gates=")]
     settings += [f"repeats={repeats}"] if repeats > 1 else []
     return [*settings, *([f"texts of {served.endpoint.name}"] if served else [])]
 
 
-def _show_result(
+def show_result(
     report: Mapping[str, Any],
     results: Mapping[str, Mapping[str, Any]],
     samples: Sequence[Sample],
@@ -164,12 +172,48 @@ def _benchmarks(finished: FinishedRun, benchmarks: Sequence[BenchmarkSection]) -
     return {"benchmarks": run_benchmarks(benchmarks, tokenizer, causal, reference)}
 
 
-def _keep(
-    run: Path, origin: Provenance, report: Mapping[str, Any], samples: str, values: Mapping[str, RecordValues]
+def check_output(output: Path | None, run: Path | None = None) -> None:
+    """Refuse a folder for results that is not needed, or that belongs to something else.
+
+    Raises:
+        UsageError: RUN keeps its results itself, or the folder is a run or a file.
+    """
+    if output is None:
+        return
+    if run is not None and not is_model_only(run):
+        raise UsageError("--output-dir: a run keeps its results itself", hint="leave it out")
+    if (output / RESOLVED_RECIPE).is_file():
+        raise UsageError(f"--output-dir: {output} is a run, and keeps its own results only", hint="name another folder")
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output-dir: {output} is not a folder", hint="name another one")
+
+
+def keep_elsewhere(
+    name: str,
+    output: Path | None,
+    origin: Provenance,
+    report: Mapping[str, Any],
+    samples: str,
+    values: Mapping[str, RecordValues],
 ) -> str:
-    """Write a result into its run, and say where; a model that no run describes keeps none."""
+    """Write the result of a model that no run describes into a folder, if there is one, and say where."""
+    if output is None:
+        return f"{name} belongs to no run: the result is kept nowhere; --output-dir keeps it, --json prints all of it"
+    with writing(output):
+        return f"result: {write_result(output, origin, report, samples, values)}"
+
+
+def _keep(
+    run: Path,
+    output: Path | None,
+    origin: Provenance,
+    report: Mapping[str, Any],
+    samples: str,
+    values: Mapping[str, RecordValues],
+) -> str:
+    """Write a result into its run, and say where."""
     if is_model_only(run):
-        return f"{run} belongs to no run, so the result is kept nowhere; --json prints all of it"
+        return keep_elsewhere(str(run), output, origin, report, samples, values)
     home = home_of(run)
     with writing(home):
         path = write_result(home, origin, report, samples, values)
@@ -180,13 +224,12 @@ def _keep(
 
 def _origin(
     run: Path,
-    recipe: Recipe,
     prepared: PreparedData,
     limit: int | None,
     settings: Sequence[str],
+    against: str | None,
     *,
     is_own: bool,
-    is_compared: bool,
 ) -> Provenance:
     """Return the origin of the numbers; the run's own data are those that its training evaluated on."""
     trained_on = _trained_keys(home_of(run))
@@ -205,7 +248,7 @@ def _origin(
         step=int(earlier[1]) if earlier else model_step(run),
         data=data,
         limit=limit,
-        baseline=_baseline(recipe) if is_compared else None,
+        baseline=against,
         official=is_own and limit is None and not settings and (run / RESOLVED_RECIPE).is_file(),
         settings=tuple(settings),
     )
@@ -232,11 +275,72 @@ def _baseline(recipe: Recipe) -> str:
     return model.model_name_or_path + (f"@{model.revision}" if model.revision else "")
 
 
-def _opponent(baseline: Baseline | None, accelerator: Accelerator, dtype: torch.dtype) -> Client | FinishedRun | None:
+def _sharding(
+    run: Path,
+    recipe: Recipe,
+    accelerator: Accelerator,
+    tokenizer: PreTrainedTokenizerBase,
+    baseline: Baseline | None,
+) -> Sharding | None:
+    """Decide whether to divide the models of an evaluation over the ranks.
+
+    Raises:
+        UsageError: they have to be divided, and something that is asked for cannot be done then.
+    """
+    other = None if baseline is None else baseline.folder
+    has_reference = baseline is None and not is_model_only(run)
+    # The reference of an adapter is in the same model, and that of other weights is needed beside them for texts only.
+    writes_beside = recipe.eval.samples is not None and (other is not None or (has_reference and recipe.lora is None))
+    is_pair = writes_beside or (recipe.method == "dpo" and recipe.dpo.reference.path is not None)
+    sharding = choose_eval_sharding(recipe, accelerator, tokenizer, models=2 if is_pair else 1)
+    if sharding is None:
+        return None
+    if recipe.eval.benchmarks:
+        raise UsageError(
+            "eval.benchmarks: one process runs them, and it holds only a part of a sharded model",
+            hint="leave them out with --set 'eval.benchmarks=[]', or use one process",
+        )
+    if other is not None:
+        theirs = recipe_of(other)
+        refuse_undividable(theirs, compute_dtype(theirs, accelerator.device), WHOLE_EVAL)
+    return sharding
+
+
+def _load(run: Path, recipe: Recipe, accelerator: Accelerator, sharding: Sharding | None) -> FinishedRun:
+    """Load a run, ready to be divided over the ranks if it is to be."""
+    dtype = weight_dtype(recipe, compute_dtype(recipe, accelerator.device))
+    if sharding is not None:
+        # The accelerator keeps the parts of the model that gave the reference's numbers, and their hooks are cycles.
+        accelerator.free_memory()
+        gc.collect()
+    finished = FinishedRun.load(run, accelerator.device, dtype, lazy=sharding is not None)
+    if sharding is not None and recipe.eval.samples is not None:
+        finished.load_reference_adapter()
+    return finished
+
+
+def _opponent(
+    baseline: Baseline | None, recipe: Recipe, accelerator: Accelerator, sharding: Sharding | None
+) -> Client | FinishedRun | None:
     """Return what writes the texts of a baseline."""
-    if baseline is None or baseline.folder is None:
+    if baseline is None or baseline.folder is None or recipe.eval.samples is None:
         return None if baseline is None else baseline.client
-    return FinishedRun.load(baseline.folder, accelerator.device, dtype)
+    dtype = weight_dtype(recipe, compute_dtype(recipe, accelerator.device))
+    return FinishedRun.load(baseline.folder, accelerator.device, dtype, lazy=sharding is not None)
+
+
+def refuse_other_sections(overrides: Sequence[str]) -> None:
+    """Refuse values of sections that an evaluation cannot change.
+
+    Raises:
+        UsageError: there is one.
+    """
+    for text in overrides:
+        if not text.startswith("eval."):
+            raise UsageError(
+                f"--set {text.partition('=')[0]}: an evaluation can only change keys of the section eval",
+                hint="for example --set eval.samples.num=100",
+            )
 
 
 def _recipe_of(run: Path, data: str | None, overrides: Sequence[str], changed: Sequence[str] = ()) -> Recipe:
@@ -245,12 +349,7 @@ def _recipe_of(run: Path, data: str | None, overrides: Sequence[str], changed: S
     Raises:
         UsageError: the run or its eval data are missing, or an override is about another section than `eval`.
     """
-    for text in overrides:
-        if not text.startswith("eval."):
-            raise UsageError(
-                f"--set {text.partition('=')[0]}: an evaluation can only change keys of the section eval",
-                hint="for example --set eval.samples.num=100",
-            )
+    refuse_other_sections(overrides)
     recipe = recipe_of(run)
     require_model(run)
     if data is not None:
@@ -277,6 +376,7 @@ def _reference_tables(
     tokenizer: PreTrainedTokenizerBase,
     stores: Stores,
     limit: int | None,
+    sharding: Sharding | None,
 ) -> dict[str, Columns]:
     """Return the reference's log-probabilities of every eval set, if they are needed; the model is freed at the end."""
     if not build_task(recipe).needs_reference:
@@ -284,7 +384,12 @@ def _reference_tables(
     require_known_start(run, recipe)
     if recipe.dpo.reference.sync_steps is not None:
         console.note("the reference moved in training; here it is the model that training started from")
-    setup = Setup.of(recipe, accelerator, tokenizer, load_policy(recipe, tokenizer, accelerator.device))
+    if is_model_only(run):
+        # Against another model, which the recipe names; an adapter has no recipe that says how to train it.
+        policy = _load(run, recipe, accelerator, sharding).policy
+    else:
+        policy = load_policy(recipe, tokenizer, accelerator.device, lazy=sharding is not None)
+    setup = Setup.of(recipe, accelerator, tokenizer, policy, sharding=sharding)
     reference = Reference(setup)
     return {
         name: reference.table(
@@ -307,24 +412,24 @@ def _evaluate(
             reader = with_columns(setup.reader(store, name), tables.get(name))
             counts = {item: int(numbers.sum()) for item, numbers in lengths.items.items()}
             watch, one_pass = RecordWatch(setup.task), setup.plan(lengths).one_pass(lengths)
-            results[name] = _describe(evaluate(objective, reader, one_pass, watch=watch), counts)
+            metrics = evaluate(objective, reader, one_pass, watch=watch)
             values[name] = watch.values(store)
+            results[name] = _describe(metrics, counts, values[name])
             groups = accuracy_by_group(values[name], store, sources[name])
             results[name] |= {"groups": groups} if groups else {}
     return results, values
 
 
-def _describe(metrics: Mapping[str, Any], counts: Mapping[Item, int]) -> dict[str, Any]:
-    """Add the number of items and the confidence interval to the mean metrics."""
+def _describe(metrics: Mapping[str, Any], counts: Mapping[Item, int], values: RecordValues) -> dict[str, Any]:
+    """Add the number of items and the confidence intervals to the mean metrics."""
     if (error := metrics.get(f"loss{STANDARD_ERROR}")) is not None:
         metrics = {**metrics, "loss_ci": [metrics["loss"] - Z * error, metrics["loss"] + Z * error]}
     if "rewards/chosen" not in metrics:
         nats = metrics.get("nll_loss", metrics["loss"])
         return {**metrics, "perplexity": math.exp(nats), "num_tokens": counts["tokens"]}
-    if "rewards/accuracies" not in metrics:
+    if ACCURACY not in metrics:
         return {**metrics, "num_records": counts["records"]}
-    low, high = wilson_interval(metrics["rewards/accuracies"], counts["pairs"])
-    return {**metrics, "rewards/accuracies_ci": [low, high], "num_pairs": counts["pairs"]}
+    return {**metrics, **accuracy_of(values).named(ACCURACY), "num_pairs": counts["pairs"]}
 
 
 def _show(results: Mapping[str, Mapping[str, Any]]) -> None:
@@ -374,7 +479,7 @@ def verdicts(results: Mapping[str, Mapping[str, Any]], judge: Mapping[str, Any] 
             yield f"verdict: {share}, {_compared(interval, 0.5, 'chance')}"
     if judge is not None and "type" in judge:
         yield from judge_verdicts(judge)
-    elif judge is not None:
+    elif judge is not None and "reference" in judge:
         target = judge["target"]
         before, after = (judge[side][target] for side in ("reference", "policy"))
         change = f"{target} answers {before['share']:.1%} -> {after['share']:.1%}"
@@ -406,7 +511,8 @@ def _show_samples(samples: Sequence[Sample], numbers: Mapping[str, Any]) -> None
     if judge and "type" not in judge:
         for category in sorted(judge["policy"], key=lambda name: name != judge["target"]):
             mark = " (target)" if category == judge["target"] else ""
-            table.add_row(Text(category + mark), *(_interval(judge[side][category]) for side in sides))
+            cells = (_interval(judge[side][category]) if side in judge else "" for side in sides)
+            table.add_row(Text(category + mark), *cells)
     console.say(table)
 
 

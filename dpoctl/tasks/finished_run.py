@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpoctl import console
 from dpoctl.errors import SetupError, UsageError
+from dpoctl.model.lazy_weights import is_lazy
 from dpoctl.model.load import compute_dtype, load_policy, load_run
 from dpoctl.model.policy import FROZEN, Policy
 from dpoctl.model.source import ADAPTER_CONFIG, find_adapter, find_source, first_line
@@ -142,21 +143,26 @@ class FinishedRun:
         recipe: the resolved recipe.
         policy: the trained model.
         tokenizer: the tokenizer that was saved with the model, with its chat template.
+        device: the device of the weights.
+        lazy: whether weights are left in their files until the model is divided over the ranks.
     """
 
     path: Path
     recipe: Recipe
     policy: Policy
     tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    lazy: bool = False
 
     @classmethod
-    def load(cls, run: Path, device: torch.device, dtype: torch.dtype | None = None) -> Self:
+    def load(cls, run: Path, device: torch.device, dtype: torch.dtype | None = None, *, lazy: bool = False) -> Self:
         """Load a run as it was trained: in the same precision, with the same quantisation of the base.
 
         Args:
             run: the run directory.
             device: the device of the weights.
             dtype: the dtype of the weights; the default is the precision of the computation.
+            lazy: leave weights in their files, if that can be done, until the model is divided over the ranks.
 
         Raises:
             UsageError: The folder is not a run, or the run has not finished.
@@ -172,9 +178,15 @@ class FinishedRun:
                 attn_implementation=recipe.model.attn_implementation,
                 quantization=recipe.quantization,
                 trust_remote_code=recipe.model.trust_remote_code,
+                lazy=lazy,
             )
         source = find_source(str(run), trust_remote_code=recipe.model.trust_remote_code)
-        return cls(run, recipe, policy, read_tokenizer(source))
+        return cls(run, recipe, policy, read_tokenizer(source), device, lazy)
+
+    def load_reference_adapter(self) -> None:
+        """Load what `reference` adds to the policy, which must be there before the policy is divided over the ranks."""
+        if self.policy.kind == "lora" and not is_model_only(self.path) and self.recipe.dpo.reference.path is None:
+            _ = self._with_frozen_adapter
 
     @contextmanager
     def reference(self) -> Iterator[PreTrainedModel]:
@@ -188,26 +200,26 @@ class FinishedRun:
         """
         if is_model_only(self.path):
             raise UsageError(f"{self.path} is a model that no run describes: it has no reference", hint="pass a run")
-        other = self._other_model
-        if other is not None:
-            yield other
+        if self.other_policy is not None:
+            yield self.other_policy.causal
             return
         with self._with_frozen_adapter.reference():
             yield self.policy.causal
 
     @cached_property
-    def _other_model(self) -> PreTrainedModel | None:
+    def other_policy(self) -> Policy | None:
         """The reference if it is a separate model."""
         recipe, policy = self.recipe, self.policy
-        device = policy.causal.device
         if recipe.method == "dpo" and recipe.dpo.reference.path is not None:
-            return load_reference(recipe, device, policy.dtype).causal
+            return load_reference(recipe, self.device, policy.dtype, lazy=self.lazy)
         if policy.kind == "lora":
             return None
         require_known_start(self.path, recipe)
-        start = load_policy(recipe, self.tokenizer, device).causal
-        for parameter in start.parameters():
-            parameter.requires_grad_(False).data = parameter.data.to(policy.dtype)
+        start = load_policy(recipe, self.tokenizer, self.device, lazy=self.lazy)
+        for parameter in start.causal.parameters():
+            parameter.requires_grad_(False)
+            if not is_lazy(parameter):
+                parameter.data = parameter.data.to(policy.dtype)
         return start
 
     @cached_property

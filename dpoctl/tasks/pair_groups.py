@@ -1,4 +1,4 @@
-"""The accuracy of implicit rewards by source, and by each column of the rows' `meta`."""
+"""The accuracy of implicit rewards with its interval: of all records, by source, and by each column of `meta`."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ from dpoctl.runs.statistics import Estimate, ratio, share, summary
 MOST_VALUES = 50
 """A column with more values than this is no grouping: it is a number, a name or an id."""
 ACCURACY, MARGIN = "rewards/accuracies", "rewards/margins"
+ALL = slice(None)
 
 
 def accuracy_by_group(values: RecordValues, store: TokenStore, sources: Sequence[str]) -> dict[str, Any]:
@@ -43,14 +44,14 @@ def accuracy_by_group(values: RecordValues, store: TokenStore, sources: Sequence
     }
 
 
+def accuracy_of(values: RecordValues, records: NDArray[np.int64] | slice = ALL) -> Estimate:
+    """Estimate the accuracy of some records; pairs of the same prompt are no independent evidence."""
+    at = values.names.index(ACCURACY)
+    return share(values.sums[at][records], values.prompts[records].tolist(), values.counts[at][records])
+
+
 def _describe(values: RecordValues, records: NDArray[np.int64]) -> dict[str, Any]:
-    prompts = values.prompts[records].tolist()
-
-    def estimate(name: str, how: Any) -> Estimate:
-        at = values.names.index(name)
-        found: Estimate = how(values.sums[at][records], values.counts[at][records], prompts)
-        return found
-
-    accuracy = estimate(ACCURACY, lambda sums, counts, keys: share(sums, keys, counts))
+    at = values.names.index(MARGIN)
+    margin = ratio(values.sums[at][records], values.counts[at][records], values.prompts[records].tolist())
     num = int(values.counts[values.names.index(ACCURACY)][records].sum())
-    return {**summary({ACCURACY: accuracy, MARGIN: estimate(MARGIN, ratio)}), "num_pairs": num}
+    return {**summary({ACCURACY: accuracy_of(values, records), MARGIN: margin}), "num_pairs": num}

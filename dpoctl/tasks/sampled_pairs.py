@@ -188,7 +188,7 @@ def read_prompts(section: PromptsSection) -> tuple[list[Text], Counter[str]]:
         else:
             found[key] = record.prompt
     if not found:
-        raise DataError(f"prompts.path: {section.path} has no prompts")
+        raise DataError(f"{section.path} has no prompts")
     return list(found.values()), left_out
 
 

@@ -3,6 +3,7 @@
 A keyword judge counts them, with confidence intervals.
 """
 
+import copy
 import json
 import math
 import re
@@ -13,7 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
@@ -28,14 +29,14 @@ from dpoctl.data.records import Text
 from dpoctl.data.store import TokenStore
 from dpoctl.data.tokenize import render_prompts
 from dpoctl.files import write_atomically
-from dpoctl.model.continuations import continuation_divergences
+from dpoctl.model.continuations import InStep, batch_size, continuation_divergences
 from dpoctl.model.generate import Generation, SamplingParams, generate
 from dpoctl.recipe.judge_section import UNDECIDED
 from dpoctl.recipe.schema import SamplesSection
 from dpoctl.runs.names import own_folder
 from dpoctl.runs.statistics import wilson_interval
 from dpoctl.tasks.judges import Vote
-from dpoctl.tasks.served import Client, Request
+from dpoctl.tasks.served import Client, Reply, Request
 from dpoctl.tasks.setup import Setup
 
 FOLDER = "samples"
@@ -80,21 +81,35 @@ class Sampler:
     Args:
         section: the prompts, and how texts are drawn.
         setup: the setup of the run.
-        stores: the eval sets.
-        limit: use only the first prompts of each set.
-        is_own: whether the sets have the tokens of this model; prompts that are cut there are cut here.
+        found: the prompts with their tokens.
     """
 
-    def __init__(
-        self,
+    def __init__(self, section: SamplesSection, setup: Setup, found: Sequence[tuple[Text, list[int]]]) -> None:
+        self._setup, self._tokenizer, self._accelerator = setup, setup.tokenizer, setup.accelerator
+        self._prompts = [each for each in found for _ in range(section.per_prompt)]
+        longest = max((len(ids) for _, ids in found), default=0) + section.max_new_tokens
+        rows = max(1, min(MOST_ROWS, TOKENS // longest))
+        self._sampling = replace(sampling_of(section), batch_size=rows)
+
+    @classmethod
+    def of(
+        cls,
         section: SamplesSection,
         setup: Setup,
         stores: Mapping[str, TokenStore],
         limit: int | None = None,
         *,
         is_own: bool = True,
-    ) -> None:
-        self._setup, self._tokenizer, self._accelerator = setup, setup.tokenizer, setup.accelerator
+    ) -> Self:
+        """Take the prompts of eval sets, or those of the recipe.
+
+        Args:
+            section: the prompts, and how texts are drawn.
+            setup: the setup of the run.
+            stores: the eval sets.
+            limit: use only the first prompts of each set.
+            is_own: whether the sets have the tokens of this model; prompts that are cut there are cut here.
+        """
         tokenizer, kwargs = setup.tokenizer, setup.recipe.data.chat_template_kwargs
         if section.prompts is None:
             count = section.num if limit is None else min(section.num, limit)
@@ -102,10 +117,18 @@ class Sampler:
             found = list(chain.from_iterable(first))
         else:
             found = _given_prompts(section.prompts, next(iter(stores.values())), tokenizer, kwargs)
-        self._prompts = [each for each in found for _ in range(section.per_prompt)]
-        longest = max((len(ids) for _, ids in found), default=0) + section.max_new_tokens
-        rows = max(1, min(MOST_ROWS, TOKENS // longest))
-        self._sampling = SamplingParams(section.max_new_tokens, section.temperature, section.top_p, section.seed, rows)
+        return cls(section, setup, found)
+
+    def of_model(self, setup: Setup) -> Self:
+        """Return a sampler of the same prompts for another model with the same tokens."""
+        other = copy.copy(self)
+        other._setup = setup
+        return other
+
+    @property
+    def setup(self) -> Setup:
+        """The setup of the model."""
+        return self._setup
 
     @property
     def prompts(self) -> list[Text]:
@@ -134,14 +157,8 @@ class Sampler:
         """Return a text of a served model for each prompt; every rank calls this, and the first one asks."""
         texts: list[Any] = [None]
         if self._accelerator.is_main_process:
-            seen: Counter[str] = Counter()
-            requests = []
-            for prompt, _ in self._prompts:
-                key = json.dumps(prompt, sort_keys=True)
-                number = repeat * len(self._prompts) + seen[key]
-                requests.append(Request(prompt, self._fields(number), repeat=number))
-                seen[key] += 1
-            texts = [[Generation(one.text, one.finished) for one in client.ask(requests, "drawing samples from")]]
+            replies = ask(client, self.prompts, self._sampling, repeat)
+            texts = [[Generation(one.text, one.finished) for one in replies]]
         return list(broadcast_object_list(texts)[0])
 
     def divergences(
@@ -149,18 +166,30 @@ class Sampler:
         policy: PreTrainedModel,
         reference: Callable[[], AbstractContextManager[PreTrainedModel]],
         texts: Sequence[Generation],
+        other: Setup,
     ) -> list[float]:
         """Return the divergence of a model from a reference over each of its texts, in nats.
 
         Every rank calls this and gets all of them.
+
+        Args:
+            policy: the model.
+            reference: a context with the reference.
+            texts: of the model, one for each prompt.
+            other: the setup of the reference.
         """
         rows = [(ids, text) for (_, ids), text in zip(self._prompts, self.tokens(texts), strict=True)]
-        mine, _ = self._shares([(*prompt, *text) for prompt, text in rows])
+        joined = [(*prompt, *text) for prompt, text in rows]
+        mine, most = self._shares(joined)
+        longest, in_step = max(map(len, joined)), None
+        if self._setup.sharded is not None:
+            in_step = InStep(self._setup.inside, other.inside, -(-most // batch_size(longest)), rows[0])
         with (
             console.WorkProgress("computing the divergence", len(mine), "texts") as progress,
             self._accelerator.autocast(),
         ):
-            found = continuation_divergences(policy, reference, [rows[index] for index in mine], progress.advance)
+            own = [rows[index] for index in mine]
+            found = continuation_divergences(policy, reference, own, progress.advance, longest=longest, in_step=in_step)
         return self._gathered(mine, found)
 
     def tokens(self, texts: Sequence[Generation]) -> list[Sequence[int]]:
@@ -169,12 +198,6 @@ class Sampler:
         end = [stop] if isinstance(stop, int) else []
         encode = self._tokenizer.encode
         return [text.ids or [*encode(text.text, add_special_tokens=False), *end] for text in texts]
-
-    def _fields(self, number: int) -> dict[str, Any]:
-        """Return the fields of the request for a draw."""
-        sampling = self._sampling
-        fields = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
-        return fields | ({"top_p": sampling.top_p, "seed": sampling.seed + number} if sampling.temperature else {})
 
     def _shares(self, rows: Sequence[Sequence[int]]) -> tuple[list[int], int]:
         """Return the numbers of this rank's rows, and the most that a rank has."""
@@ -236,7 +259,7 @@ class Samples:
             _delete_after(self._folder, start)
         if (section := recipe.eval.samples) is None or not section.num or not stores:
             return
-        self._sampler = Sampler(section, setup, stores)
+        self._sampler = Sampler.of(section, setup, stores)
         if recipe.method == "dpo" and recipe.dpo.reference.path is not None:
             console.note(
                 "samples in training show only the policy: the reference is another model; dpoctl eval shows both"
@@ -283,6 +306,32 @@ class Samples:
         return metrics
 
 
+def sampling_of(section: SamplesSection) -> SamplingParams:
+    """Return how the texts of a recipe are drawn."""
+    return SamplingParams(section.max_new_tokens, section.temperature, section.top_p, section.seed)
+
+
+def ask(client: Client, prompts: Sequence[Text], sampling: SamplingParams, repeat: int = 0) -> list[Reply]:
+    """Return an answer of a served model to each prompt.
+
+    Args:
+        client: asks the model.
+        prompts: the prompts; one that is there several times gets several answers.
+        sampling: how texts are drawn.
+        repeat: the number of the draw of all of them.
+    """
+    seen: Counter[str] = Counter()
+    requests = []
+    for prompt in prompts:
+        key = json.dumps(prompt, sort_keys=True)
+        number = repeat * len(prompts) + seen[key]
+        fields: dict[str, Any] = {"max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
+        fields |= {"top_p": sampling.top_p, "seed": sampling.seed + number} if sampling.temperature else {}
+        requests.append(Request(prompt, fields, repeat=number))
+        seen[key] += 1
+    return client.ask(requests, "drawing samples from")
+
+
 def describe(samples: Sequence[Sample]) -> dict[str, Any]:
     """Return the number of samples, and for each model the finished share, distinct texts and median words."""
     sides: dict[str, list[Generation | None]] = {
@@ -293,7 +342,8 @@ def describe(samples: Sequence[Sample]) -> dict[str, Any]:
     for name, side in sides.items():
         texts = [one for one in side if one is not None]
         if texts:
-            numbers[f"finished_{name}"] = statistics.fmean(one.finished for one in texts)
+            ends = [one.finished for one in texts if one.finished is not None]
+            numbers |= {f"finished_{name}": statistics.fmean(ends)} if len(ends) == len(texts) else {}
             numbers[f"distinct_{name}"] = len({one.text for one in texts})
             numbers[f"median_length_{name}"] = statistics.median(len(one.text.split()) for one in texts)
     return numbers
@@ -360,7 +410,7 @@ def _first(samples: Sequence[Sample]) -> list[Sample]:
 def _text(generation: Generation | None) -> str:
     if generation is None:
         return ""
-    return shown(generation.text) + ("" if generation.finished else " [cut off]")
+    return shown(generation.text) + (" [cut off]" if generation.finished is False else "")
 
 
 def _prompt_text(sample: Sample) -> str:

@@ -87,14 +87,14 @@ class Reply:
 
     Attributes:
         text: its text; empty if there is none.
-        finished: True if the model ended its turn, false if a limit cut it off.
+        finished: True if the model ended its turn, false if a limit cut it off; None if the server does not say.
         prompt_tokens: the tokens read, as the server counts them; 0 if it does not.
         completion_tokens: the tokens written.
         problem: the reason why there is no text; None if there is one.
     """
 
     text: str
-    finished: bool
+    finished: bool | None
     prompt_tokens: int = 0
     completion_tokens: int = 0
     problem: str | None = None
@@ -322,7 +322,8 @@ def _read(reply: Any) -> Reply:
         return Reply("", False, problem="malformed: its answer has no text")
     counts = [getattr(getattr(reply, "usage", None), name, 0) for name in ("prompt_tokens", "completion_tokens")]
     read, written = (count if isinstance(count, int) else 0 for count in counts)
-    return Reply(text, getattr(choice, "finish_reason", None) == "stop", read, written)
+    reason = getattr(choice, "finish_reason", None)
+    return Reply(text, None if reason is None else reason == "stop", read, written)
 
 
 def _in_words(error: Exception, endpoint: Endpoint) -> UserError:

@@ -1,4 +1,4 @@
-"""The decision whether to divide a model over the ranks, before it is loaded."""
+"""The decision whether to divide a model over the ranks, for a training or an evaluation, before it is loaded."""
 
 import os
 
@@ -21,6 +21,10 @@ from dpoctl.tasks import fsdp_options
 from dpoctl.tasks.estimate import Estimator
 from dpoctl.tasks.fit import LEFT_FOR_STEPS, in_bytes
 from dpoctl.tasks.footprint import Subject, states_of
+
+WHOLE_EVAL = "evaluate it with one process, or merge and serve it: --model-url"
+HELD_IN_EVAL = ("weights", "copies in another precision")
+"""What of the states of a training an evaluation holds too."""
 
 
 def choose_sharding(
@@ -66,6 +70,38 @@ def choose_sharding(
     return Sharding(accelerator.device, ranks, training.replicas, gathered, training.cpu_offload)
 
 
+def choose_eval_sharding(
+    recipe: Recipe, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, *, models: int
+) -> Sharding | None:
+    """Decide whether to divide the models of an evaluation over the ranks; the same on all of them.
+
+    Args:
+        recipe: of the run.
+        accelerator: ranks, device and precision.
+        tokenizer: of the recipe.
+        models: the number of models of that size that a rank holds at a time.
+
+    Returns:
+        The division, or None if each rank shall hold whole models.
+
+    Raises:
+        UsageError: they have to be divided, and cannot be.
+    """
+    training, ranks = recipe.training, accelerator.num_processes
+    asked = fsdp_options.request(os.environ)
+    if ranks == 1 or training.sharding == "none":
+        return None
+    if training.sharding == "auto" and not asked and not _eval_exceeds(recipe, accelerator, tokenizer, models):
+        return None
+    dtype = compute_dtype(recipe, accelerator.device)
+    refuse_undividable(recipe, dtype, WHOLE_EVAL)
+    gathered = dtype if recipe.lora is None and dtype != torch.float32 else None
+    # The run may have had another number of processes.
+    replicas = training.replicas if ranks % training.replicas == 0 else 1
+    console.say(f"sharding: the models are divided over {ranks // replicas} processes")
+    return Sharding(accelerator.device, ranks, replicas, gathered, training.cpu_offload)
+
+
 def _say_without_effect(training: TrainingSection) -> None:
     """Say which keys have no effect, because the model is not divided."""
     keys = {"replicas": training.replicas > 1, "cpu_offload": training.cpu_offload}
@@ -95,7 +131,7 @@ def _refuse(recipe: Recipe, ranks: int, dtype: torch.dtype) -> None:
     Raises:
         UsageError: it cannot.
     """
-    training, quantization = recipe.training, recipe.quantization
+    training = recipe.training
     if ranks % training.replicas:
         raise UsageError(
             f"training.replicas is {training.replicas}, which does not divide {ranks} processes",
@@ -111,20 +147,57 @@ def _refuse(recipe: Recipe, ranks: int, dtype: torch.dtype) -> None:
             "sft.router_aux_loss_coef has not been tried with a sharded model",
             hint="remove it, or set training.sharding: none",
         )
-    lora = recipe.lora
+    refuse_undividable(recipe, dtype)
+
+
+def refuse_undividable(recipe: Recipe, dtype: torch.dtype, hint: str | None = None) -> None:
+    """Check that a kind of model can be divided.
+
+    Args:
+        recipe: of the model.
+        dtype: the precision of the computation.
+        hint: what to do instead; None names keys of the recipe.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    lora, quantization = recipe.lora, recipe.quantization
     if lora is not None and (lora.use_dora or lora.changes_base):
         key = "use_dora" if lora.use_dora else "init_lora_weights"
         raise UsageError(
             f"lora.{key} needs whole weight matrices, and a sharded model has parts of them",
-            hint=f"remove lora.{key}, or set training.sharding: none",
+            hint=hint or f"remove lora.{key}, or set training.sharding: none",
         )
     if dtype == torch.float16:
-        raise UsageError("a sharded model cannot compute in float16", hint="set model.dtype: bfloat16")
+        raise UsageError("a sharded model cannot compute in float16", hint=hint or "set model.dtype: bfloat16")
     if quantization is not None and quantization.load_in_8bit:
         raise UsageError(
             "a model of 8 bits cannot be sharded: bitsandbytes keeps its weights outside of the parameters",
-            hint="set quantization.load_in_4bit: true instead, or training.sharding: none",
+            hint=hint or "set quantization.load_in_4bit: true instead, or training.sharding: none",
         )
+
+
+def _eval_exceeds(recipe: Recipe, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, models: int) -> bool:
+    """Whether the weights of an evaluation do not fit on every rank; says the arithmetic if so."""
+    least = _least_free(accelerator)
+    sizes = states_of(recipe, tokenizer, compute_dtype(recipe, accelerator.device))
+    needed = models * sum(sizes.get(name, 0) for name in HELD_IN_EVAL)
+    if needed <= LEFT_FOR_STEPS * least:
+        return False
+    console.say(
+        f"sharding: the models of this evaluation need {in_bytes(needed)}, and {in_bytes(least)} are free for each "
+        "process"
+    )
+    return True
+
+
+def _least_free(accelerator: Accelerator) -> float:
+    """Return the memory that is free for each process, on that with the least."""
+    device = accelerator.device
+    # The ranks of a machine share the memory of its CPUs.
+    sharers = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
+    free = torch.tensor([free_bytes(device) / sharers], dtype=torch.float64, device=device)
+    return float(accelerator.gather(free).min())
 
 
 def _exceeds(
@@ -132,10 +205,7 @@ def _exceeds(
 ) -> bool:
     """Whether a run does not fit on every rank if each holds the whole model; says the arithmetic if so."""
     device, ranks = accelerator.device, accelerator.num_processes
-    # The ranks of a machine share the memory of its CPUs.
-    sharers = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
-    free = torch.tensor([free_bytes(device) / sharers], dtype=torch.float64, device=device)
-    least, dtype = float(accelerator.gather(free).min()), compute_dtype(recipe, device)
+    least, dtype = _least_free(accelerator), compute_dtype(recipe, device)
     needed = sum(states_of(recipe, tokenizer, dtype).values())
     if needed <= least and store is not None:
         subject = Subject(

@@ -70,13 +70,30 @@ def test_no_difference_and_a_single_prompt_have_no_p_value_to_speak_of() -> None
 def test_a_share_of_independent_votes_has_wilsons_interval() -> None:
     votes = [1] * 700 + [0] * 300
     found = share(votes, range(1000))
-    # p (1 - p) / se^2 is n - 1 there.
-    assert found.interval == pytest.approx(wilson_interval(0.7, 999, t_quantile(0.975, 999)))
+    assert found.interval == pytest.approx(wilson_interval(0.7, 1000))
     assert found.method == "Wilson interval of the effective number of prompts, errors clustered by prompt"
+    # Records of one pair each, and some without any.
+    counted = share(votes + [0] * 50, range(1050), [1] * 1000 + [0] * 50)
+    assert (counted.error, counted.interval) == (found.error, found.interval)
+
+
+def test_votes_of_the_same_prompt_widen_wilsons_interval_as_worked_out_by_hand() -> None:
+    # Residuals by prompt 2/3, -1/3, -1/3: se^2 = 3/2 (2/3) / 36 = 1/36. Of independent votes 2/9 / 5 = 2/45.
+    # t(5) = 2.570582 and t(2) = 4.302653: 6 (2/45) 36 (2.570582 / 4.302653)^2 = 3.426583 independent votes.
+    found = share([1, 1, 0, 1, 1, 0], ["a", "a", "b", "b", "c", "c"])
+    assert found.error == pytest.approx(1 / 6)
+    assert found.interval == pytest.approx(wilson_interval(2 / 3, 3.426583), abs=1e-6)
+    # The same as two pairs in each of three records.
+    assert share([2, 1, 1], range(3), [2, 2, 2]).interval == pytest.approx(found.interval)
+    # Copies are no evidence: they may not narrow it.
+    low, high = share(WINS[::2], range(6)).interval or (0, 1)
+    lower, higher = share(WINS[::2] * 20, [*range(6)] * 20).interval or (0, 1)
+    assert lower < low < high < higher
 
 
 def test_votes_that_all_agree_leave_an_interval() -> None:
-    assert share([1.0] * 10, range(10)).interval == pytest.approx(wilson_interval(1.0, 10, t_quantile(0.975, 9)))
+    assert share([1.0] * 10, range(10)).interval == pytest.approx(wilson_interval(1.0, 10))
+    assert share([1.0] * 10, [0, 1] * 5).interval == pytest.approx(wilson_interval(1.0, 2))
     halves = share([0.5] * 10, range(10))
     assert halves.value == 0.5
     assert halves.interval is not None

@@ -10,7 +10,7 @@ import pytest
 from tiny_runs import metrics_of, pair_rows, write_rows
 
 from dpoctl.errors import DataError, SetupError, UsageError
-from dpoctl.runs.results import PROVENANCE
+from dpoctl.runs.record_values import read_record_values
 from dpoctl.runs.statistics import wilson_interval
 from dpoctl.tasks import merge
 from dpoctl.tasks.evaluate import run as evaluate
@@ -75,7 +75,7 @@ def test_the_numbers_are_those_of_the_last_evaluation(
     assert numbers["num_pairs"] == 7
     accuracy, (low, high) = numbers["rewards/accuracies"], numbers["rewards/accuracies_ci"]
     assert 0 <= low < accuracy < high <= 1 or accuracy in (0, 1)
-    assert [low, high] == list(wilson_interval(accuracy, 7))
+    assert (low, high) == pytest.approx(wilson_interval(accuracy, 7), rel=1e-12)
     assert list(results_of(recipe).values()) == [numbers]
 
 
@@ -141,6 +141,36 @@ def test_other_data_are_measured_instead(
     assert "sets" not in numbers
 
 
+def test_pairs_that_share_a_prompt_are_no_independent_evidence_of_accuracy(
+    dpo_recipe: dict[str, Any], train: Run, report: Report, main: Callable[..., int], tmp_path: Path
+) -> None:
+    # Five prompts with four pairs each.
+    prompts = [row["prompt"] for row in pair_rows(5, seed=1)]
+    rows = [row | {"prompt": prompts[at]} for seed in range(2, 6) for at, row in enumerate(pair_rows(5, seed))]
+    shared = str(write_rows(tmp_path / "shared.jsonl", rows))
+    recipe = train(dpo_recipe)
+    found, run = report(recipe, data=shared), Path(recipe["training"]["output_dir"])
+    right, n, error = found["rewards/accuracies"], 20, found["rewards/accuracies_se"]
+    assert (found["num_pairs"], 0 < right < 1) == (n, True)
+    (file,) = (run / "evals").glob("*.records.npz")
+    values = read_record_values(file)["eval"]
+    sums = dict.fromkeys(values.prompts.tolist(), 0.0)
+    all_wins = values.sums[values.names.index("rewards/accuracies")].tolist()
+    for prompt, wins in zip(values.prompts.tolist(), all_wins, strict=True):
+        sums[prompt] += wins
+    assert len(sums) == 5
+    assert error == pytest.approx((5 / 4 * sum((wins - 4 * right) ** 2 for wins in sums.values())) ** 0.5 / n)
+    # With the quantiles of Student's t of 19 and of 4 degrees of freedom.
+    effective = n * right * (1 - right) / (n - 1) / error**2 * (2.0930241 / 2.7764451) ** 2
+    low, high = found["rewards/accuracies_ci"]
+    assert (low, high) == pytest.approx(wilson_interval(right, effective))
+    # 20 independent pairs would pass this gate.
+    bound = (low + wilson_interval(right, n)[0]) / 2
+    gate = f'eval.gates=[{{"metric": "rewards/accuracies", "min": {bound}, "by": "lower"}}]'
+    assert effective < n
+    assert main("eval", run, "--data", shared, "--set", gate) == 4
+
+
 def test_a_run_without_evaluation_data_needs_some(
     dpo_recipe: dict[str, Any], heldout: Path, train: Run, report: Report
 ) -> None:
@@ -160,7 +190,11 @@ def test_a_limit_takes_the_first_rows(
     recipe = train(dpo_recipe)
     expected = report(recipe, data=str(few))
     assert expected["num_pairs"] == 3
-    assert_same(report(recipe, limit=3), {name: value for name, value in expected.items() if name not in PROVENANCE})
+    numbers = {name: value for name, value in expected.items() if isinstance(value, float)}
+    assert len(numbers) > 10
+    limited = report(recipe, limit=3)
+    assert_same(limited, numbers)
+    assert limited["rewards/accuracies_ci"] == pytest.approx(expected["rewards/accuracies_ci"])
     assert report(recipe, limit=1000)["num_pairs"] == 7
     # Nothing of a reference that was computed for some rows only may be found later.
     monkeypatch.setenv("DPOCTL_CACHE", str(tmp_path / "fresh"))
@@ -276,6 +310,9 @@ def test_any_model_folder_is_measured_on_given_data_and_keeps_nothing(
     demonstrations = report(model, data=str(write_rows(tmp_path / "sft.jsonl", rows)))
     assert demonstrations["perplexity"] > 1
     assert sorted(tiny_llama_folder.iterdir()) == before
+    kept = report(model, data=str(heldout), limit=2, output=tmp_path / "kept")
+    (file,) = (tmp_path / "kept" / "evals").glob("*.json")
+    assert json.loads(file.read_text()) == kept
     with pytest.raises(UsageError, match=r"it has no eval data; pass --data SOURCE$"):
         evaluate(tiny_llama_folder)
 
