@@ -71,9 +71,9 @@ def _texts(report: Mapping[str, Any]) -> Table:
     for name in NUMBERS:
         keys = [f"{name}_{side}" for side in COLUMNS]
         if any(key in numbers for key in keys):
-            cells = (_cell(name, numbers.get(key), numbers.get(f"{key}{INTERVAL}")) for key in keys[:-1])
+            sides = (_cell(name, numbers.get(key), numbers.get(f"{key}{INTERVAL}")) for key in keys[:-1])
             difference = _difference(name, numbers.get(keys[-1]), numbers.get(f"{keys[-1]}{INTERVAL}"))
-            rows.append(TableRow(name, (*cells, difference)))
+            rows.append(TableRow(name, (*sides, difference)))
     if "kl" in report:
         cells = (Cell(""), _cell("kl", report["kl"], report.get(f"kl{INTERVAL}")), Cell(""))
         rows.append(TableRow("kl per token, nats", cells))
@@ -88,11 +88,6 @@ def _benchmarks(benchmarks: Mapping[str, Any]) -> Table:
             delta = _difference("value", one.get("delta"), one.get(f"delta{INTERVAL}"))
             rows.append(TableRow(f"{task} {metric}", (*sides, delta)))
     return Table("benchmarks", COLUMNS, tuple(rows))
-
-
-def _plain(title: str, values: Mapping[str, Any]) -> Table:
-    rows = tuple(TableRow(name, (cell,)) for name, cell in _cells(values, ()))
-    return Table(title, (), rows)
 
 
 def _cells(values: Mapping[str, Any], above: tuple[str, ...]) -> Iterator[tuple[str, Cell]]:
