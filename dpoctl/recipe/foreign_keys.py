@@ -201,7 +201,7 @@ REMARKS: dict[str, str] = {
     "resume_from_checkpoint": "or pass --resume",
     "interleave_probs": "the weight of each source",
     "mix_strategy": "the weight of each source",
-    "max_samples": "it is a key of each source",
+    "max_samples": "it is a key of each source, as in data.train[0].max_samples",
     "dataset_config": "the name of a source",
     "dataset_config_name": "the name of a source",
     "dataset_revision": "the revision of a source",

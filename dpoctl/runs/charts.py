@@ -36,6 +36,7 @@ TITLES = {
     "samples/finished": "Sampled texts that end",
     "samples/median_length": "Words of a sampled text",
     "nll_loss": "Negative log-likelihood",
+    "peak_memory_gb": "Peak memory in GB",
 }
 ALWAYS = ("Loss", "Reward accuracy", "Reward margin")
 # A rise above the best evaluation is reported from this share of the total improvement on.

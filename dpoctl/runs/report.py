@@ -28,6 +28,7 @@ from dpoctl.runs.names import RESOLVED_RECIPE, require_run
 from dpoctl.runs.pages import TEMPLATES, template
 from dpoctl.runs.record_values import SUFFIX as RECORDS
 from dpoctl.runs.record_values import read_record_values
+from dpoctl.runs.result_tables import Cell, Table, TableRow, tables
 from dpoctl.runs.results import PROVENANCE, SAMPLES, fingerprint, in_words, read_results
 from dpoctl.runs.status import describe_status, read_status
 from dpoctl.runs.verdicts import Part, Verdict, accuracy_by_length, verdict_of, vote_words, wins_by_length
@@ -37,8 +38,6 @@ MOST_SAMPLES = 24
 # A larger loss gives a perplexity that means nothing.
 MOST_NATS = 20
 GRADES = ("error", "warning", "note")
-INTERVAL = "_ci"
-SIDES = ("reference", "policy")
 
 
 class Tile(NamedTuple):
@@ -115,35 +114,6 @@ def render(run: Path) -> str:
     )
 
 
-class Cell(NamedTuple):
-    """A number with its confidence interval.
-
-    Attributes:
-        text: the number.
-        interval: its 95 % interval in words; empty if there is none.
-        bar: value, low and high of a share, drawn on a scale from 0 to 1; None for other numbers.
-    """
-
-    text: str
-    interval: str = ""
-    bar: tuple[float, float, float] | None = None
-
-
-class TableRow(NamedTuple):
-    """A quantity and its cells, one per column of the table."""
-
-    name: str
-    cells: tuple[Cell, ...]
-
-
-class Table(NamedTuple):
-    """Rows under a heading; a table with one column has no column names."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[TableRow, ...]
-
-
 class Result(NamedTuple):
     """The tables of a result of `dpoctl eval`, and in words what it was measured on.
 
@@ -156,15 +126,6 @@ class Result(NamedTuple):
     about: str
     is_official: bool
     tables: tuple[Table, ...]
-
-
-def tables(report: Mapping[str, Any]) -> list[Table]:
-    """Return the tables of a result: each eval set, then each comparison of the policy with its reference."""
-    report = {key: value for key, value in report.items() if key not in PROVENANCE}
-    sets = report.pop("sets", None) or {}
-    found = [_plain("eval", report), *(_plain(str(name), table) for name, table in sets.items())]
-    found += _comparisons(report, ())
-    return [table for table in found if table.rows]
 
 
 class DataSet(NamedTuple):
@@ -364,6 +325,7 @@ def _evaluations(history: History) -> list[dict[str, Any]]:
     """Return every evaluation as numbers, one table per eval set."""
     found = []
     for name, table in history.evals.items():
+        table = {metric: points for metric, points in table.items() if not metric.endswith(STANDARD_ERROR)}
         steps = sorted({step for points in table.values() for step, _ in points})
         by_step = {metric: dict(points) for metric, points in table.items()}
         rows = [
@@ -461,65 +423,6 @@ def _times(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _day(path: Path) -> str:
     return datetime.fromtimestamp(path.stat().st_mtime, UTC).date().isoformat() if path.is_file() else ""
-
-
-def _plain(title: str, values: Mapping[str, Any]) -> Table:
-    rows = tuple(TableRow(name, (cell,)) for name, cell in _cells(values, ()))
-    return Table(title, (), rows)
-
-
-def _cells(values: Mapping[str, Any], above: tuple[str, ...]) -> Iterator[tuple[str, Cell]]:
-    """Yield the numbers of nested tables by dotted names; comparisons have their own tables."""
-    if _is_comparison(values):
-        return
-    for key, value in values.items():
-        name = ".".join((*above, str(key)))
-        if isinstance(value, Mapping) and value.keys() == {"share", "ci"}:
-            yield name, _cell(str(key), value["share"], value["ci"])
-        elif isinstance(value, Mapping):
-            yield from _cells(value, (*above, str(key)))
-        elif isinstance(value, int | float | str) and not str(key).endswith((INTERVAL, STANDARD_ERROR)):
-            yield name, _cell(str(key), value, values.get(f"{key}{INTERVAL}"))
-
-
-def _comparisons(values: Mapping[str, Any], above: tuple[str, ...]) -> Iterator[Table]:
-    if _is_comparison(values):
-        sides = [dict(_cells(_as_table(values[side]), ())) for side in SIDES]
-        names = dict.fromkeys(name for side in sides for name in side)
-        rows = tuple(TableRow(name, tuple(side.get(name, Cell("")) for side in sides)) for name in names)
-        yield Table(".".join(above) or "eval", SIDES, rows)
-        return
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _comparisons(value, (*above, str(key)))
-
-
-def _is_comparison(values: Mapping[str, Any]) -> bool:
-    return all(side in values for side in SIDES)
-
-
-def _as_table(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {"share": value}
-
-
-def _cell(key: str, value: float | str, interval: Any) -> Cell:
-    if isinstance(value, bool | str):
-        return Cell(str(value))
-    if not _is_interval(interval):
-        return Cell(f"{value:,}" if isinstance(value, int) else number(value))
-    low, high = (float(end) for end in interval)
-    is_share = 0 <= low <= high <= 1
-    write = percent if is_share else number
-    bar = (min(1.0, max(0.0, float(value))), low, high) if is_share else None
-    return Cell(write(float(value)), f"{write(low)} to {write(high)}", bar)
-
-
-def _is_interval(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and len(value) == 2
-        and all(isinstance(end, int | float) and math.isfinite(end) for end in value)
-    )
 
 
 def _data_set(name: str, account: Mapping[str, Any]) -> DataSet:

@@ -11,6 +11,7 @@ from typing import Any
 
 from dpoctl.errors import UsageError
 from dpoctl.files import to_json, write_atomically
+from dpoctl.redact import redact_text
 from dpoctl.runs.names import own_folder
 from dpoctl.runs.record_values import SUFFIX, RecordValues, write_record_values
 
@@ -128,8 +129,9 @@ def in_words(report: Mapping[str, Any]) -> str:
         first = "" if report["limit"] is None else "the first "
         label = "" if name == "eval" else f"{name}: "
         sets.append(f"{label}{first}{about['records']:,} {unit} of {what}")
+    settings = f": {redact_text(', '.join(report['settings']))}" if report.get("settings") else ""
     # A served model has no run.
-    kind = "" if "endpoint" in report else f" ({OWN if report['official'] else NOT_OWN})"
+    kind = "" if "endpoint" in report else f" ({OWN if report['official'] else NOT_OWN + settings})"
     against = f"; against {report['baseline']}" if report["baseline"] else ""
     step = "" if report["step"] is None else f" at step {report['step']:,}"
     return f"{report['run']}{step}, on {'; '.join(sets)}{kind}{against}"

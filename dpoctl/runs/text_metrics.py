@@ -7,6 +7,9 @@ from typing import Any
 
 from dpoctl.runs.statistics import Estimate, mean, share, summary
 
+SIDES, DIFFERENCE = ("reference", "policy"), "difference"
+NUMBERS = ("finished", "length", "median_length", "distinct", "repetition", "distinct_bigrams", "refusals")
+"""The numbers of texts as tables show them; each is kept as NAME_SIDE, and some differences as NAME_difference."""
 REPEATED = 4
 """The number of words in a row that make a repetition."""
 _QUOTES = str.maketrans("\N{RIGHT SINGLE QUOTATION MARK}\N{MODIFIER LETTER APOSTROPHE}", "''")
@@ -45,7 +48,7 @@ def compare_texts(
         for name in (name for name in columns["policy"] if name in columns["reference"]):
             column, others = columns["policy"][name], columns["reference"][name]
             differences = [value - other for value, other in zip(column, others, strict=True)]
-            found[f"{name}_difference"] = mean(differences, clusters)
+            found[f"{name}_{DIFFERENCE}"] = mean(differences, clusters)
     variety = {f"distinct_bigrams_{side}": distinct(texts, 2) for side, texts in sides.items()}
     return summary(found) | variety
 

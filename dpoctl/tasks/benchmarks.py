@@ -23,6 +23,8 @@ PACKAGE = "lm-eval"
 NO_FILTER = "none"
 BATCH_SIZE = 8
 """Items of lm-eval in a batch; they are padded to the longest one."""
+ENVIRONMENT = ("get_git_commit_hash", "add_env_info")
+"""The functions by which lm-eval describes the machine in its results."""
 Items = Mapping[int, float]
 """The values of a metric by item."""
 
@@ -100,7 +102,7 @@ def _run(one: BenchmarkSection, model: PreTrainedModel, tokenizer: PreTrainedTok
     from lm_eval.models.huggingface import HFLM  # noqa: PLC0415
 
     was_training = model.training
-    with _quiet(), library_forward(model), console.WorkProgress(f"{one.task} on the {side}"):
+    with _quiet(), _no_environment(), library_forward(model), console.WorkProgress(f"{one.task} on the {side}"):
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH_SIZE)
         try:
             return simple_evaluate(
@@ -160,6 +162,21 @@ def _no_bars() -> Iterator[None]:
         yield
     finally:
         tqdm.__init__ = original
+
+
+@contextmanager
+def _no_environment() -> Iterator[None]:
+    """Keep lm-eval from describing the machine: it runs programs for that, among them git, which prints errors."""
+    from lm_eval import evaluator  # noqa: PLC0415
+
+    originals = {name: getattr(evaluator, name) for name in ENVIRONMENT if hasattr(evaluator, name)}
+    for name in originals:
+        setattr(evaluator, name, lambda *_: None)
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(evaluator, name, original)
 
 
 def _values(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:

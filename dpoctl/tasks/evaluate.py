@@ -39,6 +39,7 @@ from dpoctl.runs.report import NAME as REPORT
 from dpoctl.runs.report import refresh_report
 from dpoctl.runs.results import Provenance, fingerprint, in_words, write_result
 from dpoctl.runs.statistics import Z
+from dpoctl.runs.text_metrics import DIFFERENCE, NUMBERS, SIDES
 from dpoctl.runs.verdicts import share_difference
 from dpoctl.tasks.baselines import Baseline, reference_overrides
 from dpoctl.tasks.benchmarks import check_benchmarks, run_benchmarks
@@ -498,22 +499,34 @@ def _show_samples(samples: Sequence[Sample], numbers: Mapping[str, Any]) -> None
     if not samples:
         return
     show(samples, "samples")
-    sides = ("reference", "policy")
-    table = Table("", *sides, title=f"{numbers['samples']['num']:,} samples", title_justify="left", box=None)
-    for name in ("finished", "distinct", "median_length", "repetition", "distinct_bigrams", "refusals"):
-        values = (numbers["samples"].get(f"{name}_{side}") for side in sides)
-        table.add_row(name, *("" if value is None else f"{value:.4g}" for value in values))
+    found = numbers["samples"]
+    title = f"{found['num']:,} samples, lengths in words"
+    sides = [side for side in SIDES if any(f"{name}_{side}" in found for name in NUMBERS)]
+    table = Table("", *sides, *([DIFFERENCE] if len(sides) > 1 else []), title=title, title_justify="left", box=None)
+    for name in NUMBERS:
+        cells = [_text_number(name, found, side) for side in sides]
+        if any(cells):
+            table.add_row(name, *cells, *([_text_number(name, found, DIFFERENCE, sign="+")] if len(sides) > 1 else []))
     if "kl" in numbers:
         # A single prompt has no interval.
         spread = "  ({:.4f} to {:.4f})".format(*numbers["kl_ci"]) if "kl_ci" in numbers else ""
-        table.add_row("kl per token", "", f"{numbers['kl']:.4f}{spread}")
+        table.add_row("kl per token", *[""] * (len(sides) - 1), f"{numbers['kl']:.4f}{spread}")
     judge = numbers.get("judge")
     if judge and "type" not in judge:
         for category in sorted(judge["policy"], key=lambda name: name != judge["target"]):
             mark = " (target)" if category == judge["target"] else ""
-            cells = (_interval(judge[side][category]) if side in judge else "" for side in sides)
+            cells = [_interval(judge[side][category]) if side in judge else "" for side in sides]
             table.add_row(Text(category + mark), *cells)
     console.say(table)
+
+
+def _text_number(name: str, numbers: Mapping[str, Any], side: str, sign: str = "") -> str:
+    """Write a number of the texts of a side, with its interval if it has one."""
+    if (value := numbers.get(f"{name}_{side}")) is None:
+        return ""
+    form = sign + {"length": ".1f", "median_length": ".4g", "distinct": ".4g"}.get(name, ".3f")
+    interval = numbers.get(f"{name}_{side}_ci")
+    return f"{value:{form}}" + (f"  ({interval[0]:{form}} to {interval[1]:{form}})" if interval else "")
 
 
 def _interval(counted: Mapping[str, Any]) -> str:

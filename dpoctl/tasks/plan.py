@@ -97,6 +97,7 @@ class Forecast:
         place: where.
         estimate: of its memory.
         division: how the model lies on the processes.
+        dtype: the precision of its computation.
         plan: its steps.
         work: its operations.
         measured: what some steps took there, if they were taken.
@@ -105,6 +106,7 @@ class Forecast:
     place: Target
     estimate: MemoryEstimate
     division: Division
+    dtype: torch.dtype
     plan: Plan
     work: Work
     measured: MeasuredSteps | None = None
@@ -112,7 +114,7 @@ class Forecast:
     @cached_property
     def rate(self) -> Rate:
         """Operations a second."""
-        return rate_of(self.place.gpu) if self.measured is None else self.measured.rate
+        return rate_of(self.place.gpu, self.dtype) if self.measured is None else self.measured.rate
 
 
 def run(
@@ -209,7 +211,7 @@ def forecast_of(
     evals = [Lengths.of(store) for store in data.evals.values()]
     evaluations = plan.num_steps // training.eval_steps + 1 if training.eval_steps and evals else 0
     work = work_of(estimate.footprint, plan.lengths, plan, has_reference=cached, evals=evals, evaluations=evaluations)
-    return Forecast(place, estimate, estimator.division, plan, work, measured)
+    return Forecast(place, estimate, estimator.division, place.dtype(recipe), plan, work, measured)
 
 
 def _estimator(

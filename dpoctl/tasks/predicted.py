@@ -55,7 +55,13 @@ class Comparison:
 
     @classmethod
     def of(
-        cls, directory: RunDirectory, estimate: MemoryEstimate, plan: Plan, accelerator: Accelerator, meter: MemoryMeter
+        cls,
+        directory: RunDirectory,
+        estimate: MemoryEstimate,
+        plan: Plan,
+        accelerator: Accelerator,
+        meter: MemoryMeter,
+        dtype: torch.dtype,
     ) -> Self | None:
         """Return the comparison of a run, on the first rank.
 
@@ -64,7 +70,7 @@ class Comparison:
         if not accelerator.is_main_process or estimate.footprint.method != "trace":
             return None
         work = work_of(estimate.footprint, plan.lengths, plan, has_reference=False)
-        rate = rate_of(machine_gpu() if accelerator.device.type == "cuda" else None)
+        rate = rate_of(machine_gpu() if accelerator.device.type == "cuda" else None, dtype)
         return cls(directory, estimate, work, rate, accelerator.num_processes, meter)
 
     def after(self, step: int, tokens_per_second: float) -> dict[str, float]:

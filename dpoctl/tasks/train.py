@@ -325,7 +325,7 @@ def _train(
         resumed=newest,
         inputs=inputs,
         expected=_expectation(setup, plan),
-        comparison=Comparison.of(directory, estimate, plan, accelerator, job.memory),
+        comparison=Comparison.of(directory, estimate, plan, accelerator, job.memory, policy.dtype),
     ) as recorder:
         done = fit(stepper, recorder, _cadence(recipe.training), evals, max(start, 0), owes_evaluation=owed)
     if recorder.best is not None:

@@ -126,8 +126,8 @@ def run(tmp_path: Path) -> Path:
         "loss": 0.493, "rewards/accuracies": 0.9, "rewards/accuracies_ci": [0.85, 0.93], "num_pairs": 200,
         "sets": {"hard": {"loss": 0.6}},
         "judge": {
-            "policy": {"harsh": 0.97, "harsh_ci": [0.93, 0.99]},
-            "reference": {"harsh": 0.49, "harsh_ci": [0.42, 0.56]},
+            "policy": {"harsh": {"share": 0.97, "ci": [0.93, 0.99]}},
+            "reference": {"harsh": {"share": 0.49, "ci": [0.42, 0.56]}},
         },
     }  # fmt: skip
     measured = folder / "evals" / "official-1.json"
@@ -354,6 +354,7 @@ OTHER = {"eval": {"sources": ["other.jsonl"], "key": "o", "records": 5}}
     [
         {"official": False, "data": OTHER},
         {"official": False, "limit": 5},
+        {"official": False, "settings": ["eval.samples.num=9"]},
         {"official": False, "data": OTHER, "limit": 5, "baseline": None},
     ],
     ids=str,
@@ -370,6 +371,7 @@ def test_numbers_of_other_data_stay_out_of_the_headline(run: Path, changes: dict
     assert "not the run's own result" in told
     assert ("other.jsonl" in told) == ("data" in changes)
     assert ("the first" in told) == ("limit" in changes)
+    assert ("eval.samples.num=9" in told) == ("settings" in changes)
 
 
 def test_a_result_of_weights_that_were_trained_further_is_no_headline(run: Path) -> None:

@@ -86,11 +86,18 @@ def test_the_differences_are_those_of_lm_eval_by_hand(
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_a_changed_key_of_a_benchmark_changes_its_figures(tiny_llama_folder: Path, whole: bool, tmp_path: Path) -> None:
+def test_a_changed_key_of_a_benchmark_changes_its_figures(
+    tiny_llama_folder: Path,
+    whole: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     pytest.importorskip("lm_eval")
     if not whole:
         pytest.skip("part of the whole suite")
     model, tokenizer = (kind.from_pretrained(tiny_llama_folder) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    monkeypatch.chdir(tmp_path)
     given = {"task": "smoke_continuation", "limit": 2, "include_path": str(SUITE)}
     other = shutil.copytree(SUITE, tmp_path / "suite")
     (other / "reviews.jsonl").write_text("".join(reversed((SUITE / "reviews.jsonl").read_text().splitlines(True))))
@@ -104,3 +111,4 @@ def test_a_changed_key_of_a_benchmark_changes_its_figures(tiny_llama_folder: Pat
         seen.append(json.dumps(figures({key: {"include_path": str(other)}.get(key, BENCHMARK_KEYS[key])})))
     assert len(set(seen)) == len(BENCHMARK_KEYS) + 1
     assert seen[0] == json.dumps(figures({}))
+    assert "git" not in capfd.readouterr().err, "the folder is no repository, which git would say"

@@ -16,7 +16,7 @@ from dpoctl.recipe import parse_recipe
 from dpoctl.recipe.gpus import GPUS, find_gpu
 from dpoctl.recipe.schema import Recipe
 from dpoctl.runs.report import render
-from dpoctl.tasks import check, estimate, plan
+from dpoctl.tasks import check, estimate, plan, speed
 from dpoctl.tasks.footprint import states_of
 from dpoctl.tasks.plan import Target
 
@@ -58,6 +58,19 @@ def test_a_plan_for_a_gpu_that_is_not_there(dpo_recipe: dict[str, Any], capsys: 
     assert (found["steps"], found["disk"]["checkpoint"]) == (5, 12 * found["trained"])
     low, usual, high = (found["seconds"][name] for name in ("least", "likely", "most"))
     assert low <= usual <= high
+
+
+def test_the_rate_of_a_cpu_is_that_of_the_precision_of_the_run(
+    dpo_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With AVX512-BF16, products of bfloat16 are several times as fast as those of float32."""
+    monkeypatch.setattr(speed, "_cpu_rate", {torch.float32: 1e6, torch.bfloat16: 1e7}.get)
+    monkeypatch.setattr(speed, "START", 0.0)
+    seconds = []
+    for dtype in ("float32", "bfloat16"):
+        plan.run(parse(dpo_recipe, {"model.dtype": dtype}), json_output=True)
+        seconds.append(json.loads(capsys.readouterr().out)["seconds"]["likely"])
+    assert seconds[0] == pytest.approx(10 * seconds[1], rel=0.01)
 
 
 def test_alternatives_in_a_table(dpo_recipe: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
