@@ -128,6 +128,33 @@ def slow(script: Callable[[Body], Reply], seconds: float) -> Callable[[Body], Re
     return reply
 
 
+class Rounds:
+    """Answers so many requests, and lets the others wait until the next round, in which they are refused.
+
+    With the rounds a test can kill a client while it waits: what waited is not answered afterwards.
+    """
+
+    def __init__(self, script: Callable[[Body], Reply], answers: int) -> None:
+        self._script, self._slots, self._round = script, threading.Semaphore(answers), 0
+
+    def __call__(self, body: Body) -> Reply:
+        """Reply to a request."""
+        own = self._round
+        while not self._slots.acquire(timeout=0.01):
+            if self._round != own:
+                return 500
+        if self._round != own:
+            self._slots.release()
+            return 500
+        return self._script(body)
+
+    def next(self, answers: int) -> None:
+        """Start a round with so many more answers."""
+        self._round += 1
+        for _ in range(answers):
+            self._slots.release()
+
+
 class _Handler(BaseHTTPRequestHandler):
     servers: dict[int, Scripted] = {}  # noqa: RUF012 - by port, for all handlers
     protocol_version = "HTTP/1.1"

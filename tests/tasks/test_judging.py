@@ -6,12 +6,11 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from threading import Semaphore
 from typing import Any
 
 import numpy as np
 import pytest
-from scripted_server import Body, Reply, length_biased, order_biased, scripted
+from scripted_server import Rounds, length_biased, order_biased, scripted
 
 from dpoctl.errors import UserError
 from dpoctl.model.generate import Generation
@@ -186,19 +185,8 @@ def test_an_evaluation_killed_twice_in_mid_judging_ends_as_one_that_was_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = train(dpo_recipe, SAMPLED)["training"]["output_dir"]
-    slots, rounds = Semaphore(3), [0]
-
-    def reply(body: Body) -> Reply:
-        number = rounds[0]
-        while not slots.acquire(timeout=0.01):
-            if rounds[0] != number:
-                return 500
-        if rounds[0] != number:
-            slots.release()
-            return 500
-        return length_biased(body)
-
-    with scripted(reply) as server:
+    rounds = Rounds(length_biased, answers=3)
+    with scripted(rounds) as server:
         monkeypatch.setenv("DPOCTL_CACHE", str(tmp_path / "killed"))
         for number in (1, 2):
             pid = os.fork()
@@ -211,9 +199,7 @@ def test_an_evaluation_killed_twice_in_mid_judging_ends_as_one_that_was_not(
                 time.sleep(0.01)
             os.kill(pid, signal.SIGKILL)
             assert os.waitpid(pid, 0)[1] == signal.SIGKILL
-            rounds[0] += 1
-            for _ in range(3 if number == 1 else 100):
-                slots.release()
+            rounds.next(3 if number == 1 else 100)
         resumed = report(run, judged(server.url, concurrency=2))
         assert max(server.answered.values()) == 1
         monkeypatch.setenv("DPOCTL_CACHE", str(tmp_path / "whole"))

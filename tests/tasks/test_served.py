@@ -4,11 +4,10 @@ import os
 import signal
 import time
 from pathlib import Path
-from threading import Semaphore
 from typing import Any
 
 import pytest
-from scripted_server import Body, Reply, Scripted, flaky, scripted, slow
+from scripted_server import Body, Rounds, Scripted, flaky, scripted, slow
 
 from dpoctl.errors import UserError
 from dpoctl.tasks.served import Client, Endpoint, KeptAnswers, Request
@@ -159,19 +158,8 @@ def test_torn_and_damaged_lines_are_left_out_and_harm_no_other(tmp_path: Path, c
 
 def test_a_client_that_is_killed_twice_pays_for_no_answer_twice(client: Any, tmp_path: Path) -> None:
     """In each round the server answers four requests, and lets the others wait until the client is dead."""
-    slots, rounds = Semaphore(4), [0]
-
-    def reply(body: Body) -> Reply:
-        number = rounds[0]
-        while not slots.acquire(timeout=0.01):
-            if rounds[0] != number:
-                return 500
-        if rounds[0] != number:
-            slots.release()
-            return 500
-        return echo(body)
-
-    with scripted(reply) as server:
+    rounds = Rounds(echo, answers=4)
+    with scripted(rounds) as server:
         for number in (1, 2):
             pid = os.fork()
             if not pid:
@@ -181,9 +169,7 @@ def test_a_client_that_is_killed_twice_pays_for_no_answer_twice(client: Any, tmp
                 time.sleep(0.01)
             os.kill(pid, signal.SIGKILL)
             assert os.waitpid(pid, 0)[1] == signal.SIGKILL
-            rounds[0] += 1
-            for _ in range(4):
-                slots.release()
+            rounds.next(4)
         texts = [answer.text for answer in client(server, concurrency=2).ask(requests(12))]
         assert server.answered == dict.fromkeys((f"number {index}" for index in range(12)), 1)
     assert texts == [f"echo number {index}" for index in range(12)]
