@@ -4,7 +4,6 @@
 `--accelerate-config` runs accelerate's launcher inside this process. A process that a launcher started starts none.
 """
 
-import atexit
 import contextlib
 import json
 import logging
@@ -162,7 +161,6 @@ def leave_ranks(code: int) -> None:
         # After an error, it would wait for ranks that no longer answer.
         with contextlib.suppress(RuntimeError):
             distributed.destroy_process_group()
-    atexit._run_exitfuncs()
     os._exit(code)
 
 

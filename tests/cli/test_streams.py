@@ -150,6 +150,7 @@ LOCALES = [
 ]
 
 
+@pytest.mark.long("LC_ALL=C", "LC_ALL=POSIX PYTHONIOENCODING=ascii", "LC_ALL=en_US.ISO-8859-1")
 @pytest.mark.parametrize("locale", LOCALES, ids=lambda env: " ".join(f"{key}={value}" for key, value in env.items()))
 def test_text_beyond_ascii_is_utf8_in_files_and_escaped_on_a_terminal(locale: dict[str, str], tmp_path: Path) -> None:
     folder = tmp_path / "dät"

@@ -88,6 +88,7 @@ def dying_in_save(number: int, call: int) -> Any:
     return install
 
 
+@pytest.mark.long("dpo")
 @pytest.mark.parametrize("kind", ["dpo", "dpo, LoRA"])
 def test_a_run_killed_at_any_call_inside_a_save_ends_with_the_same_bits(
     kind: str, scene: Scene, whole: bool, tally: Any

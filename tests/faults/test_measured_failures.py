@@ -51,6 +51,7 @@ def names_of_tests(file: str) -> str:
     return "\n".join(re.findall(r"^def (test_\w+)", (HERE / file).read_text(encoding="utf-8"), re.MULTILINE))
 
 
+@pytest.mark.long("sft")
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_an_evaluation_is_the_same_for_any_budget_and_number_of_ranks(method: str, scene: Scene, tally: Any) -> None:
     scene = scene.changed({"method": method, "training.max_steps": 1})
@@ -129,7 +130,7 @@ class Failing:
         return act
 
 
-@pytest.mark.long("log-True", "start-False")
+@pytest.mark.long("log-True", "start-False", "finish-False")
 @pytest.mark.parametrize("hang", [False, True])
 @pytest.mark.parametrize("action", ["start", "log", "finish"])
 def test_a_tracker_that_fails_or_hangs_changes_nothing(action: str, hang: bool, scene: Scene, tally: Any) -> None:
@@ -186,7 +187,7 @@ def test_code_that_comes_with_a_model_never_runs_unasked(file: str, scene: Scene
     assert survived
 
 
-@pytest.mark.long("continue-live", "new-cached")
+@pytest.mark.long("continue-live", "new-cached", "continue-cached")
 @pytest.mark.parametrize("reference", ["cached", "live"])
 @pytest.mark.parametrize("start", [{"start": "new", "r": 3}, {"start": "continue"}], ids=["new", "continue"])
 def test_the_reference_over_an_sft_adapter_is_the_same_after_a_kill(

@@ -211,6 +211,7 @@ def test_a_run_that_was_retried_and_killed_resumes_to_the_same_bits(scene: Scene
     assert survived
 
 
+@pytest.mark.long("twice")
 @pytest.mark.parametrize(
     ("changes", "options", "times"),
     [({}, (), 9), ({"training.max_tokens_per_device": 300}, (), 1), ({}, TWO, 1)],

@@ -57,6 +57,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(
     assert status_of(out)["state"] == "finished"
 
 
+@pytest.mark.long("2")
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_ends_at_once_with_a_status(signum: signal.Signals, scene: Scene, tally: Any) -> None:
     scene = scene.changed(KINDS["dpo"])
@@ -178,6 +179,7 @@ def test_the_status_tells_of_a_signal_in_every_phase(
 PHASES_TRIED = [(False, "loading", signal.SIGHUP), (False, "export", signal.SIGXCPU), (True, "loading", signal.SIGXCPU)]
 
 
+@pytest.mark.long("12")
 @pytest.mark.parametrize("signum", [signal.SIGQUIT, signal.SIGUSR2, signal.SIGALRM, signal.SIGABRT, signal.SIGKILL])
 def test_every_reader_tells_of_a_run_that_a_signal_has_killed(
     signum: signal.Signals, scene: Scene, whole: bool, tally: Any

@@ -149,6 +149,7 @@ def test_a_longer_run_computes_what_a_shorter_one_has_not(
     assert sorted(seen) == list(range(23))
 
 
+@pytest.mark.long("loss1")
 @pytest.mark.parametrize("loss", [{"type": "sigmoid"}, {"type": "ld_dpo"}])
 def test_an_interrupted_pass_goes_on_and_the_run_has_the_same_bits(
     loss: dict[str, Any], dpo_recipe: dict[str, Any], train: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -60,6 +60,7 @@ def test_the_reference_stands_beside_the_policy(
     assert ask(run, capsys, prompt=QUESTION) == f"{expected['policy']}\n"
 
 
+@pytest.mark.long("None-continue", "saved1-new")
 @pytest.mark.parametrize("start", ["new", "continue"])
 @pytest.mark.parametrize("saved", [None, ["lm_head"]])
 def test_over_an_sft_adapter_the_reference_is_that_adapter(

@@ -79,6 +79,7 @@ def test_the_numbers_are_those_of_the_last_evaluation(
     assert list(results_of(recipe).values()) == [numbers]
 
 
+@pytest.mark.long("new")
 @pytest.mark.parametrize("start", STARTS)
 def test_a_run_over_an_sft_adapter_is_compared_with_that_adapter(
     start: str, sft_recipe: dict[str, Any], dpo_recipe: dict[str, Any], train: Run, report: Report, tmp_path: Path
@@ -317,6 +318,7 @@ def test_any_model_folder_is_measured_on_given_data_and_keeps_nothing(
         evaluate(tiny_llama_folder)
 
 
+@pytest.mark.long("elsewhere")
 @pytest.mark.parametrize("place", ["merged", "elsewhere"])
 def test_a_merged_model_is_measured_as_its_run_is(
     place: str, dpo_recipe: dict[str, Any], heldout: Path, train: Run, report: Report, tmp_path: Path

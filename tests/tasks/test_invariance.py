@@ -33,6 +33,7 @@ def resolution(row: dict[str, Any]) -> float:
     return BETA * FLOAT32 * max(abs(row[f"eval_logps/{side}"]) for side in ("chosen", "rejected"))
 
 
+@pytest.mark.long("sft")
 @pytest.mark.parametrize("method", ["sft", "dpo"])
 def test_token_budgets_give_the_same_curve(method: str, dpo_recipe: dict[str, Any], train: Run) -> None:
     runs = []

@@ -63,6 +63,7 @@ def test_a_merged_model_generates_what_base_and_adapter_do(
     assert len({file.stat().st_mode for file in (run / "merged").iterdir()}) == 1
 
 
+@pytest.mark.long("new")
 @pytest.mark.parametrize("start", ["new", "continue"])
 def test_a_run_over_an_sft_adapter_merges_both(
     start: str, sft_recipe: dict[str, Any], dpo_recipe: dict[str, Any], train: Run, tmp_path: Path

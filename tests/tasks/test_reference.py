@@ -95,6 +95,7 @@ def test_it_moves_by_alpha_every_so_many_steps(kind: str, dpo_recipe: dict[str, 
     assert any(not torch.equal(fourth[name], start[name]) for name in start)
 
 
+@pytest.mark.long("continue")
 @pytest.mark.parametrize("start", STACKED)
 def test_over_an_sft_adapter_a_moving_reference_starts_there(
     start: str, sft_recipe: dict[str, Any], dpo_recipe: dict[str, Any], train: Run, tmp_path: Path

@@ -70,6 +70,7 @@ def test_a_killed_run_resumes_to_the_same_bits(kind: str, dpo_recipe: dict[str, 
         assert rows == expected[1]
 
 
+@pytest.mark.long("adafactor, some weights", "noise")
 @pytest.mark.parametrize("kind", NUMERICS)
 def test_all_optimizers_and_adapters_resume_to_the_same_bits(kind: str, dpo_recipe: dict[str, Any], train: Run) -> None:
     changes = NUMERICS[kind] | {"training.save_steps": 2, "training.warmup_steps": 1, "training.eval_steps": 2}
