@@ -45,6 +45,7 @@ from dpoctl.tasks.baselines import Baseline, reference_overrides
 from dpoctl.tasks.benchmarks import check_benchmarks, run_benchmarks
 from dpoctl.tasks.earlier_step import with_model
 from dpoctl.tasks.eval_samples import Writers, judge_of, sample_finished
+from dpoctl.tasks.extensions import recorded_extensions
 from dpoctl.tasks.finished_run import (
     STEP,
     FinishedRun,
@@ -293,7 +294,8 @@ def _sharding(
     # The reference of an adapter is in the same model, and that of other weights is needed beside them for texts only.
     writes_beside = recipe.eval.samples is not None and (other is not None or (has_reference and recipe.lora is None))
     is_pair = writes_beside or (recipe.method == "dpo" and recipe.dpo.reference.path is not None)
-    sharding = choose_eval_sharding(recipe, accelerator, tokenizer, models=2 if is_pair else 1)
+    is_known = not recorded_extensions(home_of(run)).get("model_init")
+    sharding = choose_eval_sharding(recipe, accelerator, tokenizer, models=2 if is_pair else 1, is_known=is_known)
     if sharding is None:
         return None
     if recipe.eval.benchmarks:

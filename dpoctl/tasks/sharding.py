@@ -71,7 +71,12 @@ def choose_sharding(
 
 
 def choose_eval_sharding(
-    recipe: Recipe, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, *, models: int
+    recipe: Recipe,
+    accelerator: Accelerator,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    models: int,
+    is_known: bool = True,
 ) -> Sharding | None:
     """Decide whether to divide the models of an evaluation over the ranks; the same on all of them.
 
@@ -80,6 +85,7 @@ def choose_eval_sharding(
         accelerator: ranks, device and precision.
         tokenizer: of the recipe.
         models: the number of models of that size that a rank holds at a time.
+        is_known: whether the recipe says how large the model is; if not, `auto` does not divide it.
 
     Returns:
         The division, or None if each rank shall hold whole models.
@@ -91,7 +97,8 @@ def choose_eval_sharding(
     asked = fsdp_options.request(os.environ)
     if ranks == 1 or training.sharding == "none":
         return None
-    if training.sharding == "auto" and not asked and not _eval_exceeds(recipe, accelerator, tokenizer, models):
+    must = training.sharding == "full" or asked
+    if not must and not (is_known and _eval_exceeds(recipe, accelerator, tokenizer, models)):
         return None
     dtype = compute_dtype(recipe, accelerator.device)
     refuse_undividable(recipe, dtype, WHOLE_EVAL)
@@ -180,7 +187,10 @@ def refuse_undividable(recipe: Recipe, dtype: torch.dtype, hint: str | None = No
 def _eval_exceeds(recipe: Recipe, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, models: int) -> bool:
     """Whether the weights of an evaluation do not fit on every rank; says the arithmetic if so."""
     least = _least_free(accelerator)
-    sizes = states_of(recipe, tokenizer, compute_dtype(recipe, accelerator.device))
+    try:
+        sizes = states_of(recipe, tokenizer, compute_dtype(recipe, accelerator.device))
+    except Exception:  # the model that a run started from may be gone, and need not be there to measure the run
+        return False
     needed = models * sum(sizes.get(name, 0) for name in HELD_IN_EVAL)
     if needed <= LEFT_FOR_STEPS * least:
         return False

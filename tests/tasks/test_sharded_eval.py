@@ -95,7 +95,7 @@ def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
         assert other[name] == pytest.approx(one[name], rel=1e-5, abs=1e-5), name
 
 
-@pytest.mark.long(*(case for case in CASES if case != "LoRA"))
+@pytest.mark.long
 @pytest.mark.parametrize("case", CASES)
 def test_two_ranks_that_share_a_model_measure_what_one_process_does(
     case: str, recipe: dict[str, Any], train: Run, alone: Any, shared: Callable[..., Ended]
