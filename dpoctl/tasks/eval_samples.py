@@ -170,7 +170,7 @@ def count_words(section: JudgeSection, samples: Sequence[Sample]) -> dict[str, A
     """Return the shares of a keyword judge."""
     count = KeywordJudge(section.categories).count
     sides = {
-        "reference": [one.reference.text for one in samples if one.reference is not None],
-        "policy": [one.policy.text for one in samples],
+        "reference": [(one.reference.text, prompt_key(one.prompt)) for one in samples if one.reference is not None],
+        "policy": [(one.policy.text, prompt_key(one.prompt)) for one in samples],
     }
-    return {"target": section.target, **{name: count(texts) for name, texts in sides.items() if texts}}
+    return {"target": section.target, **{name: count(*zip(*rows, strict=True)) for name, rows in sides.items() if rows}}

@@ -34,7 +34,7 @@ from dpoctl.model.generate import Generation, SamplingParams, generate
 from dpoctl.recipe.judge_section import UNDECIDED
 from dpoctl.recipe.schema import SamplesSection
 from dpoctl.runs.names import own_folder
-from dpoctl.runs.statistics import wilson_interval
+from dpoctl.runs.statistics import share
 from dpoctl.tasks.judges import Vote
 from dpoctl.tasks.served import Client, Reply, Request
 from dpoctl.tasks.setup import Setup
@@ -301,8 +301,9 @@ class Samples:
             metrics["eval_samples/median_length_se"] = error
         if self._judge is not None and self._judge.target is not None:
             target = self._judge.target
-            shares = KeywordJudge(self._judge.categories).count([one.policy.text for one in samples])
-            metrics[f"eval_judge/{target}"] = shares[target]["share"]
+            judge = KeywordJudge(self._judge.categories)
+            hits = [judge.category(one.policy.text) == target for one in samples]
+            metrics[f"eval_judge/{target}"] = statistics.fmean(hits)
         return metrics
 
 
@@ -392,11 +393,16 @@ class KeywordJudge:
         found = [name for name, pattern in self._patterns.items() if pattern.search(text)]
         return found[0] if len(found) == 1 else UNDECIDED
 
-    def count(self, texts: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """Return the share of texts in each category, and of undecided ones, with 95 % intervals."""
-        counts, total = Counter(map(self.category, texts)), len(texts)
-        shares = {name: counts[name] / total for name in (*self._patterns, UNDECIDED)}
-        return {name: {"share": share, "ci": list(wilson_interval(share, total))} for name, share in shares.items()}
+    def count(self, texts: Sequence[str], prompts: Sequence[Any]) -> dict[str, dict[str, Any]]:
+        """Return the share of texts in each category, and of undecided ones, with 95 % intervals.
+
+        Args:
+            texts: the texts.
+            prompts: the prompt of each: texts of the same one may be alike, and tell less than texts of several.
+        """
+        found = [self.category(text) for text in texts]
+        shares = {name: share([float(one == name) for one in found], prompts) for name in (*self._patterns, UNDECIDED)}
+        return {name: {"share": one.value, "ci": list(one.interval or (0.0, 1.0))} for name, one in shares.items()}
 
 
 def _first(samples: Sequence[Sample]) -> list[Sample]:

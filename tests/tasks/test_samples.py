@@ -197,10 +197,23 @@ def test_a_text_is_of_the_one_category_whose_whole_words_it_holds(text: str, cat
 
 
 def test_shares_of_all_categories_come_with_wilson_intervals() -> None:
-    counted = JUDGE.count(["reject", "reject", "accept", "hm"])
+    counted = JUDGE.count(["reject", "reject", "accept", "hm"], "abcd")
     assert {name: number["share"] for name, number in counted.items()} == {
         "harsh": 0.5,
         "kind": 0.25,
         "undecided": 0.25,
     }
-    assert all(number["ci"] == list(wilson_interval(number["share"], 4)) for number in counted.values())
+    assert all(number["ci"] == pytest.approx(wilson_interval(number["share"], 4)) for number in counted.values())
+    one = JUDGE.count(["reject"], "a")["harsh"]
+    assert (one["share"], one["ci"]) == (1, list(wilson_interval(1, 1)))
+
+
+def test_texts_of_one_prompt_tell_less_than_texts_of_several() -> None:
+    # Two equal texts of each prompt tell as much as one; two texts that differ tell more.
+    alike = JUDGE.count(["reject", "reject", "accept", "accept", "reject", "reject", "hm", "hm"], "aabbccdd")["harsh"]
+    single = JUDGE.count(["reject", "accept", "reject", "hm"], "abcd")["harsh"]
+    apart = JUDGE.count(["reject", "accept", "reject", "accept", "hm", "reject", "hm", "reject"], "aabbccdd")["harsh"]
+    widths = [one["ci"][1] - one["ci"][0] for one in (alike, single, apart)]
+    assert [one["share"] for one in (alike, single, apart)] == [0.5, 0.5, 0.5]
+    assert widths[0] == pytest.approx(widths[1], rel=0.15)
+    assert widths[2] < widths[0] / 1.5
