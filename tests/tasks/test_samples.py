@@ -208,12 +208,13 @@ def test_shares_of_all_categories_come_with_wilson_intervals() -> None:
     assert (one["share"], one["ci"]) == (1, list(wilson_interval(1, 1)))
 
 
-def test_texts_of_one_prompt_tell_less_than_texts_of_several() -> None:
-    # Two equal texts of each prompt tell as much as one; two texts that differ tell more.
-    alike = JUDGE.count(["reject", "reject", "accept", "accept", "reject", "reject", "hm", "hm"], "aabbccdd")["harsh"]
-    single = JUDGE.count(["reject", "accept", "reject", "hm"], "abcd")["harsh"]
-    apart = JUDGE.count(["reject", "accept", "reject", "accept", "hm", "reject", "hm", "reject"], "aabbccdd")["harsh"]
-    widths = [one["ci"][1] - one["ci"][0] for one in (alike, single, apart)]
-    assert [one["share"] for one in (alike, single, apart)] == [0.5, 0.5, 0.5]
-    assert widths[0] == pytest.approx(widths[1], rel=0.15)
-    assert widths[2] < widths[0] / 1.5
+def test_equal_texts_of_one_prompt_tell_no_more_than_one_of_them() -> None:
+    texts = ["reject", "reject", "accept", "accept", "reject", "reject", "hm", "hm"]
+    repeated, single, independent = (
+        JUDGE.count(texts, "aabbccdd")["harsh"],
+        JUDGE.count(texts[::2], "abcd")["harsh"],
+        JUDGE.count(texts, "abcdefgh")["harsh"],
+    )
+    assert [one["share"] for one in (repeated, single, independent)] == [0.5, 0.5, 0.5]
+    widths = [one["ci"][1] - one["ci"][0] for one in (repeated, single, independent)]
+    assert widths[0] >= widths[1] > 1.2 * widths[2]
