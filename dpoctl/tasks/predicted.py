@@ -56,16 +56,22 @@ class Comparison:
 
     @classmethod
     def of(
-        cls, directory: RunDirectory, estimate: MemoryEstimate, plan: Plan, accelerator: Accelerator, meter: MemoryMeter
+        cls,
+        directory: RunDirectory,
+        estimate: MemoryEstimate,
+        plan: Plan,
+        accelerator: Accelerator,
+        dtype: torch.dtype,
+        meter: MemoryMeter,
     ) -> Self | None:
-        """Return the comparison of a run, on the first rank.
+        """Return the comparison of a run in a precision, on the first rank.
 
         For models so small that a formula estimates them there is none: their process holds little but the libraries.
         """
         if not accelerator.is_main_process or estimate.footprint.method != "trace":
             return None
         work = work_of(estimate.footprint, plan.lengths, plan, has_reference=False)
-        rate = rate_of(find_card("auto") if accelerator.device.type == "cuda" else None)
+        rate = rate_of(find_card("auto") if accelerator.device.type == "cuda" else None, dtype)
         return cls(directory, estimate, work, rate, accelerator.num_processes, meter)
 
     def after(self, step: int, tokens_per_second: float) -> dict[str, float]:
