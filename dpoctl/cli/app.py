@@ -115,9 +115,10 @@ def main() -> NoReturn:
     # Idle OpenMP threads spin for milliseconds before they sleep; with other work on the machine that costs up to fifty
     # times what it gains. This many rounds are tens of microseconds. OpenMP reads the variable when torch loads it.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    # oneDNN, which multiplies bfloat16 on a CPU, keeps its last kernels by the shapes that they are for: hundreds of
-    # megabytes, for shapes that do not come again.
+    # oneDNN, which multiplies bfloat16 on a CPU, keeps its last kernels by the shapes that they are for, and so does
+    # torch's layer over it: hundreds of megabytes, for shapes that do not come again.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
     streams.speak_utf8(sys.argv[1:])
     streams.prepare()
     if not os.environ.get("OMP_NUM_THREADS"):

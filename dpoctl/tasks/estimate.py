@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from dpoctl.core.optim import state_bytes, stored_moments
 from dpoctl.core.planner import ATTENTION_COST, Lengths, Plan
-from dpoctl.model.memory import checkpointing_choices
+from dpoctl.model.memory import activation_bytes_per_token, checkpointing_choices
 from dpoctl.tasks.footprint import Footprint, Subject, formula, fullest, measure_footprint
 
 # Larger micro-batches are not faster, they only need more memory. On a CPU this is a number of tokens; on a GPU a
@@ -19,13 +20,18 @@ from dpoctl.tasks.footprint import Footprint, Subject, formula, fullest, measure
 # took twice as long as an H100 ran them.
 CPU_TOKENS = 2048
 GPU_ACTIVATIONS = 1 << 26
-FRAGMENTATION = {("cuda", 2): 0.05, ("cuda", 4): 0.05, ("cpu", 2): 0.5, ("cpu", 4): 0.25}
-"""What the allocator holds beyond what lives, as a share of what comes and goes; by device and bytes of a number.
+FRAGMENTATION = {"cuda": 0.05, "cpu": 0.35}
+"""What the allocator holds beyond what lives, as a share of what comes and goes; by device.
 
-On a CPU it is the C library's, whose heap is left with holes: fitted to six runs, see docs/planning.md.
+On a CPU it is the C library's: what a layer frees and what it leaves lie side by side, and larger tensors do not fit
+between. So recomputed layers, which free nearly all that they make, leave holes too: `HOLES` of what they make.
 """
-CPU_CONTEXT = 250_000_000
-"""Bytes that a process on a CPU holds besides: what is left of loading, data, kernels; fitted to the same runs."""
+HOLES = 0.17
+CPU_CONTEXT = 100_000_000
+"""Bytes that a process on a CPU holds between steps, besides tensors: data, kernels, what is left of loading.
+
+These three were fitted to whole runs, see docs/planning.md.
+"""
 SMALL = 30_000_000
 """Parameters of a model for which a trace would take longer than it is worth: on a CPU it fits in any case."""
 SEARCHES = 4
@@ -139,7 +145,7 @@ class Estimator:
             found = formula(self.subject, fullest(self.subject.plan(budget))[0], every)
         else:
             found = measure_footprint(self.subject, budget, every)
-        parts, phase = self._parts(found)
+        parts, phase = self._parts(found, every)
         return MemoryEstimate(budget, every, parts, phase, found, self.capacity)
 
     def _largest(self, least: MemoryEstimate, most: MemoryEstimate) -> MemoryEstimate:
@@ -153,7 +159,7 @@ class Estimator:
             least, most = (tried, most) if tried.fits else (least, tried)
         return least
 
-    def _parts(self, found: Footprint) -> tuple[dict[str, int], str]:
+    def _parts(self, found: Footprint, every: int) -> tuple[dict[str, int], str]:
         """Return the bytes of each part at the fullest moment, and its name."""
         trace, shards, recipe = found.trace, self.division.shards, self.subject.recipe
         whole = trace.weights + trace.extra
@@ -184,9 +190,26 @@ class Estimator:
             if sum(parts.values()) > sum(best.values()):
                 best, moment = parts, name
         moving = sum(best[name] for name in ("gradients", "activations", "head", "attention workspace", "other"))
+        best["fragmentation"] = int(moving * FRAGMENTATION[self.subject.kind])
+        if self.subject.kind == "cpu":
+            freed = activation_bytes_per_token(self.subject.config, self.subject.dtype, 0) // every if every else 0
+            best["fragmentation"] += int(HOLES * found.tokens * freed)
+            saving = self._saving(found)
+            if sum(saving.values()) > sum(best.values()):
+                best, moment = dict.fromkeys(best, 0) | saving, "writing of a checkpoint"
         best["context"] = self.context
-        best["fragmentation"] = int(moving * FRAGMENTATION[self.subject.kind, self.subject.dtype.itemsize])
         return best, moment
+
+    def _saving(self, found: Footprint) -> dict[str, int]:
+        """Return the bytes of each part while a checkpoint is written, from copies in memory."""
+        trace, shards, training = found.trace, self.division.shards, self.subject.recipe.training
+        copies = found.trained * (state_bytes(training)[0] + stored_moments(training))
+        return {
+            "weights": trace.weights // shards,
+            "optimizer state": trace.optimizer // shards,
+            "reference": trace.extra // shards + self.other,
+            "checkpoint": copies // shards,
+        }
 
     def _gathered(self, found: Footprint) -> int:
         """Return the bytes of whole weights and gradients that a divided model holds at a time.

@@ -165,7 +165,7 @@ def run(
     for line in as_lines(recipe, forecast):
         console.emit(line)
     if found is not None and found.peak is not None:
-        console.emit(f"measured in {min(3, forecast.plan.num_steps)} steps: {found.peak / GB:.2f} GB")
+        console.emit(f"measured in {found.count} steps: {found.peak / GB:.2f} GB")
 
 
 def refuse_before_data(recipe: Recipe, place: Target) -> None:
@@ -209,9 +209,17 @@ def forecast_of(
     plan = estimator.subject.plan(estimate.budget)
     cached = build_task(recipe).needs_reference and not recipe.dpo.reference.is_live
     evals = [Lengths.of(store) for store in data.evals.values()]
-    evaluations = plan.num_steps // training.eval_steps + 1 if training.eval_steps and evals else 0
+    evaluations = _evaluations(recipe, plan) if evals else 0
     work = work_of(estimate.footprint, plan.lengths, plan, has_reference=cached, evals=evals, evaluations=evaluations)
-    return Forecast(place, estimate, estimator.division, place.dtype(recipe), plan, work, measured)
+    return Forecast(place, estimate, estimator.division, estimator.subject.dtype, plan, work, measured)
+
+
+def _evaluations(recipe: Recipe, plan: Plan) -> int:
+    """Return how often a run evaluates; before the first step only what the reference does not tell already."""
+    training, reference = recipe.training, recipe.dpo.reference
+    is_known = build_task(recipe).needs_reference and reference.path is None
+    at_start = training.eval_on_start and not is_known
+    return at_start + (-(-plan.num_steps // training.eval_steps) if training.eval_steps else 1)
 
 
 def _estimator(

@@ -63,7 +63,7 @@ class Comparison:
         meter: MemoryMeter,
         dtype: torch.dtype,
     ) -> Self | None:
-        """Return the comparison of a run, on the first rank.
+        """Return the comparison of a run in a precision, on the first rank.
 
         For models so small that a formula estimates them there is none: their process holds little but the libraries.
         """

@@ -1,6 +1,5 @@
 """The setup of a run: its data, its accelerator, its token budget, and `Setup`, from which the rest is built."""
 
-import ctypes
 import os
 import platform
 import sys
@@ -41,7 +40,7 @@ from dpoctl.data.store import TokenStore
 from dpoctl.errors import SetupError
 from dpoctl.model.lazy_weights import is_lazy
 from dpoctl.model.load import compute_dtype
-from dpoctl.model.memory import activation_bytes_per_token, free_bytes
+from dpoctl.model.memory import activation_bytes_per_token, free_bytes, return_freed_memory
 from dpoctl.model.modules import outside_of_layers
 from dpoctl.model.policy import Policy
 from dpoctl.model.probe import ProbeResult, probe
@@ -50,7 +49,7 @@ from dpoctl.model.sharding import Gradients, Sharding, part
 from dpoctl.model.tokenizer import load_tokenizer, stop_tokens
 from dpoctl.recipe.schema import Recipe
 from dpoctl.tasks import fsdp_options
-from dpoctl.tasks.estimate import CPU_CONTEXT, Division, Estimator, MemoryEstimate, useful_tokens
+from dpoctl.tasks.estimate import CPU_CONTEXT, SMALL, Division, Estimator, MemoryEstimate, useful_tokens
 from dpoctl.tasks.extensions import NO_EXTENSIONS, Extensions
 from dpoctl.tasks.fit import Remedy, refuse_states, remedies, too_large
 from dpoctl.tasks.footprint import Subject
@@ -60,9 +59,6 @@ from dpoctl.tasks.task import Task, build_task
 MIXED_PRECISION = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # One rank may tokenize for hours while the others wait for it.
 START_TIMEOUT = timedelta(hours=3)
-# Options of glibc's malloc. M_MMAP_MAX: never map a block separately, not even the gradient of an embedding.
-# M_TRIM_THRESHOLD, the largest int: never return memory to the system.
-MALLOC = {-4: 0, -1: (1 << 31) - 1}
 READING_SHARE = 0.6
 """The share of free memory that a pass without gradients may take."""
 
@@ -436,25 +432,14 @@ def refuse_too_large(recipe: Recipe, accelerator: Accelerator) -> None:
     refuse_states(recipe, compute_dtype(recipe, device), capacity, f"this {device.type}", shards)
 
 
-def keep_freed_memory() -> None:
-    """Let the C library keep the memory that a step frees: the next step needs as much.
+def after_steps(device: torch.device, estimate: MemoryEstimate) -> Callable[[], None]:
+    """Return what is done after each step, so that the next begins without the holes that this one left.
 
-    On a CPU, getting it again from the system, page by page, takes a tenth of the time. Only glibc can do this.
+    Without it the heap of a CPU grows over the first steps, as their rows have other lengths. Returning pages takes
+    milliseconds, which count for small models alone, and these have no memory to save.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        for parameter, size in MALLOC.items():
-            mallopt(parameter, size)
-
-
-def return_freed_memory() -> None:
-    """Return to the system what loading and passes before training have freed; only glibc can do this.
-
-    Loading runs in threads, and what one thread has freed another does not use again.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+    grows = device.type == "cpu" and estimate.footprint.parameters >= SMALL
+    return return_freed_memory if grows else lambda: None
 
 
 def set_rank_timeout(seconds: float) -> None:

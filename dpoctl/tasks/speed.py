@@ -14,13 +14,13 @@ from dpoctl.core.planner import Lengths, Plan
 from dpoctl.core.step import MemoryRetry, Stepper
 from dpoctl.data.prepare import PreparedData
 from dpoctl.model.load import load_policy
-from dpoctl.model.memory import MemoryMeter, set_gradient_checkpointing
+from dpoctl.model.memory import MemoryMeter, keep_freed_memory, set_gradient_checkpointing
 from dpoctl.recipe.gpus import Gpu
 from dpoctl.recipe.schema import Recipe
 from dpoctl.runs.signals import StopRequest
 from dpoctl.tasks.estimate import MemoryEstimate, Work, flops_of
 from dpoctl.tasks.reference import Reference, with_columns
-from dpoctl.tasks.setup import Setup, build_accelerator, keep_freed_memory
+from dpoctl.tasks.setup import Setup, after_steps, build_accelerator
 
 # Shares of the rate of matrix products that steps reach: measured were 16 and 20 % on an H100, of the data sheet's
 # rate, and 50 to 61 % on a CPU, of its own matrix product.
@@ -29,7 +29,9 @@ CPU_SHARES = (0.1, 0.45, 0.9)
 TRIES = 4
 MEASURED_BAND = (0.9, 1.1)
 START, ENDS = 15.0, 5.0
-"""Seconds in which a run begins, with imports, reading and loading; and in which it writes the model at its end."""
+"""Seconds in which a run begins, with imports, reading and loading; and of imports and of writing the model alone."""
+ENOUGH = 20.0
+"""Seconds of steps after which a measurement ends: single steps differ, and other programs disturb some of them."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +100,14 @@ class MeasuredSteps:
 
     Attributes:
         rate: operations a second.
+        count: number of steps.
         peak: bytes of tensors, or of the process beyond its libraries; None where the system does not tell.
         estimate: by which these steps were planned.
         plan: of the run.
     """
 
     rate: Rate
+    count: int
     peak: int | None
     estimate: MemoryEstimate
     plan: Plan
@@ -116,14 +120,16 @@ def measure(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: PreparedDa
         recipe: checked and complete.
         tokenizer: of the recipe.
         data: of the recipe.
-        steps: their number; the first is not timed, unless it is the only one.
+        steps: the least number of them; more are taken while these take less than `ENOUGH`.
     """
     began = time.perf_counter()
     accelerator = build_accelerator(recipe)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     memory = MemoryMeter(accelerator.device)
-    setup = Setup.of(recipe, accelerator, tokenizer, load_policy(recipe, tokenizer, accelerator.device))
+    policy = load_policy(recipe, tokenizer, accelerator.device)
+    memory.forget()
+    setup = Setup.of(recipe, accelerator, tokenizer, policy)
     reader, live = setup.reader(data.train, ""), None
     if setup.task.needs_reference and recipe.dpo.reference.is_live:
         live = Reference(setup).live()
@@ -131,41 +137,61 @@ def measure(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: PreparedDa
         # A step takes as long with any numbers.
         zeros = np.zeros(int(data.train.response_start[-1]), dtype=np.float32)
         reader = with_columns(reader, {"logps": zeros, "head_logps": zeros})
+    traced = time.perf_counter()
     estimate = setup.estimate(data.train)
+    # The run finds the trace in the cache.
+    began += time.perf_counter() - traced
     plan = setup.plan(Lengths.of(data.train), estimate.budget)
     set_gradient_checkpointing(setup.policy.causal, estimate.every)
     scorer, optimizer, clip = setup.prepare()
     objective = setup.objective(scorer, live)
     guard, retry = Guard(accelerator, "skip"), MemoryRetry(allowed=False)
+    after = after_steps(accelerator.device, estimate)
     stepper = Stepper(
-        objective, optimizer, plan, reader, guard, lambda _: 0.0, recipe.training.max_grad_norm, retry, clip
+        objective, optimizer, plan, reader, guard, lambda _: 0.0, recipe.training.max_grad_norm, retry, clip, after
     )
+    after()
     started = time.perf_counter() - began
-    rate, passes = _rate_of_steps(stepper, estimate, min(steps, plan.num_steps))
+    seconds, work = _timed_steps(stepper, estimate, min(steps, plan.num_steps))
+    settled = slice(1, None) if len(seconds) > 1 else slice(None)
+    rate = sum(work[settled]) / sum(seconds[settled])
+    # The first step is slower: memory is new, and kernels are made.
+    start = started + max(0.0, seconds[0] - work[0] / rate) + ENDS
     low, high = (share * rate for share in MEASURED_BAND)
-    return MeasuredSteps(Rate(low, rate, high, passes, started + ENDS, "measured here"), memory.peak(), estimate, plan)
+    passes = _rate_of_passes(stepper, estimate, len(seconds))
+    words = f"measured here in {len(seconds)} {'step' if len(seconds) == 1 else 'steps'}"
+    return MeasuredSteps(Rate(low, rate, high, passes, start, words), len(seconds), memory.peak(), estimate, plan)
 
 
-def _rate_of_steps(stepper: Stepper, estimate: MemoryEstimate, steps: int) -> tuple[float, float]:
-    """Return operations a second in some steps, and in a pass over the first of them without gradients."""
-    plan, reader, objective = stepper.plan, stepper.reader, stepper.objective
-    work, seconds, stop = 0.0, 0.0, StopRequest()
-    for number in range(steps):
-        step = plan.step(number)
+def _timed_steps(stepper: Stepper, estimate: MemoryEstimate, least: int) -> tuple[list[float], list[float]]:
+    """Take steps; return the seconds and the operations of each."""
+    plan, reader, stop = stepper.plan, stepper.reader, StopRequest()
+    seconds: list[float] = []
+    work: list[float] = []
+    while len(seconds) < plan.num_steps and (len(seconds) < least or sum(seconds) < ENOUGH):
+        step = plan.step(len(seconds))
         began = time.perf_counter()
         stepper.take(step, reader.batches(step.schedule[0]), Meter(reader.device), stop)
         _wait(reader.device)
-        if number or steps == 1:
-            seconds += time.perf_counter() - began
-            work += flops_of(estimate.footprint, plan.lengths, list(step.records), passes=False)
-    step = plan.step(0)
+        seconds.append(time.perf_counter() - began)
+        work.append(flops_of(estimate.footprint, plan.lengths, list(step.records), passes=False))
+    return seconds, work
+
+
+def _rate_of_passes(stepper: Stepper, estimate: MemoryEstimate, steps: int) -> float:
+    """Return operations a second in passes without gradients over the rows of some steps."""
+    plan, reader, work = stepper.plan, stepper.reader, 0.0
     began = time.perf_counter()
-    with torch.no_grad():
-        for batch in reader.batches(step.schedule[0]):
-            objective.scorer(batch)
-    _wait(reader.device)
-    forward = flops_of(estimate.footprint, plan.lengths, list(step.records), passes=True)
-    return work / seconds, forward / (time.perf_counter() - began)
+    for number in range(steps):
+        step = plan.step(number)
+        with torch.no_grad():
+            for batch in reader.batches(step.schedule[0]):
+                stepper.objective.scorer(batch)
+        work += flops_of(estimate.footprint, plan.lengths, list(step.records), passes=True)
+        _wait(reader.device)
+        if time.perf_counter() - began > ENOUGH / 4:
+            break
+    return work / (time.perf_counter() - began)
 
 
 def _wait(device: torch.device) -> None:

@@ -27,6 +27,7 @@ from dpoctl.model.load import load_policy
 from dpoctl.model.memory import set_gradient_checkpointing
 from dpoctl.model.probe import ProbeResult
 from dpoctl.recipe import parse_recipe
+from dpoctl.recipe.schema import TrainingSection
 from dpoctl.tasks import estimate, footprint
 from dpoctl.tasks.estimate import Division, Estimator, flops_of
 from dpoctl.tasks.footprint import Footprint, Subject, measure_footprint
@@ -170,8 +171,9 @@ def test_layers_are_recomputed_where_two_of_the_longest_records_do_not_fit_other
     kind: str, longest: int, fitting: dict[int, int], expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(estimate, "measure_footprint", lines(fitting))
-    monkeypatch.setattr(estimate, "FRAGMENTATION", {("cpu", 4): 0, ("cuda", 4): 0})
-    training = SimpleNamespace(gradient_checkpointing="auto", max_tokens_per_device="auto")
+    monkeypatch.setattr(estimate, "FRAGMENTATION", {"cpu": 0, "cuda": 0})
+    monkeypatch.setattr(estimate, "HOLES", 0)
+    training = TrainingSection(output_dir="run", learning_rate=1e-5)
     config = SimpleNamespace(hidden_size=256, vocab_size=1 << 20, num_hidden_layers=4)
     recipe = SimpleNamespace(training=training, lora=None)
     lengths = SimpleNamespace(tokens=np.array([10, longest]))
@@ -186,8 +188,33 @@ def test_layers_are_recomputed_where_two_of_the_longest_records_do_not_fit_other
 def test_a_divided_model_takes_its_share(subject: Callable[..., Subject]) -> None:
     what = subject({"model.dtype": "bfloat16"})
     whole, shared = (Estimator(what, 1e12, Division(shards)) for shards in (1, 4))
-    before, after = (estimator._parts(measure_footprint(what, 300, 0))[0] for estimator in (whole, shared))
+    before, after = (estimator._parts(measure_footprint(what, 300, 0), 0)[0] for estimator in (whole, shared))
     assert after["weights"] == before["weights"] // 4
     assert after["optimizer state"] == before["optimizer state"] // 4
     assert after["activations"] < before["activations"], "weights are gathered in bfloat16, and not cast"
     assert after["gathered layers"] > 0 == before["gathered layers"]
+
+
+def full(kept: int, trained: int = 1000) -> Footprint:
+    """A model that is trained whole in float32, whose forward keeps so many bytes."""
+    states = 12 * trained
+    phases = {"head": Phase(states + kept, 0, 0)}
+    return Footprint(Trace(4 * trained, 8 * trained, 0, kept, phases, {}), 10, 10, 1, trained, trained)
+
+
+def test_a_checkpoint_is_written_from_copies_which_may_be_the_most_that_a_cpu_holds(
+    subject: Callable[..., Subject],
+) -> None:
+    """Weights and two moments in float32, twice, where a step has less beside them than they are."""
+    on_cpu, on_gpu = (Estimator(subject(kind=kind), 1e12) for kind in ("cpu", "cuda"))
+    parts, phase = on_cpu._parts(full(kept=6_000), 0)
+    assert (phase, parts["checkpoint"], sum(parts.values())) == ("writing of a checkpoint", 12_000, 24_000)
+    assert on_cpu._parts(full(kept=13_000), 0)[1] == "head"
+    assert on_gpu._parts(full(kept=6_000), 0)[1] == "head", "copies are on the host"
+
+
+def test_layers_that_are_recomputed_leave_holes(subject: Callable[..., Subject]) -> None:
+    estimator = Estimator(subject(), 1e12)
+    none, half, all_layers = (estimator._parts(full(13_000), every)[0]["fragmentation"] for every in (0, 2, 1))
+    assert all_layers - none == pytest.approx(2 * (half - none), rel=0.01)
+    assert all_layers > half > none > 0

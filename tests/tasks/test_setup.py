@@ -16,7 +16,7 @@ from dpoctl.tasks import setup
 
 SCRIPT = """
 import resource
-from dpoctl.tasks.setup import keep_freed_memory
+from dpoctl.model.memory import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

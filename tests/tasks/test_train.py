@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_runs import metrics_of
@@ -16,7 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpoctl.data.cache import cache_dir
 from dpoctl.errors import RunError, UsageError
+from dpoctl.recipe import parse_recipe
 from dpoctl.tasks import setup
+from dpoctl.tasks import train as tasks_train
+from dpoctl.tasks.fit import in_bytes
+from dpoctl.tasks.footprint import states_of
 from dpoctl.tasks.reference import Reference
 from dpoctl.tasks.setup import Setup
 
@@ -243,12 +248,22 @@ def test_a_live_reference_is_loaded_before_the_token_budget(
     assert order[:2] == ["live", "budget"]
 
 
-def test_states_that_do_not_fit_are_refused_before_the_reference_pass(
-    dpo_recipe: dict[str, Any], train: Run, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_states_that_do_not_fit_are_refused_before_data_are_read(
+    method: str, dpo_recipe: dict[str, Any], train: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    order: list[str] = []
-    monkeypatch.setattr(Reference, "table", lambda *_: order.append("reference"))
-    monkeypatch.setattr(setup, "free_bytes", lambda device: 1000.0)
-    with pytest.raises(UsageError, match=r"the run does not fit on this cpu: .*together"):
-        train(dpo_recipe)
-    assert order == []
+    """A parameter has 16 bytes; of half as many, 6 fit, and what the message adds up is what is missing."""
+    recipe = dpo_recipe | {"method": method}
+    states = states_of(parse_recipe(yaml.safe_dump(recipe), "recipe.yaml", command=method), None, torch.float32)
+    total = sum(states.values())
+    monkeypatch.setattr(tasks_train, "read_data", lambda *_, **__: pytest.fail("data were read"))
+    monkeypatch.setattr(setup, "free_bytes", lambda device: total / 2)
+    with pytest.raises(UsageError, match=r"the run does not fit on this cpu: .*together") as refusal:
+        train(recipe)
+    assert refusal.value.exit_code == 2
+    message = str(refusal.value)
+    for name, size in states.items():
+        assert f"{name} {in_bytes(size)}" in message
+    assert f"together {in_bytes(total)}, of which {in_bytes(total / 2)} are there: {in_bytes(total / 2)} too" in message
+    assert "set one of: training.param_dtype: bfloat16 and training.optim: adamw_8bit (" in message
+    assert ": fits)" in message
