@@ -208,13 +208,16 @@ def load_run(
     if adapter is None:
         model.requires_grad_(False)
         return Policy(model=model, causal=model, dtype=dtype, kind="full", base=base.name)
-    from dpoctl.model.lora import load_adapter  # noqa: PLC0415 - peft takes a second to import
+    from dpoctl.model.fused_lora import fuse_lora  # noqa: PLC0415 - peft takes a second to import
+    from dpoctl.model.lora import load_adapter  # noqa: PLC0415
 
     _take_generation_settings(model, source)
     _resize_embedding(model, _embedding_rows(adapter, model), trained=True, seed=0)
     peft_model = load_adapter(model, adapter, TRAINED, trainable=False)
     if lazy:
         _move_to(peft_model, device)
+    # As in training. peft adds the update to a product that is rounded already: in bfloat16 a small one is lost.
+    fuse_lora(model)
     return Policy(
         model=peft_model,
         causal=model,

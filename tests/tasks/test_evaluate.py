@@ -59,6 +59,7 @@ def assert_same(numbers: dict[str, Any], expected: dict[str, float]) -> None:
     [
         {},
         LORA,
+        LORA | {"model.dtype": "bfloat16"},
         {"dpo.reference.mode": "live"},
         {"dpo.loss.type": "ipo"},
         {"dpo.loss.reference_free": True},
