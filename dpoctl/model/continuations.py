@@ -1,5 +1,6 @@
 """The divergence of a model from another one where the texts of the first have led."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from dpoctl.model.generate import generation_mode
 
 TOKENS = 512
-"""The most tokens in a batch: the logits of both models are all in memory, in float32."""
+"""The most tokens in a batch: both models' logits of all continuations are in memory, in float32."""
 
 Row = tuple[Sequence[int], Sequence[int]]
 Inside = Callable[[Callable[[], Tensor]], Tensor]
@@ -64,11 +65,12 @@ def continuation_divergences(
     found: list[float] = []
     for batch in batches:
         ids, mask, scored = _padded(batch)
-        own = _log_probabilities(policy, ids, mask, None if in_step is None else in_step.policy)
+        kept = scored.any(0).nonzero()[:, 0]
+        own = _log_probabilities(policy, ids, mask, kept, None if in_step is None else in_step.policy)
         with reference() as other:
-            theirs = _log_probabilities(other, ids, mask, None if in_step is None else in_step.reference)
+            theirs = _log_probabilities(other, ids, mask, kept, None if in_step is None else in_step.reference)
         terms = (own.exp() * (own - theirs)).sum(-1)
-        found += (terms * scored.to(terms.device)).sum(1).double().tolist()
+        found += (terms * scored[:, kept].to(terms.device)).sum(1).double().tolist()
         on_batch(len(batch))
     return found[: len(rows)]
 
@@ -78,13 +80,22 @@ def batch_size(longest: int) -> int:
     return max(1, TOKENS // longest)
 
 
-def _log_probabilities(causal: PreTrainedModel, ids: Tensor, mask: Tensor, inside: Inside | None) -> Tensor:
+def _log_probabilities(
+    causal: PreTrainedModel, ids: Tensor, mask: Tensor, kept: Tensor, inside: Inside | None
+) -> Tensor:
+    """Return log-probabilities `[B, K, V]` at K positions; of prompts, they would take most of the memory."""
+
     def compute() -> Tensor:
         # Of a sharded model, only inside are the weights of the embedding whole, and on the device.
         device = cast(Tensor, causal.get_input_embeddings().weight).device
+        positions = kept.to(device)
+        knows = "logits_to_keep" in inspect.signature(causal.forward).parameters
+        options = {"logits_to_keep": positions} if knows else {}
         with generation_mode(causal):
-            logits: Tensor = causal(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).logits
-        return logits[:, :-1].float().log_softmax(-1)
+            logits: Tensor = causal(
+                input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False, **options
+            ).logits
+        return (logits if knows else logits[:, positions]).float().log_softmax(-1)
 
     return compute() if inside is None else inside(compute)
 
