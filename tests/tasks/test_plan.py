@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from dpoctl.recipe import parse_recipe
 from dpoctl.recipe.schema import Recipe
 from dpoctl.runs.report import render
 from dpoctl.tasks import check, estimate, plan
+from dpoctl.tasks import train as tasks_train
 from dpoctl.tasks.footprint import states_of
 from dpoctl.tasks.plan import Target
 
@@ -105,7 +107,10 @@ def test_a_run_says_what_was_predicted_and_what_was_measured(
     dpo_recipe: dict[str, Any], train: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(estimate, "SMALL", 0)
+    returned: list[str] = []
+    monkeypatch.setattr(tasks_train, "after_steps", lambda device, _: lambda: returned.append(device.type))
     train(dpo_recipe, {"training.max_steps": 3})
+    assert returned == ["cpu"] * 3
     said = [line for line in capfd.readouterr().err.splitlines() if "predicted" in line]
     assert [line.split(":")[0] for line in said] == ["after 2 steps", "at the end"]
     run = Path(dpo_recipe["training"]["output_dir"])
@@ -121,3 +126,31 @@ def test_a_run_says_what_was_predicted_and_what_was_measured(
 def test_a_gpu_by_another_name_is_refused() -> None:
     with pytest.raises(UsageError, match="--gpu h1000: not a known GPU; give one of rtx3090"):
         Target.of("h1000", 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps", "expected"),
+    [
+        ({}, 10, 2),
+        ({}, 11, 3),
+        ({"dpo.reference.path": "another"}, 10, 3),
+        ({"dpo.reference.path": "another", "training.eval_on_start": False}, 10, 2),
+    ],
+)
+def test_evaluations_of_a_run(dpo_recipe: dict[str, Any], changes: dict[str, Any], steps: int, expected: int) -> None:
+    """Every five steps and at the end; before the first what the reference does not tell already."""
+    ahead: Any = SimpleNamespace(num_steps=steps)
+    assert plan._evaluations(parse(dpo_recipe, changes), ahead) == expected
+
+
+def test_measured_steps_replace_the_table_of_rates(
+    dpo_recipe: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Steps are taken for some seconds, or to the end of a short run; nothing is written."""
+    plan.run(parse(dpo_recipe), measured=True, json_output=True)
+    found = json.loads(capsys.readouterr().out)
+    seconds = found["seconds"]
+    assert seconds["rate"] == "measured here in 5 steps"
+    assert seconds["least"] < seconds["likely"] < seconds["most"] < 1.12 * seconds["likely"]
+    assert found["memory"]["measured"] > 0
+    assert not Path(dpo_recipe["training"]["output_dir"]).exists()
