@@ -19,7 +19,7 @@ Gpu = Annotated[
 Processes = Annotated[
     int, typer.Option("--num-processes", metavar="N", min=1, help="The number of processes, one on each GPU.")
 ]
-Measure = Annotated[bool, typer.Option("--measure", help="Take three real steps on this machine, for the time.")]
+Measure = Annotated[bool, typer.Option("--measure", help="Take a few real steps on this machine, for the time.")]
 Compare = Annotated[
     str | None,
     typer.Option(

@@ -283,8 +283,9 @@ def formula(subject: Subject, records: Sequence[int], every: int) -> Footprint:
     head = 4 * min(scored, 4096) * min(int(config.vocab_size), 16384)
     peak = weights + gradients + optimizer + kept + cast + head
     phases = {"head": Phase(peak, gradients, 0), "update": Phase(weights + gradients + optimizer, gradients, 0)}
-    trace = Trace(weights, optimizer, _copies(recipe) * 4 * trained, kept + cast, phases,
-                  {"layers": (4 * tokens * parameters + 2 * tokens * trained)})  # fmt: skip
+    forward = 2 * tokens * parameters
+    flops = {"layers": 2 * forward + 2 * tokens * trained, "forward": forward}
+    trace = Trace(weights, optimizer, _copies(recipe) * 4 * trained, kept + cast, phases, flops)
     area = int(((subject.lengths.cost[at] - subject.lengths.tokens[at]) / ATTENTION_COST).sum())
     return Footprint(trace, tokens, scored, area, parameters, trained, "formula")
 

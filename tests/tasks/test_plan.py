@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from dpoctl.recipe.gpus import GPUS, find_gpu
 from dpoctl.recipe.schema import Recipe
 from dpoctl.runs.report import render
 from dpoctl.tasks import check, estimate, plan, speed
+from dpoctl.tasks import train as tasks_train
 from dpoctl.tasks.footprint import states_of
 from dpoctl.tasks.plan import Target
 
@@ -126,7 +128,10 @@ def test_a_run_says_what_was_predicted_and_what_was_measured(
     dpo_recipe: dict[str, Any], train: Run, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(estimate, "SMALL", 0)
+    returned: list[str] = []
+    monkeypatch.setattr(tasks_train, "after_steps", lambda device, _: lambda: returned.append(device.type))
     train(dpo_recipe, {"training.max_steps": 3})
+    assert returned == ["cpu"] * 3
     said = [line for line in capfd.readouterr().err.splitlines() if "predicted" in line]
     assert [line.split(":")[0] for line in said] == ["after 2 steps", "at the end"]
     run = Path(dpo_recipe["training"]["output_dir"])
@@ -169,3 +174,31 @@ def test_gpus_have_the_names_that_people_and_drivers_give_them() -> None:
     assert part is not None
     assert (part.name, part.memory, part.rate) == ("a100-10gb", 10 << 30, 312e12)
     assert [find_gpu(name) for name in ("24", "a1000", "NVIDIA GH200 480GB", "Quadro RTX 6000", "")] == [None] * 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps", "expected"),
+    [
+        ({}, 10, 2),
+        ({}, 11, 3),
+        ({"dpo.reference.path": "another"}, 10, 3),
+        ({"dpo.reference.path": "another", "training.eval_on_start": False}, 10, 2),
+    ],
+)
+def test_evaluations_of_a_run(dpo_recipe: dict[str, Any], changes: dict[str, Any], steps: int, expected: int) -> None:
+    """Every five steps and at the end; before the first what the reference does not tell already."""
+    ahead: Any = SimpleNamespace(num_steps=steps)
+    assert plan._evaluations(parse(dpo_recipe, changes), ahead) == expected
+
+
+def test_measured_steps_replace_the_table_of_rates(
+    dpo_recipe: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Steps are taken for some seconds, or to the end of a short run; nothing is written."""
+    plan.run(parse(dpo_recipe), measured=True, json_output=True)
+    found = json.loads(capsys.readouterr().out)
+    seconds = found["seconds"]
+    assert seconds["rate"] == "measured here in 5 steps"
+    assert seconds["least"] < seconds["likely"] < seconds["most"] < 1.12 * seconds["likely"]
+    assert found["memory"]["measured"] > 0
+    assert not Path(dpo_recipe["training"]["output_dir"]).exists()

@@ -16,7 +16,7 @@ from dpoctl.tasks import setup
 
 SCRIPT = """
 import resource
-from dpoctl.model.memory import keep_freed_memory
+from dpoctl.model.memory import keep_freed_memory, return_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -26,15 +26,18 @@ def faults():
 
 keep_freed_memory()
 print(faults(), faults(), faults())
+return_freed_memory()
+print(faults())
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps memory in its own way")
 def test_pages_come_from_the_system_once() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
-    first, *later = map(int, done.stdout.split())
+    first, *later, returned = map(int, done.stdout.split())
     assert first > 40_000, "172 MB in pages of 4 kB"
     assert max(later) < first / 50
+    assert returned > 40_000, "what was returned comes from the system again"
 
 
 @pytest.mark.parametrize(
