@@ -30,6 +30,8 @@ from dpoctl.tasks.task import build_task
 WHOLE = Division()
 KINDS = ("full", "lora", "qlora")
 GB = 1e9
+WRITING = 0.5e9
+"""Bytes a second in which the last checkpoint and the model are written; earlier ones are written beside the steps."""
 
 
 @dataclass(frozen=True)
@@ -259,7 +261,9 @@ def as_numbers(recipe: Recipe, forecast: Forecast) -> dict[str, Any]:
     """Return a forecast as numbers, ready for JSON."""
     estimate, plan, work = forecast.estimate, forecast.plan, forecast.work
     ranks = forecast.place.processes
-    low, usual, high = forecast.rate.seconds(work, ranks)
+    sizes = disk(recipe, forecast)
+    writing = (sizes["checkpoint"] + sizes["model"]) / WRITING
+    low, usual, high = (seconds + writing for seconds in forecast.rate.seconds(work, ranks))
     slow, speed, fast = forecast.rate.tokens_per_second(work, ranks)
     return {
         "gpu": forecast.place.words,
@@ -282,7 +286,7 @@ def as_numbers(recipe: Recipe, forecast: Forecast) -> dict[str, Any]:
         "flops": work.steps + work.passes,
         "seconds": {"least": low, "likely": usual, "most": high, "rate": forecast.rate.origin},
         "tokens_per_second": {"least": slow, "likely": speed, "most": fast},
-        "disk": disk(recipe, forecast),
+        "disk": sizes,
     }
 
 

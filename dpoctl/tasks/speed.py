@@ -29,7 +29,7 @@ CPU_SHARES = (0.1, 0.45, 0.9)
 TRIES = 4
 MEASURED_BAND = (0.9, 1.1)
 START, ENDS = 15.0, 5.0
-"""Seconds in which a run begins, with imports, reading and loading; and of imports and of writing the model alone."""
+"""Seconds in which a run begins, with imports, reading and loading; and of imports, report and the end alone."""
 ENOUGH = 20.0
 """Seconds of steps after which a measurement ends: single steps differ, and other programs disturb some of them."""
 
