@@ -26,8 +26,7 @@ RunOrModel = Annotated[
     str | None,
     typer.Argument(
         metavar="RUN",
-        help="The run directory (training.output_dir), a folder with a model, or a hub id. Left out: the model at "
-        "--model-url.",
+        help="The run directory (training.output_dir), a folder with a model, or a hub id.",
         callback=_existing,
         show_default=False,
     ),
@@ -59,8 +58,7 @@ ModelUrl = Annotated[
     str | None,
     typer.Option(
         metavar="URL",
-        help="Let a server write the model's texts: the base of an OpenAI-compatible API, with --model. Without RUN, "
-        "that model is evaluated, on --data.",
+        help="Let a server write the texts: the base of an OpenAI-compatible API. Without RUN: evaluate its model.",
         show_default=False,
     ),
 ]
@@ -69,9 +67,7 @@ Model = Annotated[
 ]
 OutputDir = Annotated[
     str | None,
-    typer.Option(
-        metavar="DIR", help="Keep the result of a model that belongs to no run in DIR/evals.", show_default=False
-    ),
+    typer.Option(metavar="DIR", help="Keep the result of a model without a run in DIR/evals.", show_default=False),
 ]
 Repeats = Annotated[
     int,
@@ -97,8 +93,8 @@ def evaluate(
     """[bold]dpoctl eval runs/mistral7b-dpo --json[/]
 
     Evaluate a finished run on held-out data: loss, reward margins, and reward accuracy with its confidence interval;
-    with the samples and the judge of the recipe, or of --set, what it writes too. It exits with 4 if a gate of the
-    recipe fails. Any other model is measured on --data; --against gives it a baseline.
+    with samples and a judge, what it writes too. It exits with 4 if a gate fails. Any other model is measured on
+    --data; --against gives it a baseline.
     """  # noqa: D415 - the help shows an example first
     from dpoctl.recipe.secrets import refuse_secret_argument
 

@@ -163,6 +163,12 @@ class Plan:
         tokens = _total(self.lengths.tokens, records)
         return Step(number, tuple(records.tolist()), tokens, self._schedule(records, tokens), counts)
 
+    @property
+    def num_rows(self) -> int:
+        """The number of records that all steps take, each as often as it is taken."""
+        epochs, steps = divmod(self.num_steps, max(1, self.steps_per_epoch))
+        return epochs * len(self.lengths) + min(steps * self.global_batch_size, len(self.lengths))
+
     def records(self) -> Ints:
         """Return the records that the steps use, in the order of their first use."""
         return self._order(0)[: self.num_steps * self.global_batch_size]

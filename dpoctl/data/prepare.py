@@ -19,7 +19,7 @@ from dpoctl.data.grouping import Majority
 from dpoctl.data.output import WholeFile
 from dpoctl.data.pairing import Wants, pairing_of
 from dpoctl.data.pipeline import RowStats, Selection, count_units, open_source, select_rows
-from dpoctl.data.records import Record, strings_of
+from dpoctl.data.records import Record, Reject, strings_of
 from dpoctl.data.rendering import Renderer
 from dpoctl.data.row_report import TOO_SLOW, announce, nothing_used, too_slow
 from dpoctl.data.sampling import HeldOut, Tries, is_random, sample_size
@@ -322,14 +322,30 @@ class _StoreFactory:
         if TOO_SLOW in report["rejected"]:
             raise too_slow(name, paths, report)
         if not report["used"]:
-            held_out = selection.eval_size if selection.side == "eval" else None
-            raise nothing_used(name, paths, report, held_out=held_out)
+            raise self._nothing_used(name, selection, paths, report)
         if selection.wants == "rankings" and report["most_answers"] < 3:
             raise DataError(
                 f"{name}: {', '.join(dict.fromkeys(paths))} holds pairs; a list-wise loss needs rankings",
                 hint="give rows with at least three rated answers, or choose a loss of pairs, e.g. sigmoid",
             )
         return writer.commit(report, paths)
+
+    def _nothing_used(self, name: str, selection: Selection, paths: list[str], report: dict[str, Any]) -> DataError:
+        """Make the error of an empty set; a split of rows of which none can be used is not to blame for that."""
+        if selection.eval_size is None or selection.side == "train" or report["rows"]:
+            return nothing_used(name, paths, report)
+        stats, sound = RowStats(), False
+        for result in select_rows(replace(selection, side="train", eval_size=None, held_out=None), stats):
+            if isinstance(result.outcome, Reject):
+                stats.reject(result.outcome, result.places)
+            else:
+                sound = True
+        if sound:
+            return nothing_used(name, paths, report, held_out=selection.eval_size)
+        first = {reason: [place, detail] for reason, (place, detail) in stats.first_rejected.items()}
+        rows = sum(source.rows for source in stats.sources)
+        counts = {"rows": rows, "rejected": dict(stats.rejected), "held_out": 0, "unsampled": 0}
+        return nothing_used("train", paths, counts | {"first_rejected": first})
 
     def _split(self, selection: Selection) -> HeldOut:
         size = selection.eval_size

@@ -19,6 +19,7 @@ Z = 1.959964
 """Two-sided 95 %."""
 POWER = NormalDist().inv_cdf(0.8)
 MEAN, SHARE, RATIO = "t interval", "Wilson interval of the effective number of prompts", "t interval of a ratio"
+EXACT = "exact interval of the number of prompts"
 LENGTH_CONTROLLED = "Wald interval of a logistic regression"
 CORRECTED = "Wald interval with the errors of the calibration"
 CLUSTERED = "errors clustered by prompt"
@@ -87,8 +88,8 @@ def share(values: ArrayLike, clusters: Sequence[Any], counts: ArrayLike | None =
 
     The interval is Wilson's with the effective number of independent trials (Korn and Graubard, 1998): of n trials of
     G prompts, n (se0 / se)^2 (t(n - 1) / t(G - 1))^2 with the error of independent trials, se0^2 = p (1 - p) / (n - 1).
-    With one trial per prompt it is Wilson's of n trials. It stays between 0 and 1, and it is no point if all values are
-    equal: there the number of prompts is taken.
+    With one trial per prompt it is Wilson's of n trials. If all values are equal, the number of prompts is taken, and
+    if all are 0 or all are 1 the interval is exact (Clopper and Pearson, 1934): of few prompts, Wilson's is too short.
 
     Args:
         values: shape (n,).
@@ -104,6 +105,9 @@ def share(values: ArrayLike, clusters: Sequence[Any], counts: ArrayLike | None =
         independent = p * (1 - p) / (n - 1)
         freedom = t_quantile(0.975, n - 1) / t_quantile(0.975, prompts - 1)
         effective = n * independent / found.error**2 * freedom**2
+    elif p in (0.0, 1.0):
+        bound = 0.025 ** (1 / prompts)
+        return Estimate(p, found.error, (bound, 1.0) if p else (0.0, 1 - bound), f"{EXACT}, {CLUSTERED}")
     return Estimate(p, found.error, wilson_interval(p, effective), f"{SHARE}, {CLUSTERED}")
 
 

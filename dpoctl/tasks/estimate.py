@@ -265,7 +265,7 @@ def work_of(found: Footprint, lengths: Lengths, plan: Plan, *, has_reference: bo
         evaluations: how often these are evaluated.
     """
     records = plan.records()
-    repeats = plan.num_steps * plan.global_batch_size / max(1, plan.num_steps and len(records))
+    repeats = plan.num_rows / max(1, len(records))
     steps = repeats * flops_of(found, lengths, records, passes=False)
     passes = flops_of(found, lengths, records, passes=True) if has_reference else 0.0
     for one in evals:

@@ -416,7 +416,7 @@ def _first(samples: Sequence[Sample]) -> list[Sample]:
 def _text(generation: Generation | None) -> str:
     if generation is None:
         return ""
-    return shown(generation.text) + (" [cut off]" if generation.finished is False else "")
+    return (shown(generation.text) or "(empty)") + (" [cut off]" if generation.finished is False else "")
 
 
 def _prompt_text(sample: Sample) -> str:

@@ -495,8 +495,9 @@ def _announce(job: _Job, setup: Setup, plan: Plan, estimate: MemoryEstimate, dat
         f"optimizer state {each[2]}, copies in another precision {each[3]}), {trained * sum(each) / 1e9:.2f} GB{shared}"
     )
     console.say(f"batch layout: {setup.probe.layout}; {setup.probe.reason}")
+    batch = min(plan.global_batch_size, len(plan.lengths))
     console.say(
-        f"plan: {len(plan.lengths):,} rows, {plan.num_steps:,} steps of {plan.global_batch_size} rows, "
+        f"plan: {len(plan.lengths):,} rows, {plan.num_steps:,} steps of {batch} rows, "
         f"{plan.world_size} {'process' if plan.world_size == 1 else 'processes'}, "
         f"at most {plan.max_tokens:,} tokens in a micro-batch"
     )

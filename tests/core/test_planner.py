@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -82,6 +83,15 @@ def test_without_a_seed_the_order_is_the_store_s() -> None:
 @pytest.mark.parametrize(("epochs", "max_steps", "steps"), [(1, None, 5), (0.5, None, 3), (2, None, 10), (1, 7, 7)])
 def test_number_of_steps(epochs: float, max_steps: int | None, steps: int) -> None:
     assert Plan(LENGTHS, 8, num_epochs=epochs, max_steps=max_steps).num_steps == steps
+
+
+@pytest.mark.parametrize(
+    ("batch", "changes"),
+    [(8, {"num_epochs": 2.5}), (64, {}), (8, {"max_steps": 3}), (8, {"max_steps": 0}), (5, {"max_steps": 17})],
+)
+def test_the_number_of_rows_is_that_of_all_steps(batch: int, changes: dict[str, Any]) -> None:
+    plan = Plan(LENGTHS, batch, **changes)
+    assert plan.num_rows == sum(len(step.records) for step in plan)
 
 
 def test_ranks_are_balanced_by_cost() -> None:

@@ -135,6 +135,18 @@ def test_a_share_that_holds_out_nothing_is_refused(run, write_rows):
         run(train=[write_rows([pair(number) for number in range(3)])], eval_size=0.001)
 
 
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([], r"^train: \S+: no rows$"),
+        ([{"prompt": "a", "chosen": "", "rejected": "b"}] * 9, "none of 9 rows can be used"),
+    ],
+)
+def test_a_split_is_not_to_blame_for_rows_that_cannot_be_used(run, write_rows, rows, said):
+    with pytest.raises(DataError, match=said):
+        run(train=[{"path": write_rows(rows), "format": "trl-explicit"}], eval_size=1)
+
+
 def test_a_weight_is_how_often_a_row_is_seen(run, write_rows):
     path = write_rows([pair(number) for number in range(20)])
     seen = prompts(run(train=[{"path": path, "weight": 2.5}]).train)

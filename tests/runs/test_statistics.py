@@ -92,13 +92,18 @@ def test_votes_of_the_same_prompt_widen_wilsons_interval_as_worked_out_by_hand()
 
 
 def test_votes_that_all_agree_leave_an_interval() -> None:
-    assert share([1.0] * 10, range(10)).interval == pytest.approx(wilson_interval(1.0, 10))
-    assert share([1.0] * 10, [0, 1] * 5).interval == pytest.approx(wilson_interval(1.0, 2))
+    # The chance of ten of ten is 0.025 at the lower end, and that of none of four at the upper one.
+    assert share([1.0] * 10, range(10)).interval == pytest.approx((0.6915029, 1.0), abs=1e-6)
+    assert share([1.0] * 10, [0, 1] * 5).interval == pytest.approx((0.1581139, 1.0), abs=1e-6)
+    assert share([0.0] * 4, range(4)).interval == pytest.approx((0.0, 0.6023646), abs=1e-6)
+    # Four of four come up by chance one time in eight: no difference from one half is shown.
+    low, _ = share([1.0] * 4, range(4)).interval or (1.0, 1.0)
+    assert low < 0.5
     halves = share([0.5] * 10, range(10))
     assert halves.value == 0.5
     assert halves.interval is not None
     assert halves.interval[0] < 0.3 < 0.7 < halves.interval[1]
-    assert share([1.0, 1.0], [0, 0]).interval == wilson_interval(1.0, 1)
+    assert share([1.0, 1.0], [0, 0]).interval == pytest.approx((0.025, 1.0))
 
 
 def test_the_logistic_regression_is_statsmodels_glm_where_data_are_many() -> None:
