@@ -87,7 +87,6 @@ class Stepper:
         max_grad_norm: the gradient is clipped to it.
         retry: answers memory that runs out.
         clip: clips the gradient of all ranks to a norm, and returns its norm before.
-        after: called after each step.
     """
 
     objective: Objective
@@ -99,7 +98,6 @@ class Stepper:
     max_grad_norm: float | None
     retry: MemoryRetry
     clip: Callable[[float], Tensor]
-    after: Callable[[], None] = lambda: None
 
     def take(self, step: Step, batches: Sequence[Batch], meter: Meter, stop: StopRequest) -> StepResult:
         """Take a step, a second time if memory runs out and may be retried.
@@ -148,5 +146,4 @@ class Stepper:
             )
         if objective.reference is not None:
             objective.reference.follow(step.number + 1)
-        self.after()
         return StepResult(float(norm), rate, signum)

@@ -88,7 +88,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep the memory that a layer frees: the next one needs as much.
+    """Let the C library keep the memory that a step frees: the next step needs as much.
 
     On a CPU, getting it again from the system, page by page, takes a tenth of the time. Only glibc can do this.
     """
@@ -99,7 +99,7 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Return to the system what loading, passes before training, or a step have freed; only glibc can do this.
+    """Return to the system what loading and passes before training have freed; only glibc can do this.
 
     Loading runs in threads, and what one thread has freed another does not use again.
     """

@@ -40,7 +40,7 @@ from dpoctl.data.store import TokenStore
 from dpoctl.errors import SetupError
 from dpoctl.model.lazy_weights import is_lazy
 from dpoctl.model.load import compute_dtype
-from dpoctl.model.memory import activation_bytes_per_token, free_bytes, return_freed_memory
+from dpoctl.model.memory import activation_bytes_per_token, free_bytes
 from dpoctl.model.modules import outside_of_layers
 from dpoctl.model.policy import Policy
 from dpoctl.model.probe import ProbeResult, probe
@@ -49,7 +49,7 @@ from dpoctl.model.sharding import Gradients, Sharding, part
 from dpoctl.model.tokenizer import load_tokenizer, stop_tokens
 from dpoctl.recipe.schema import Recipe
 from dpoctl.tasks import fsdp_options
-from dpoctl.tasks.estimate import CPU_CONTEXT, SMALL, Division, Estimator, MemoryEstimate, useful_tokens
+from dpoctl.tasks.estimate import CPU_CONTEXT, Division, Estimator, MemoryEstimate, useful_tokens
 from dpoctl.tasks.extensions import NO_EXTENSIONS, Extensions
 from dpoctl.tasks.fit import Remedy, refuse_states, remedies, too_large
 from dpoctl.tasks.footprint import Subject
@@ -430,16 +430,6 @@ def refuse_too_large(recipe: Recipe, accelerator: Accelerator) -> None:
     may_divide = recipe.training.sharding != "none"
     shards = max(1, ranks // recipe.training.replicas) if may_divide else 1
     refuse_states(recipe, compute_dtype(recipe, device), capacity, f"this {device.type}", shards)
-
-
-def after_steps(device: torch.device, estimate: MemoryEstimate) -> Callable[[], None]:
-    """Return what is done after each step, so that the next begins without the holes that this one left.
-
-    Without it the heap of a CPU grows over the first steps, as their rows have other lengths. Returning pages takes
-    milliseconds, which count for small models alone, and these have no memory to save.
-    """
-    grows = device.type == "cpu" and estimate.footprint.parameters >= SMALL
-    return return_freed_memory if grows else lambda: None
 
 
 def set_rank_timeout(seconds: float) -> None:

@@ -20,7 +20,7 @@ from dpoctl.recipe.schema import Recipe
 from dpoctl.runs.signals import StopRequest
 from dpoctl.tasks.estimate import MemoryEstimate, Work, flops_of
 from dpoctl.tasks.reference import Reference, with_columns
-from dpoctl.tasks.setup import Setup, after_steps, build_accelerator
+from dpoctl.tasks.setup import Setup, build_accelerator
 
 # Shares of the rate of matrix products that steps reach: measured were 16 and 20 % on an H100, of the data sheet's
 # rate, and 50 to 61 % on a CPU, of its own matrix product.
@@ -146,11 +146,9 @@ def measure(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: PreparedDa
     scorer, optimizer, clip = setup.prepare()
     objective = setup.objective(scorer, live)
     guard, retry = Guard(accelerator, "skip"), MemoryRetry(allowed=False)
-    after = after_steps(accelerator.device, estimate)
     stepper = Stepper(
-        objective, optimizer, plan, reader, guard, lambda _: 0.0, recipe.training.max_grad_norm, retry, clip, after
+        objective, optimizer, plan, reader, guard, lambda _: 0.0, recipe.training.max_grad_norm, retry, clip
     )
-    after()
     started = time.perf_counter() - began
     seconds, work = _timed_steps(stepper, estimate, min(steps, plan.num_steps))
     settled = slice(1, None) if len(seconds) > 1 else slice(None)

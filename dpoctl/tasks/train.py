@@ -70,7 +70,6 @@ from dpoctl.tasks.resume import inputs_of, keep_threads, refuse_changes, refuse_
 from dpoctl.tasks.samples import Samples
 from dpoctl.tasks.setup import (
     Setup,
-    after_steps,
     build_accelerator,
     quiet_libraries,
     read_data,
@@ -319,7 +318,6 @@ def _train(
         max_grad_norm=recipe.training.max_grad_norm,
         retry=_memory_retry(recipe, accelerator, newest),
         clip=clip,
-        after=after_steps(accelerator.device, estimate),
     )
     _begin_steps(recipe, accelerator)
     with Recorder(
