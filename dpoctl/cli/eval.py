@@ -1,5 +1,6 @@
 """The `dpoctl eval` command."""
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -105,13 +106,10 @@ def evaluate(
         refuse_secret_argument(name, address or "")
     if model is not None and model_url is None:
         raise UsageError("--model is for a served model", hint="pass its address with --model-url URL")
-    if run is None and model_url is None:
-        raise UsageError("RUN is missing", hint="pass a run, or a served model with --model-url, --model and --data")
-    if run is None and num_processes not in (None, 1):
-        raise UsageError("one process asks a served model", hint="leave out --num-processes")
-    if run is None and against == "reference":
-        raise UsageError("--against reference: a served model has no reference", hint="name another model")
-    if (launcher := launch.find_launcher(num_processes, None)) is not None:
+    launcher = launch.find_launcher(num_processes, None)
+    if run is None:
+        _require_served(model_url, against, launcher)
+    if launcher is not None:
         raise typer.Exit(launcher.run())
     import_libraries()
     from dpoctl.tasks.baselines import Baseline, served
@@ -135,3 +133,19 @@ def evaluate(
     )
     if not passed:
         raise typer.Exit(GATE_FAILED)
+
+
+def _require_served(model_url: str | None, against: str | None, launcher: launch.Launcher | None) -> None:
+    """Check the options of an evaluation without a run.
+
+    Raises:
+        UsageError: They name no served model, or ask for what such a model does not have.
+    """
+    if model_url is None:
+        raise UsageError("RUN is missing", hint="pass a run, or a served model with --model-url, --model and --data")
+    if against == "reference":
+        raise UsageError("--against reference: a served model has no reference", hint="name another model")
+    if launcher is not None or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(
+            "a served model is evaluated by one process", hint="leave out --num-processes, or start one process"
+        )

@@ -154,8 +154,8 @@ def nothing_used(
         if held_out is None:
             return DataError(f"{where}: no rows")
         return DataError(
-            f"{where}: data.eval_size: {held_out:g} holds out no row of so few",
-            hint="give a number of rows, e.g. data.eval_size: 1, or more data",
+            f"{where}: data.eval_size: {held_out:g} holds out no rows: there are too few",
+            hint="give a number of rows, e.g. data.eval_size: 1, or add data",
         )
     reasons = []
     for reason, count in report["rejected"].items():
@@ -167,7 +167,7 @@ def nothing_used(
             reasons.append(f"{report[kind]:,} {kind}")
     hint = next((hint for reason, hint in HINTS.items() if reason in report["rejected"]), None)
     if report["held_out"] == report["rows"]:
-        hint = "data.eval_size holds out all rows: lower it, or give more data"
+        hint = "data.eval_size holds out all rows: lower it, or add data"
     return DataError(f"{where}: none of {report['rows']:,} rows can be used: {', '.join(reasons)}", hint=hint)
 
 

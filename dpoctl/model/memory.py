@@ -109,7 +109,7 @@ def return_freed_memory() -> None:
 
 
 class MemoryMeter:
-    """The most memory that this process has held on a device since the meter was made, or was told to forget.
+    """The most memory that this process has held on a device since the meter was made, or its peak was reset.
 
     On a GPU these are bytes of tensors. On a CPU they are resident bytes of the process beyond those at the start,
     which are the interpreter and the libraries.
@@ -120,12 +120,12 @@ class MemoryMeter:
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._start = device, 0
-        self.forget()
+        self.reset_peak()
         if device.type != "cuda":
             self._start = psutil.Process().memory_info().rss
 
-    def forget(self) -> None:
-        """Forget the most so far: after loading, of which files in memory were a part, that the system takes back."""
+    def reset_peak(self) -> None:
+        """Start the peak again: after loading, whose files count as memory until the system takes them back."""
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         else:

@@ -127,11 +127,9 @@ def run(
     report = _report(origin, results, sampled) | _benchmarks(finished, recipe.eval.benchmarks)
     gates = check_gates(report, recipe.eval.gates)
     report |= {"gates": [gate.to_dict() for gate in gates]} if gates else {}
-    where = _keep(run, output, origin, report, to_lines(samples), values)
-    if json_output:
-        console.emit(json.dumps(report))
-    else:
-        show_result(report, results, samples, sampled, [*map(str, gates), where])
+    folder = output if is_model_only(run) else home_of(run)
+    where = keep_result(run, folder, origin, report, to_lines(samples), values)
+    show_result(report, results, samples, sampled, [*map(str, gates), where], as_json=json_output)
     return all(gate.passed for gate in gates)
 
 
@@ -154,8 +152,13 @@ def show_result(
     samples: Sequence[Sample],
     sampled: Mapping[str, Any],
     last: Sequence[str],
+    *,
+    as_json: bool,
 ) -> None:
-    """Print the tables of a result, what they allow to say, and the last lines."""
+    """Print a result as JSON, or as tables, what they allow to say, and the last lines."""
+    if as_json:
+        console.emit(json.dumps(report))
+        return
     console.say(in_words(report))
     _show(results)
     _show_samples(samples, sampled)
@@ -190,38 +193,24 @@ def check_output(output: Path | None, run: Path | None = None) -> None:
         raise UsageError(f"--output-dir: {output} is not a folder", hint="name another one")
 
 
-def keep_elsewhere(
-    name: str,
-    output: Path | None,
+def keep_result(
+    name: Path | str,
+    folder: Path | None,
     origin: Provenance,
     report: Mapping[str, Any],
     samples: str,
     values: Mapping[str, RecordValues],
 ) -> str:
-    """Write the result of a model that no run describes into a folder, if there is one, and say where."""
-    if output is None:
-        return f"{name} belongs to no run: the result is kept nowhere; --output-dir keeps it, --json prints all of it"
-    with writing(output):
-        return f"result: {write_result(output, origin, report, samples, values)}"
-
-
-def _keep(
-    run: Path,
-    output: Path | None,
-    origin: Provenance,
-    report: Mapping[str, Any],
-    samples: str,
-    values: Mapping[str, RecordValues],
-) -> str:
-    """Write a result into its run, and say where."""
-    if is_model_only(run):
-        return keep_elsewhere(str(run), output, origin, report, samples, values)
-    home = home_of(run)
-    with writing(home):
-        path = write_result(home, origin, report, samples, values)
-    refresh_report(home)
-    refresh_card(home)
-    return f"result: {path}; report: {home / REPORT}"
+    """Write a result into a folder, if there is one, and say where; a run has pages that show it, too."""
+    if folder is None:
+        return f"{name} belongs to no run, so the result is not saved: save it with --output-dir DIR, or use --json"
+    with writing(folder):
+        said = f"result: {write_result(folder, origin, report, samples, values)}"
+    if not (folder / RESOLVED_RECIPE).is_file():
+        return said
+    refresh_report(folder)
+    refresh_card(folder)
+    return f"{said}; report: {folder / REPORT}"
 
 
 def _origin(

@@ -5,7 +5,6 @@ A server gives texts and no log-probabilities: whatever needs those is left out 
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from dpoctl.runs.gates import check_gates
 from dpoctl.runs.results import Provenance
 from dpoctl.tasks.baselines import Baseline
 from dpoctl.tasks.eval_samples import count_words, describe_samples, judge_of
-from dpoctl.tasks.evaluate import check_output, keep_elsewhere, refuse_other_sections, settings_of, show_result
+from dpoctl.tasks.evaluate import check_output, keep_result, refuse_other_sections, settings_of, show_result
 from dpoctl.tasks.finished_run import FinishedRun, model_recipe, recipe_of
 from dpoctl.tasks.judges import Judge
 from dpoctl.tasks.judging import judge_samples
@@ -89,20 +88,15 @@ def run(
     report = {**origin.to_dict(), **about, "not_measured": list(NOT_MEASURED), **found}
     gates = check_gates(report, section.gates)
     report |= {"gates": [gate.to_dict() for gate in gates]} if gates else {}
-    where = keep_elsewhere(served.endpoint.name, output, origin, report, to_lines(samples), {})
-    if json_output:
-        console.emit(json.dumps(report))
-    else:
-        unmeasured = f"not measured, for want of log-probabilities: {', '.join(NOT_MEASURED)}"
-        show_result(report, {}, samples, found, [unmeasured, *map(str, gates), where])
+    where = keep_result(served.endpoint.name, output, origin, report, to_lines(samples), {})
+    unmeasured = f"not measured, because a server gives no log-probabilities: {', '.join(NOT_MEASURED)}"
+    show_result(report, {}, samples, found, [unmeasured, *map(str, gates), where], as_json=json_output)
     return all(gate.passed for gate in gates)
 
 
 def _section(served: Client, data: str | None, overrides: Sequence[str]) -> EvalSection:
     """Return the section `eval` of the command line."""
     refuse_other_sections(overrides)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("one process asks a served model", hint="leave out --num-processes, or start one process")
     # A recipe that is complete, so that the section is checked as in any other.
     source = json.dumps({"eval": [data or "data"]})
     changes = [f"data.eval={source}", "training.eval_steps=1", "eval.samples={}", *overrides]
@@ -201,7 +195,8 @@ def _paired(
             else:
                 samples.append(Sample(prompt, text, other, repeat))
     if not samples:
-        raise RunError("no prompt was answered by both models: there is nothing to compare")
+        by = "" if others is None else " by both models"
+        raise RunError(f"no prompt was answered{by}: there is nothing to evaluate")
     if unanswered:
         console.warn(f"{unanswered:,} of {unanswered + len(samples):,} prompts have no answer, and do not count")
     return samples, unanswered

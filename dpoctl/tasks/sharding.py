@@ -11,7 +11,7 @@ from dpoctl import console
 from dpoctl.core.planner import Lengths
 from dpoctl.data.cache import Cache, cache_dir
 from dpoctl.data.store import TokenStore
-from dpoctl.errors import UsageError
+from dpoctl.errors import UsageError, UserError
 from dpoctl.model.load import compute_dtype
 from dpoctl.model.memory import free_bytes
 from dpoctl.model.sharding import Sharding
@@ -66,8 +66,7 @@ def choose_sharding(
         return None
     dtype = compute_dtype(recipe, accelerator.device)
     _refuse(recipe, ranks, dtype)
-    gathered = dtype if recipe.lora is None and dtype != torch.float32 else None
-    return Sharding(accelerator.device, ranks, training.replicas, gathered, training.cpu_offload)
+    return _division(recipe, accelerator, training.replicas, dtype)
 
 
 def choose_eval_sharding(
@@ -102,11 +101,16 @@ def choose_eval_sharding(
         return None
     dtype = compute_dtype(recipe, accelerator.device)
     refuse_undividable(recipe, dtype, WHOLE_EVAL)
-    gathered = dtype if recipe.lora is None and dtype != torch.float32 else None
     # The run may have had another number of processes.
     replicas = training.replicas if ranks % training.replicas == 0 else 1
     console.say(f"sharding: the models are divided over {ranks // replicas} processes")
-    return Sharding(accelerator.device, ranks, replicas, gathered, training.cpu_offload)
+    return _division(recipe, accelerator, replicas, dtype)
+
+
+def _division(recipe: Recipe, accelerator: Accelerator, replicas: int, dtype: torch.dtype) -> Sharding:
+    """Return the division of a model; the ranks gather the weights of full training in the computation's dtype."""
+    gathered = dtype if recipe.lora is None and dtype != torch.float32 else None
+    return Sharding(accelerator.device, accelerator.num_processes, replicas, gathered, recipe.training.cpu_offload)
 
 
 def _say_without_effect(training: TrainingSection) -> None:
@@ -189,7 +193,9 @@ def _eval_exceeds(recipe: Recipe, accelerator: Accelerator, tokenizer: PreTraine
     least = _least_free(accelerator)
     try:
         sizes = states_of(recipe, tokenizer, compute_dtype(recipe, accelerator.device))
-    except Exception:  # the model that a run started from may be gone, and need not be there to measure the run
+    except UserError as error:
+        # The model that a run started from may be gone, and need not be there to measure the run.
+        console.note(f"sharding: every process holds whole models, because their size is not known: {error.message}")
         return False
     needed = models * sum(sizes.get(name, 0) for name in HELD_IN_EVAL)
     if needed <= LEFT_FOR_STEPS * least:

@@ -128,7 +128,7 @@ def measure(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, data: PreparedDa
         keep_freed_memory()
     memory = MemoryMeter(accelerator.device)
     policy = load_policy(recipe, tokenizer, accelerator.device)
-    memory.forget()
+    memory.reset_peak()
     setup = Setup.of(recipe, accelerator, tokenizer, policy)
     reader, live = setup.reader(data.train, ""), None
     if setup.task.needs_reference and recipe.dpo.reference.is_live:

@@ -393,7 +393,7 @@ def _set_up(
             model_init=job.extensions.model_init,
             lazy=sharding is not None,
         )
-    job.memory.forget()
+    job.memory.reset_peak()
     setup = Setup.of(recipe, job.accelerator, tokenizer, policy, job.extensions, sharding)
     # Before the token budget, which is what its memory leaves.
     is_live = setup.task.needs_reference and recipe.dpo.reference.is_live

@@ -113,7 +113,7 @@ def test_what_a_server_leaves_out_is_not_counted(ask: Ask) -> None:
         (("--set", "model.dtype=bfloat16"), "only change keys of the section eval"),
         (("--set", "eval.samples.num=0"), "nothing to evaluate"),
         (("--against", "reference"), "a served model has no reference"),
-        (("--num-processes", "2"), "one process asks a served model"),
+        (("--num-processes", "2"), "evaluated by one process"),
         (("--output-dir", "prompts.jsonl"), "prompts.jsonl is not a folder"),
         (("--output-dir", "run"), "run is a run, and keeps its own results only"),
     ],
