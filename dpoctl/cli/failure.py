@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 import traceback
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from dpoctl.runs.names import own_folder
 
 REPORTS = "DPOCTL_WORKER_REPORTS"
 UNEXPECTED = 1
+FIRST_RANK_SECONDS = 20.0
+"""The time that another rank gives rank 0 to print an error that both have."""
 
 _run_directory: Path | None = None
 
@@ -69,9 +72,12 @@ def report(error: BaseException, *, as_json: bool, debug: bool) -> int:
         with contextlib.suppress(OSError):
             Path(folder, f"rank-{failure.rank}.json").write_text(json.dumps(asdict(failure)), encoding="utf-8")
             return failure.code
-    # Other launchers show the stderr of every rank; an error that all ranks have alike is printed by rank 0 only.
-    if failure.rank == 0 or not isinstance(error, UsageError):
-        show(failure, as_json=as_json)
+    if failure.rank != 0 and isinstance(error, UsageError):
+        # Other launchers show the stderr of every rank, and end all of them with the first that ends. Mostly all ranks
+        # have this error: rank 0 must come to print it, and this one is ended then. If not, only this rank has it.
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(FIRST_RANK_SECONDS)
+    show(failure, as_json=as_json)
     return failure.code
 
 

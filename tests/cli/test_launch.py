@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import forked
 import pytest
 import torch
 from forked import Ended
 
+from dpoctl.cli import failure
 from dpoctl.cli.launch import PARENT, Launcher, _accelerate_options, find_config, find_launcher, leave_ranks, report_job
 from dpoctl.errors import UsageError
 
@@ -141,6 +143,28 @@ def test_no_rank_outlives_a_killed_parent(workplace: Path, monkeypatch: pytest.M
     while any(_alive(int(file.read_text())) for file in ready):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_rank_lets_the_first_one_print_the_error_that_all_have(workplace: Path) -> None:
+    """A launcher that ends all ranks with the first that ends would leave the error unsaid."""
+    wrong, env = (*DPO[2:], "--num-processes", "3"), RANKS | {"LOCAL_WORLD_SIZE": "2"}
+
+    def note_the_wait() -> None:
+        sleep = time.sleep
+        failure.time = SimpleNamespace(sleep=lambda seconds: ((workplace / "waits").write_text("now"), sleep(seconds)))
+
+    child = forked.start(*wrong, files=workplace / "said", env=env, faults=[note_the_wait])
+    _wait_for(workplace / "waits")
+    child.send_signal(signal.SIGTERM)
+    ended = child.wait()
+    assert (ended.code, ended.err) == (-signal.SIGTERM, "")
+    alone = forked.run(*wrong, files=workplace / "said", env=env, faults=[_wait_no_longer])
+    assert alone.code == 2
+    assert alone.last.startswith("[rank 1] error: --num-processes 3 contradicts the launcher")
+
+
+def _wait_no_longer() -> None:
+    failure.FIRST_RANK_SECONDS = 0.0
 
 
 @pytest.mark.parametrize("code", [0, 3])
